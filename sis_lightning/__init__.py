@@ -1,0 +1,70 @@
+"""Scale-in-scale (SIS) convolution operators, one backbone factory, and four vision tasks in PyTorch Lightning.
+
+Zhou, Fu, Liu, "SIS: A new multi-scale convolutional operator", JUSTC 2022, 52(4):7, doi 10.52396/JUSTC-2021-0188.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public names and where they live. They are imported on first use: `sis-lightning --help` must not wait for torch.
+_HOME = {
+    "create_operator": "operators",
+    "register_operator": "operators",
+    "operator_names": "operators",
+    "replace_convs": "operators",
+    "ReplacementReport": "operators",
+    "SISOperator": "operators",
+    "BackboneConfig": "backbones",
+    "Backbone": "backbones",
+    "create_backbone": "backbones",
+    "create_classifier": "backbones",
+    "load_torchvision_weights": "backbones",
+    "load_timm_weights": "backbones",
+    "write_synthetic": "synthetic",
+}
+
+if TYPE_CHECKING:
+    from sis_lightning.backbones import (
+        Backbone,
+        BackboneConfig,
+        create_backbone,
+        create_classifier,
+        load_timm_weights,
+        load_torchvision_weights,
+    )
+    from sis_lightning.operators import (
+        ReplacementReport,
+        SISOperator,
+        create_operator,
+        operator_names,
+        register_operator,
+        replace_convs,
+    )
+    from sis_lightning.synthetic import write_synthetic
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "ReplacementReport",
+    "SISOperator",
+    "__version__",
+    "create_backbone",
+    "create_classifier",
+    "create_operator",
+    "load_timm_weights",
+    "load_torchvision_weights",
+    "operator_names",
+    "register_operator",
+    "replace_convs",
+    "write_synthetic",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sis_lightning' has no attribute {name!r}")
+    return getattr(import_module(f"sis_lightning.{_HOME[name]}"), name)

@@ -1,0 +1,224 @@
+"""Finds the project's YAML from any directory and lays several of them over each other, without importing torch.
+
+One run is described by layers, later ones winning: `--config tasks/seg_voc.yaml --config configs/demo.yaml`, then
+the options of the command line. A layer may
+
+- name a backbone, a data set or a trainer by its file instead of writing it out: `backbone: sis50` inside a model's
+  `init_args` stands for all of `configs/backbones/sis50.yaml`, `data: voc` for `datamodules/voc.yaml`, `trainer: gpu`
+  for `configs/trainers/gpu.yaml`. A name replaces whatever the layers below said of it, so that nothing of one
+  backbone leaks into another;
+- say something only where it applies: below `for:`, keys are class names, and what stands under the class of the
+  run's model or data is laid over the rest of that layer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sis_lightning.errors import UsageError, nearest
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the YAML lies beside the code, in a clone beside the package.
+PACKAGED = _PACKAGE / "yaml" if (_PACKAGE / "yaml").is_dir() else _PACKAGE.parent
+
+# Where the files that a key may name live.
+REFERENCES = {"backbone": "configs/backbones", "data": "datamodules", "trainer": "configs/trainers"}
+
+Layer = dict[str, Any]
+
+
+def config_roots() -> Iterator[Path]:
+    """Where YAML is looked for: the current directory, each of `$SIS_CONFIG_PATH`, the packaged files."""
+    yield Path()
+    for entry in os.environ.get("SIS_CONFIG_PATH", "").split(os.pathsep):
+        if entry:
+            yield Path(entry)
+    yield PACKAGED
+
+
+def config_names(folder: str) -> list[str]:
+    """The names of all YAML files in a folder (such as `configs/backbones`), over all roots."""
+    return sorted({path.stem for root in config_roots() for path in (root / folder).glob("*.yaml")})
+
+
+def find_config(name: str, folder: str = "") -> Path:
+    """The file that `name` means.
+
+    Args:
+        name: As the user typed it: a path, with or without `.yaml`, or a bare name of a file in `folder`.
+        folder: Where bare names live, such as `configs/backbones`.
+
+    Returns:
+        The first that exists: as typed, then below each of `$SIS_CONFIG_PATH`, then the packaged copy.
+
+    Raises:
+        UsageError: Where there is none; the message lists the nearest names.
+    """
+    spellings = [name] if name.endswith((".yaml", ".yml", ".json")) else [f"{name}.yaml", name]
+    folders = ["", folder] if folder else [""]
+    for root in config_roots():
+        for place in folders:
+            for spelling in spellings:
+                path = root / place / spelling
+                if path.is_file():
+                    return path
+    parent = str(Path(name).parent)
+    searched = folder or ("tasks" if parent == "." else parent)
+    known = config_names(searched) or config_names("tasks")
+    raise UsageError(f"no configuration file '{name}': {nearest(Path(name).stem, known)}\n  in {searched}/")
+
+
+def load_layer(path: Path) -> Layer:
+    """Reads one YAML file, with dotted keys nested and named files put in place.
+
+    Raises:
+        UsageError: For YAML that does not parse (with line and column), a key given twice, or a file named beside
+            further keys of the same object (`backbone: sis50` and `backbone.depth: 101`: which one should hold?).
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"{path}{where}: not valid YAML: {problem}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a configuration is a mapping of keys, this is a {type(content).__name__}")
+    layer: Layer = {}
+    for key, value in content.items():
+        _put(layer, str(key).split("."), _nested(value, path), path)
+    return layer
+
+
+def merge(below: Layer, above: Layer) -> Layer:
+    """Lays one layer over another: mappings key by key, anything else as a whole.
+
+    Where `above` gives an object another class, or names another file for it, nothing of `below`'s object stays:
+    one class's arguments mean nothing to another.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and not value.get(_WHOLE):
+            same_class = value.get("class_path") in (None, old.get("class_path"))
+            merged[key] = merge(old, value) if same_class else value
+        else:
+            merged[key] = value
+    return merged
+
+
+def compose(paths: list[str]) -> Layer:
+    """Lays the named files over each other, the last on top.
+
+    Returns:
+        Plain nested data without references, dotted keys or `for:` sections.
+
+    Raises:
+        UsageError: As `find_config` and `load_layer`.
+    """
+    composed: Layer = {}
+    for name in paths:
+        path = find_config(name)
+        layer = load_layer(path)
+        sections = layer.pop("for", {})
+        if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+            raise UsageError(f"{path}: below 'for:' stand class names, each with the keys for runs of that class")
+        composed = merge(composed, layer)
+        for class_name in _classes(composed):
+            if class_name in sections:
+                composed = merge(composed, sections[class_name])
+    plain: Layer = _without_marks(composed)
+    return plain
+
+
+def load_named(kind: str, name: str) -> Layer:
+    """The content of the file that `name` means for a key of `REFERENCES`, such as `backbone`."""
+    return load_layer(find_config(name, REFERENCES[kind]))
+
+
+# Marks an object that came from a file of its own: it replaces what lay below.
+_WHOLE = "__whole__"
+
+
+def _nested(value: Any, path: Path) -> Any:
+    if not isinstance(value, dict):
+        return value
+    layer: Layer = {}
+    for key, item in value.items():
+        _put(layer, str(key).split("."), _nested(item, path), path)
+    return layer
+
+
+def _put(layer: Layer, keys: list[str], value: Any, path: Path) -> None:
+    """Sets a dotted key, refusing to write into an object that is a file's name, or over one that has keys."""
+    for depth, key in enumerate(keys[:-1]):
+        inner = layer.setdefault(key, {})
+        if not isinstance(inner, dict) or inner.get(_WHOLE):
+            _refuse_both(path, ".".join(keys[: depth + 1]), ".".join(keys))
+        layer = inner
+    key = keys[-1]
+    if isinstance(value, str) and key in REFERENCES:
+        if key in layer:
+            _refuse_both(path, key, key)
+        value = {**load_layer(find_config(value, REFERENCES[key])), _WHOLE: True}
+    elif key in layer:
+        if not isinstance(value, dict) or not isinstance(layer[key], dict) or layer[key].get(_WHOLE):
+            _refuse_both(path, key, key)
+        value = merge(layer[key], value)
+    layer[key] = value
+
+
+def _refuse_both(path: Path, key: str, other: str) -> None:
+    raise UsageError(
+        f"{path}: '{key}' names a file or a value, and '{other}' writes into it: one of the two would be lost.\n"
+        f"  Write it out in full, or put '{other}' into a second file after this one, or on the command line."
+    )
+
+
+def _classes(layer: Layer) -> Iterator[str]:
+    """The class names of a run's model and data, without their modules."""
+    for part in ("model", "data"):
+        value = layer.get(part)
+        class_path = value.get("class_path") if isinstance(value, Mapping) else None
+        if isinstance(class_path, str):
+            yield class_path.rpartition(".")[2]
+
+
+def _without_marks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_marks(item) for key, item in value.items() if key != _WHOLE}
+    return deepcopy(value)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, and reads 1e-3 as the number it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML follows, wants a dot in a float: without this 1e-3 is a string.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)

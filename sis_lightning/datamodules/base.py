@@ -1,0 +1,361 @@
+"""The one way from files to batches.
+
+A `Source` decodes sample `index` to uint8 tensors; a transform augments it; the loader stacks samples; the device
+normalises the batch. What a training run sees depends on (seed, epoch, index) alone: not on the number of workers, of
+devices or of restarts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
+
+from sis_lightning.errors import DataError, UsageError
+
+Sample = dict[str, Any]
+Batch = dict[str, Any]
+Split = Literal["train", "val", "test"]
+
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SYNTHETIC_MARKER = "SYNTHETIC.json"
+
+
+def read_image(path: Path) -> tv_tensors.Image:
+    """Decodes a picture of any mode to uint8 RGB (3, H, W).
+
+    Raises:
+        DataError: Where the file is missing, truncated or not a picture.
+    """
+    with open_image(path) as image:
+        return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens and fully decodes a picture.
+
+    Raises:
+        DataError: Where the file is missing, truncated or not a picture.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: unreadable or truncated image ({error})") from None
+    return image
+
+
+class Source(ABC):
+    """A list of samples as they lie on disk."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Decodes sample `index`: `image` (uint8, (3, H, W)), `name` (unique), and the task's targets."""
+
+
+class FolderSource(Source):
+    """All pictures below a folder, or a single picture, without targets.
+
+    Raises:
+        DataError: Where there are none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.is_file():
+            self.paths, self.root = [path], path.parent
+        elif path.is_dir():
+            self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+            self.root = path
+        else:
+            raise DataError(f"data.predict_path '{path}': no such file or folder")
+        if not self.paths:
+            raise DataError(f"data.predict_path '{path}': no pictures in it ({', '.join(IMAGE_ENDINGS)})")
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        """`image` and `name`, the path below the folder without its ending."""
+        path = self.paths[index]
+        return {"image": read_image(path), "name": path.relative_to(self.root).with_suffix("").as_posix()}
+
+
+class _Augmented(Dataset[Sample]):
+    """Samples by (epoch, index), each transformed under a seed of its own."""
+
+    def __init__(self, source: Source, transform: Callable[[Sample], Sample], seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        sample = self.source[index]
+        with isolate_rng(include_cuda=False):
+            seed = sample_seed(self.seed, epoch, index)
+            # Not torch.manual_seed, which would also touch the accelerator's generators.
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            return self.transform(sample)
+
+
+def sample_seed(*parts: int) -> int:
+    """Mixes numbers such as (seed, epoch, index) into one seed of 63 bits."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, index) for one rank: each epoch another permutation, drawn from (seed, epoch).
+
+    Every rank gets as many samples as the others (the last few of the permutation are left out), so that no device
+    waits for another; `set_epoch` is called by the Trainer.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for index in order[self.rank : len(self) * self.world_size : self.world_size]:
+            yield self.epoch, index
+
+
+class ShardSampler(Sampler[tuple[int, int]]):
+    """Yields (0, index) for one rank, in order: over all ranks each sample once, none twice to pad."""
+
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((0, index) for index in self.indices)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stacks tensors of one shape, keeps lists of everything else (and of images, where their sizes differ)."""
+    batch: Batch = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        if isinstance(values[0], int):
+            batch[key] = torch.tensor(values)
+        elif isinstance(values[0], Tensor) and all(value.shape == values[0].shape for value in values):
+            batch[key] = torch.stack([value.as_subclass(Tensor) for value in values])
+        else:
+            batch[key] = values
+    return batch
+
+
+class SISDataModule(LightningDataModule, ABC):
+    """Loaders over a train, a val and a test `Source`, and over a folder to predict on.
+
+    A subclass says where its samples are (`source`) and how to augment them (`train_transform`).
+
+    Args:
+        root: Folder with the data set in its published layout.
+        batch_size: Images a step, over all devices together: a recipe's batch stays what it is on any number of them.
+        num_workers: Processes that decode and augment, for each device; 0 for none.
+        predict_path: A folder of pictures, or one picture, that `predict` takes instead of the val split.
+
+    Raises:
+        UsageError: Where `batch_size` or `num_workers` cannot be, or does not divide over the devices.
+        DataError: In `setup`, where data is missing or damaged.
+    """
+
+    #: Names of the classes by id, known after `setup`.
+    class_names: Sequence[str] = ()
+    mean: ClassVar[tuple[float, float, float]]
+    std: ClassVar[tuple[float, float, float]]
+
+    def __init__(self, root: str, batch_size: int = 16, num_workers: int = 4, predict_path: str | None = None) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise UsageError(
+                f"data.batch_size is {batch_size} (at least 1), data.num_workers {num_workers} (at least 0)"
+            )
+        self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
+        self.predict_path = Path(predict_path) if predict_path else None
+        self.sources: dict[str, Source] = {}
+
+    @abstractmethod
+    def source(self, split: Split) -> Source:
+        """Lists the samples of a split, checking that they are there.
+
+        Raises:
+            DataError: Where something is missing or damaged: what, where, and how to get it.
+        """
+
+    @abstractmethod
+    def train_transform(self, sample: Sample) -> Sample:
+        """Augments a decoded sample under the global random state."""
+
+    def eval_transform(self, sample: Sample) -> Sample:
+        """What happens to a decoded sample outside training: nothing random, by default nothing at all."""
+        return sample
+
+    @property
+    def home(self) -> Path:
+        """The folder of the very data set, at or below `root`."""
+        return self.root
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the targets have."""
+        return len(self.class_names)
+
+    def identity(self) -> str:
+        """Where the data comes from: `synthetic` (by its marker), else what `provenance` finds."""
+        for folder in (self.home, self.home.parent, self.root):
+            marker = folder / SYNTHETIC_MARKER
+            if marker.is_file():
+                arguments = json.loads(marker.read_text())
+                return f"synthetic (seed {arguments.get('seed')}, {arguments.get('images')} images)"
+        return self.provenance()
+
+    def provenance(self) -> str:
+        """`official` where the files are proved to be the published ones, else `other`."""
+        return "other"
+
+    def setup(self, stage: str) -> None:
+        """Lists the splits that a stage needs; raises DataError where they are not usable."""
+        if not self.root.exists() and not (stage == "predict" and self.predict_path):
+            raise DataError(self.missing(f"data.root '{self.root}' does not exist"))
+        needed: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
+        for split in needed.get(stage, []):
+            self.sources[split] = self.source(split)
+            if not len(self.sources[split]):
+                raise DataError(self.missing(f"{self.root}: the {split} split is empty"))
+        if stage == "predict":
+            self.sources["predict"] = FolderSource(self.predict_path) if self.predict_path else self.source("val")
+
+    def missing(self, what: str) -> str:
+        """An error's text: what is missing, how to get it, and how to do without it."""
+        return (
+            f"{what}\n  {self.how_to_get()}\n"
+            "  No data at hand? Make some and use the demo overlay:\n"
+            "  sis-lightning synth data/synthetic && sis-lightning fit --config TASK --config configs/demo.yaml"
+        )
+
+    def how_to_get(self) -> str:
+        """One line: the layout that is looked for and where it comes from."""
+        return "Point --data.root to the data set."
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Batches of `batch_size` over all devices; a last incomplete batch is left out."""
+        rank, world = self._ranks()
+        source = self.sources["train"]
+        if self.batch_size % world:
+            raise UsageError(f"data.batch_size {self.batch_size} does not divide over {world} devices")
+        per_device = self.batch_size // world
+        if len(source) // world < per_device:
+            raise DataError(
+                f"{self.root}: {len(source)} training images are fewer than one batch of {self.batch_size}.\n"
+                f"  Set --data.batch_size {len(source)} or smaller."
+            )
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        return self._loader(
+            _Augmented(source, self.train_transform, seed), EpochSampler(len(source), seed, rank, world), per_device
+        )
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Every image of the val split once, over all devices."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Every image of the test split once, over all devices."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Every image of `predict_path`, or of the val split."""
+        return self._eval_loader("predict")
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:  # noqa: ARG002
+        """Turns uint8 images into normalised float32, on the device: bytes are quicker to send."""
+        images = batch["image"]
+        batch["image"] = (
+            [self.normalize(image) for image in images] if isinstance(images, list) else self.normalize(images)
+        )
+        return batch
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (…, 3, H, W) → float32 of mean 0 and variance 1 over the data set."""
+        return transforms.normalize(transforms.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The inverse of `normalize`, as float32 in 0…1: for pictures."""
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        return (images.float() * std + mean).clamp(0, 1)
+
+    def _eval_loader(self, split: str) -> DataLoader[Sample]:
+        rank, world = self._ranks()
+        source = self.sources[split]
+        dataset = _Augmented(source, self.eval_transform, 0)
+        return self._loader(dataset, ShardSampler(len(source), rank, world), max(1, self.batch_size // world))
+
+    def _loader(self, dataset: _Augmented, sampler: Sampler[tuple[int, int]], batch_size: int) -> DataLoader[Sample]:
+        training = isinstance(sampler, EpochSampler)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,  # type: ignore[arg-type]  # keys are (epoch, index), not int
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=training,
+            persistent_workers=training and self.num_workers > 0,
+        )
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class RandomScale(v2.Transform):
+    """Resizes image and mask by one factor drawn from `scale_range`, relative to the image's own size."""
+
+    def __init__(self, scale_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.scale_range = scale_range
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the size (H, W)."""
+        low, high = self.scale_range
+        factor = low + (high - low) * torch.rand(()).item()
+        height, width = v2.functional.get_size(next(item for item in flat_inputs if isinstance(item, Tensor)))
+        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Bilinear for images, nearest for masks."""
+        return self._call_kernel(v2.functional.resize, inpt, size=params["size"], antialias=True)

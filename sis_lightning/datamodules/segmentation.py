@@ -1,0 +1,190 @@
+"""Semantic segmentation on Pascal VOC 2012, with SBD's masks where they are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+from torchvision.transforms import v2
+
+from sis_lightning.datamodules.base import RandomScale, Sample, SISDataModule, Source, Split, open_image, read_image
+from sis_lightning.datamodules.download import download, extract
+from sis_lightning.errors import DataError, UsageError
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+VOID = 255
+
+_YEAR = DATASET_YEAR_DICT["2012"]
+
+
+def voc_palette() -> list[int]:
+    """The 256 colours of VOC's masks as [r0, g0, b0, r1, …]: the devkit's colour map."""
+    colours = np.zeros((256, 3), dtype=int)
+    for shift in range(8):  # each three bits of the id set one bit of r, g, b, the highest first
+        bits = (np.arange(256)[:, None] >> (3 * shift + np.array([0, 1, 2]))) & 1
+        colours |= bits << (7 - shift)
+    return [int(value) for value in colours.reshape(-1)]
+
+
+def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
+    """Decodes a palette or grey mask to class ids (H, W), uint8, `VOID` where nothing is annotated.
+
+    Raises:
+        DataError: Where the file is missing, damaged, in colours, or holds an id outside of the classes.
+    """
+    with open_image(path) as image:
+        if image.mode not in ("P", "L", "1"):
+            raise DataError(f"{path}: mask of mode {image.mode}: class ids need a palette (P) or grey (L) PNG")
+        ids = np.array(image, dtype=np.uint8)
+    found = np.flatnonzero(np.bincount(ids.reshape(-1), minlength=256))
+    outside = [int(i) for i in found if i >= classes and i != VOID]
+    if outside:
+        raise DataError(f"{path}: mask id {outside[0]} is outside of the classes 0…{classes - 1} and {VOID} (void)")
+    return tv_tensors.Mask(torch.from_numpy(ids))
+
+
+class VOCSegmentationDataModule(SISDataModule):
+    """Pascal VOC 2012: 21 classes with background, 255 for void.
+
+    Training: one scale in 0.5-2.0 of the image's own size, random crop of `crop_size` (padded with the mean colour and
+    void), horizontal flip (DeepLabv3+, Chen et al. 2018), all on uint8; then ImageNet's mean and standard deviation.
+    Evaluation: whole images and masks at their original size. Splits: `train_aug` (10,582 images, with
+    `SegmentationClassAug/` of SBD) where it is there, else `train` (1,464); val and test are `val` (1,449).
+
+    Args:
+        root: Folder that holds `VOCdevkit/VOC2012/` (or `VOC2012/`, or its content).
+        crop_size: Side of the training crops, in px.
+        scale: Range of the random scale.
+        train_split: `auto`, or a list below `ImageSets/Segmentation/` by its name, such as `train`.
+        batch_size: Images a step, over all devices together.
+        num_workers: Processes that decode and augment, for each device.
+        predict_path: A folder of pictures that `predict` takes instead of the val split.
+        download: Fetches the archive (2 GB) into `root` where it is missing.
+
+    Raises:
+        UsageError: For a crop or scale that cannot be.
+        DataError: In `setup`, for missing folders, lists, images or masks; in a run, for an unreadable image, a mask of
+            another size than its image, or with an id outside of the classes.
+    """
+
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+    class_names = VOC_CLASSES
+
+    def __init__(
+        self,
+        root: str,
+        crop_size: int = 513,
+        scale: tuple[float, float] = (0.5, 2.0),
+        train_split: str = "auto",
+        batch_size: int = 16,
+        num_workers: int = 4,
+        predict_path: str | None = None,
+        download: bool = False,
+    ) -> None:
+        super().__init__(root, batch_size, num_workers, predict_path)
+        if crop_size < 16:
+            raise UsageError(f"data.crop_size is {crop_size}, must be at least 16")
+        if not 0 < scale[0] <= scale[1]:
+            raise UsageError(f"data.scale is {list(scale)}, must be [low, high] with 0 < low <= high")
+        self.train_split, self.download = train_split, download
+        colour = [round(255 * value) for value in self.mean]
+        self.augmentation = v2.Compose(
+            [
+                RandomScale(scale),
+                v2.RandomCrop(crop_size, pad_if_needed=True, fill={tv_tensors.Image: colour, tv_tensors.Mask: VOID}),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+
+    @property
+    def home(self) -> Path:
+        """Where `JPEGImages/` lies."""
+        candidates = [self.root / _YEAR["base_dir"], self.root / "VOC2012", self.root]
+        return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), candidates[0])
+
+    def prepare_data(self) -> None:
+        """Downloads and unpacks, where asked to and needed."""
+        if self.download and not self.home.is_dir():
+            self.root.mkdir(parents=True, exist_ok=True)
+            archive = download(_YEAR["url"], self.root / _YEAR["filename"], _YEAR["md5"])
+            extract(archive, self.root, "VOCdevkit")
+
+    def train_transform(self, sample: Sample) -> Sample:
+        """Scale, crop and flip, image and mask alike."""
+        image, mask = self.augmentation(sample["image"], sample["mask"])
+        return {**sample, "image": image, "mask": mask}
+
+    def source(self, split: Split) -> Source:
+        """Lists the names of a split; every one must have its image and mask."""
+        if not (self.home / "JPEGImages").is_dir():
+            raise DataError(self.missing(f"{self.home / 'JPEGImages'} does not exist"))
+        if split != "train":
+            return self._listed("val", "SegmentationClass")
+        if self.train_split not in ("auto", "train_aug", "trainaug"):
+            return self._listed(self.train_split, "SegmentationClass")
+        augmented = self.home / "SegmentationClassAug"
+        if augmented.is_dir():
+            lists = [name for name in ("train_aug", "trainaug") if self._list(name).is_file()]
+            if lists:
+                return self._listed(lists[0], augmented.name)
+            # SBD and train together, less val: the 10,582 of train_aug.
+            val = set(self._names("val"))
+            names = sorted(path.stem for path in augmented.glob("*.png") if path.stem not in val)
+            return _VOCSource(self.home, "SegmentationClassAug", names, f"{augmented} less val")
+        if self.train_split != "auto":
+            raise DataError(self.missing(f"{augmented} does not exist (SBD's masks in VOC's format)"))
+        return self._listed("train", "SegmentationClass")
+
+    def how_to_get(self) -> str:
+        """The layout and its source."""
+        return (
+            f"Wanted: VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,ImageSets/Segmentation}} below {self.root},\n"
+            f"  from {_YEAR['url']} (--data.download true)."
+        )
+
+    def _list(self, name: str) -> Path:
+        return self.home / "ImageSets" / "Segmentation" / f"{name}.txt"
+
+    def _names(self, name: str) -> list[str]:
+        path = self._list(name)
+        if not path.is_file():
+            raise DataError(self.missing(f"{path} does not exist"))
+        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
+    def _listed(self, name: str, masks: str) -> Source:
+        return _VOCSource(self.home, masks, self._names(name), str(self._list(name)))
+
+
+class _VOCSource(Source):
+    """Images with masks, by name."""
+
+    def __init__(self, home: Path, masks: str, names: list[str], listed_in: str) -> None:
+        # One listing of each folder: ten thousand look-ups are slow on a network's file system.
+        for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png")):
+            there = {path.name for path in (home / folder).iterdir()} if (home / folder).is_dir() else set()
+            lacking = [name for name in names if name + ending not in there]
+            if lacking:
+                raise DataError(
+                    f"{home / folder / lacking[0]}{ending} does not exist, but {listed_in} names it\n"
+                    f"  ({len(lacking)} of {len(names)} are missing)."
+                )
+        self.images = [home / "JPEGImages" / f"{name}.jpg" for name in names]
+        self.masks = [home / masks / f"{name}.png" for name in names]
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask = read_image(self.images[index]), read_mask(self.masks[index], len(VOC_CLASSES))
+        if image.shape[1:] != mask.shape:
+            sizes = f"{mask.shape[1]}×{mask.shape[0]} px, its image {image.shape[2]}×{image.shape[1]}"
+            raise DataError(f"{self.masks[index]}: the mask has {sizes}")
+        return {"image": image, "mask": mask, "name": self.names[index]}

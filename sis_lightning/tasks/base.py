@@ -1,0 +1,218 @@
+"""What every task shares: backbone, optimisation, metrics over whole splits, checks that a run can be trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric, MetricCollection
+
+from sis_lightning.backbones import Backbone, BackboneConfig, backbone_config
+from sis_lightning.datamodules import Batch, SISDataModule
+from sis_lightning.errors import DataError, UsageError
+
+OptimizerCallable = Callable[[Iterable[Tensor]], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+Outputs = list[dict[str, Any]]
+
+
+class BaseTask(LightningModule, ABC):
+    """A network on one of our backbones, with its loss, metrics and pictures.
+
+    Args:
+        backbone: A file in `configs/backbones/` by its name (`sis50`), or its fields; `--model.backbone.operator`
+            changes the operator alone.
+        num_classes: Of the data set; a run on data with another number is refused.
+        optimizer: Class and arguments; the learning rate is meant for `lr_batch_size`.
+        lr_scheduler: Class and arguments; none for a constant rate.
+        lr_interval: What the scheduler counts: an `epoch` or a `step`.
+        lr_batch_size: The effective batch size that the learning rate is meant for. With any other, the rate is scaled
+            in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
+
+    Raises:
+        UsageError: Where data and task do not fit, or the batch is too small for batch norm.
+        DataError: Where the loss is not finite.
+    """
+
+    #: Chooses the best checkpoint.
+    monitor: ClassVar[str]
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    model: nn.Module
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        num_classes: int,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone_config = backbone_config(backbone)
+        if num_classes < 1:
+            raise UsageError(f"model.num_classes is {num_classes}, must be at least 1")
+        self.num_classes = num_classes
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.lr_interval, self.lr_batch_size = lr_interval, lr_batch_size
+
+    def finish(self, model: nn.Module, metrics: Metric | MetricCollection) -> None:
+        """Called last by a subclass's `__init__` with its network and with the metrics of one split."""
+        self.model = model
+        self.val_metrics, self.test_metrics = metrics.clone(), metrics.clone()
+        self.save_hyperparameters()
+        # Only plain data loads with weights_only=True; from the command line it is plain already.
+        plain = {
+            key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            for key, value in self.hparams.items()
+            if dataclasses.is_dataclass(value) or not callable(value)
+        }
+        self.hparams.clear()
+        self.hparams.update(plain)
+        self._hparams_initial = dict(plain)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The one body inside `model`, with the same keys and shapes in every task."""
+        return next(module for module in self.model.modules() if isinstance(module, Backbone))
+
+    @property
+    def data(self) -> SISDataModule:
+        """The DataModule of the run."""
+        data: SISDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data
+
+    @abstractmethod
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss, scalars; their sum is minimised."""
+
+    @abstractmethod
+    def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
+        """Predicts a batch and updates the metrics with it; returns what `predict_step` would."""
+
+    @abstractmethod
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Outputs:
+        """Predicts a batch: one mapping an image, in its order."""
+
+    @abstractmethod
+    def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Writes one image's prediction below `folder`.
+
+        Args:
+            image: (3, H, W), 0…1.
+            name: As the data set calls it.
+            output: As `predict_step` returned.
+            folder: Where to write.
+
+        Returns:
+            A row for `predictions.csv` and `predictions.json`.
+        """
+
+    @abstractmethod
+    def plot(self, batch: Batch, outputs: Outputs) -> Figure:
+        """Draws the first images of a batch: what was seen, what is true, what is predicted."""
+
+    def setup(self, stage: str) -> None:
+        """Refuses data whose classes are not the network's."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SISDataModule) and data.class_names and data.num_classes != self.num_classes:
+            raise UsageError(
+                f"the data in {data.root} has {data.num_classes} classes, the model {self.num_classes}: "
+                f"set --model.num_classes {data.num_classes}"
+            )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images an optimizer step, over all devices."""
+        return self.data.batch_size * self.trainer.accumulate_grad_batches
+
+    def configure_optimizers(self) -> Any:
+        """Builds optimizer and scheduler, applies the linear rule, and warns of a schedule that does not fit the run."""
+        optimizer = self.make_optimizer(self.parameters())
+        if self.lr_batch_size:
+            for group in optimizer.param_groups:
+                group["lr"] *= self.effective_batch_size / self.lr_batch_size
+        if self.make_lr_scheduler is None:
+            return optimizer
+        scheduler = self.make_lr_scheduler(optimizer)
+        self._check_horizon(scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+
+    def _check_horizon(self, scheduler: LRScheduler) -> None:
+        names = ("total_iters", "total_steps", "T_max")
+        horizon = next((int(getattr(scheduler, name)) for name in names if hasattr(scheduler, name)), None)
+        length = self.trainer.estimated_stepping_batches if self.lr_interval == "step" else self.trainer.max_epochs
+        if horizon is None or length in (None, -1, float("inf")) or int(length or 0) == horizon:
+            return
+        kind = type(scheduler).__name__
+        text = f"the learning rate's schedule ({kind}) ends at {self.lr_interval} {horizon}, the run at {length}"
+        if int(length or 0) > horizon and kind == "OneCycleLR":
+            raise UsageError(f"{text}, where it cannot go on: make model.lr_scheduler.init_args.total_steps {length}")
+        rank_zero_warn(f"{text}")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The summed loss, checked to be finite."""
+        try:
+            parts = self.training_loss(batch)
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"batch norm needs more than one value a channel, a device has {len(batch['name'])} image(s) a step:\n"
+                f"  set --data.batch_size to at least {2 * self.trainer.world_size}, or --model.backbone.norm gn"
+            ) from None
+        loss = torch.stack(list(parts.values())).sum()
+        if not torch.isfinite(loss):
+            self._refuse_loss(parts, batch)
+        size = len(batch["name"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        if len(parts) > 1:
+            self.log_dict({f"train/{key}": value.detach() for key, value in parts.items()}, batch_size=size)
+        return loss
+
+    def _refuse_loss(self, parts: dict[str, Tensor], batch: Batch) -> None:
+        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+        values = ", ".join(f"{key} {value.item()}" for key, value in parts.items())
+        raise DataError(
+            f"the loss is not finite at step {self.global_step} (epoch {self.current_epoch}): {values}\n"
+            f"  batch: {', '.join(str(name) for name in batch['name'][:4])}, …\n"
+            f"  last good checkpoint: {saved}\n"
+            "  Try a lower learning rate, or gradient clipping (--trainer.gradient_clip_val 10)."
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Outputs:
+        """Updates the val metrics."""
+        return self.evaluate(batch, self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Outputs:
+        """Updates the test metrics."""
+        return self.evaluate(batch, self.test_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Computes the val metrics once over the split."""
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Computes the test metrics once over the split."""
+        self._log_metrics("test", self.test_metrics)
+
+    def _log_metrics(self, split: str, metrics: Metric | MetricCollection) -> None:
+        values = {f"{split}/{key}": value for key, value in metrics.compute().items()}
+        metrics.reset()
+        shown = self.monitor.partition("/")[2]
+        for key, value in values.items():
+            self.log(key, torch.as_tensor(value, dtype=torch.float32), prog_bar=key == f"{split}/{shown}")
+
+    def displayable(self, image: Tensor) -> Tensor:
+        """A normalised image (3, H, W) as 0…1 on the CPU."""
+        return self.data.denormalize(image.float()).cpu()

@@ -1,0 +1,135 @@
+"""Semantic segmentation: DeepLabv3+ or any other decoder of segmentation-models-pytorch on our backbones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric, MetricCollection
+
+from sis_lightning.backbones import BackboneConfig, create_segmenter
+from sis_lightning.datamodules import Batch
+from sis_lightning.datamodules.segmentation import VOC_CLASSES, VOID, voc_palette
+from sis_lightning.errors import UsageError
+from sis_lightning.metrics import DatasetIoU
+from sis_lightning.tasks.base import BaseTask, LRSchedulerCallable, OptimizerCallable, Outputs
+
+
+class SegmentationTask(BaseTask):
+    """Labels every pixel: (N, 3, H, W) of any H, W → logits (N, num_classes, H, W); cross-entropy; mIoU of the split.
+
+    Evaluation takes one image at a time at its original size, so that its figures do not depend on the batch size.
+
+    Args:
+        backbone: A file in `configs/backbones/` by its name (`sis50`), or its fields; four stages, imagenet stem.
+        num_classes: With background.
+        optimizer: Class and arguments; the learning rate is meant for `lr_batch_size`.
+        lr_scheduler: Class and arguments; none for a constant rate.
+        lr_interval: What the scheduler counts: `epoch` or `step`.
+        lr_batch_size: Scales the learning rate to the effective batch size by the linear rule; None: not scaled.
+        architecture: SMP's name: `deeplabv3plus`, `unet`, `fpn`, `upernet`, ….
+        output_stride: Of the backbone: 8 or 16 for DeepLab, 32 for decoders that have none to choose.
+        decoder: SMP's arguments for the decoder, such as `decoder_channels: 256`.
+        background_weight: Weight of class 0 in the loss; the others have 1.
+    """
+
+    monitor = "val/miou"
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        num_classes: int,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Any = "step",
+        lr_batch_size: int | None = None,
+        architecture: str = "deeplabv3plus",
+        output_stride: int = 16,
+        decoder: dict[str, Any] | None = None,
+        background_weight: float = 1.0,
+    ) -> None:
+        super().__init__(backbone, num_classes, optimizer, lr_scheduler, lr_interval, lr_batch_size)
+        if num_classes < 2 or background_weight < 0:
+            raise UsageError(
+                f"model.num_classes is {num_classes} (at least 2), background_weight {background_weight} (at least 0)"
+            )
+        self.class_names = VOC_CLASSES if num_classes == len(VOC_CLASSES) else [str(i) for i in range(num_classes)]
+        weight = torch.ones(num_classes)
+        weight[0] = background_weight
+        self.register_buffer("class_weight", weight, persistent=False)
+        model = create_segmenter(architecture, self.backbone_config, num_classes, output_stride, **(decoder or {}))
+        self.finish(model, DatasetIoU(self.class_names, VOID))
+
+    class_weight: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised (N, 3, H, W) → logits (N, num_classes, H, W).
+
+        SMP's networks take sides that divide by their encoder's stride: the image is padded below and to the right with
+        the mean colour (0 after normalising), and the logits are cut back.
+        """
+        height, width = images.shape[-2:]
+        divisor = self.model.encoder.output_stride  # type: ignore[union-attr]
+        padded = F.pad(images, (0, -width % divisor, 0, -height % divisor))
+        logits: Tensor = self.model(padded)
+        return logits[..., :height, :width]
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted cross-entropy over all pixels that are not void; 0 where all are."""
+        logits, target = self(batch["image"]), batch["mask"].long()
+        total = F.cross_entropy(logits.float(), target, self.class_weight, ignore_index=VOID, reduction="sum")
+        weights = self.class_weight[target.where(target != VOID, 0)] * (target != VOID)
+        return {"cross_entropy": total / weights.sum().clamp_min(1e-6)}
+
+    def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
+        """Adds each image's pixels to the confusion matrix."""
+        outputs = self.predict_step(batch)
+        for output, mask in zip(outputs, batch["mask"], strict=True):
+            metrics.update(output["mask"], mask.long())
+        return outputs
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Outputs:
+        """`mask` (H, W) int64 of each image: the likeliest class of every pixel."""
+        return [{"mask": self(image[None])[0].argmax(dim=0)} for image in batch["image"]]
+
+    def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """`masks/NAME.png` with class ids in VOC's palette, and `overlays/NAME.jpg`, at the image's size."""
+        ids = output["mask"].to(torch.uint8).cpu().numpy()
+        mask = Image.fromarray(ids).convert("P")
+        mask.putpalette(voc_palette())
+        colours = np.asarray(mask.convert("RGB"), dtype=np.float32)
+        picture = 255 * image.permute(1, 2, 0).numpy()
+        painted = np.where(ids[..., None] > 0, 0.5 * picture + 0.5 * colours, picture).round().astype(np.uint8)
+        paths = {"mask": folder / "masks" / f"{name}.png", "overlay": folder / "overlays" / f"{name}.jpg"}
+        for path in paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(paths["mask"])
+        Image.fromarray(painted).save(paths["overlay"], quality=90)
+        shares = np.bincount(ids.reshape(-1), minlength=self.num_classes) / ids.size
+        found = {self.class_names[i]: round(float(shares[i]), 4) for i in np.flatnonzero(shares)}
+        row: dict[str, Any] = {"name": name, **{key: str(path.relative_to(folder)) for key, path in paths.items()}}
+        return {**row, "shares": found}
+
+    def plot(self, batch: Batch, outputs: Outputs) -> Figure:
+        """Up to four rows of image, truth and prediction in VOC's colours, with the names of the classes present."""
+        count = min(4, len(outputs))
+        figure = Figure(figsize=(9, 3 * count), layout="constrained")
+        axes = figure.subplots(count, 3, squeeze=False)
+        palette = np.array(voc_palette(), dtype=np.uint8).reshape(256, 3)
+        for row, index in zip(axes, range(count), strict=True):
+            truth, predicted = batch["mask"][index].cpu().numpy(), outputs[index]["mask"].cpu().numpy()
+            row[0].imshow(self.displayable(batch["image"][index]).permute(1, 2, 0).numpy())
+            row[1].imshow(palette[truth])
+            row[2].imshow(palette[predicted])
+            for axis, kind, ids in zip(row, ("image", "truth", "prediction"), (None, truth, predicted), strict=True):
+                present = [] if ids is None else [i for i in np.unique(ids) if 0 < i < self.num_classes]
+                names = ", ".join(self.class_names[i] for i in present[:4])
+                axis.set_title(f"{kind}: {names}" if names else kind, fontsize=8)
+                axis.set_axis_off()
+        return figure
