@@ -118,8 +118,12 @@ def merge(below: Layer, above: Layer) -> Layer:
     return merged
 
 
-def compose(paths: list[str]) -> Layer:
-    """Lays the named files over each other, the last on top.
+def compose(paths: list[str], named: Layer | None = None) -> Layer:
+    """Lays the named files over `configs/defaults.yaml` and each other, the last on top.
+
+    Args:
+        paths: As the user typed them.
+        named: A layer over all of them: whole objects by their keys, each replacing what lay below.
 
     Returns:
         Plain nested data without references, dotted keys or `for:` sections.
@@ -128,8 +132,7 @@ def compose(paths: list[str]) -> Layer:
         UsageError: As `find_config` and `load_layer`.
     """
     composed: Layer = {}
-    for name in paths:
-        path = find_config(name)
+    for path in [PACKAGED / "configs" / "defaults.yaml", *map(find_config, paths)]:
         layer = load_layer(path)
         sections = layer.pop("for", {})
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
@@ -138,6 +141,8 @@ def compose(paths: list[str]) -> Layer:
         for class_name in _classes(composed):
             if class_name in sections:
                 composed = merge(composed, sections[class_name])
+    for key, value in (named or {}).items():
+        composed = merge(composed, {key: {**value, _WHOLE: key != "trainer"}})
     plain: Layer = _without_marks(composed)
     return plain
 

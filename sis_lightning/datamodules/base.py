@@ -302,7 +302,7 @@ class SISDataModule(LightningDataModule, ABC):
         """Every image of `predict_path`, or of the val split."""
         return self._eval_loader("predict")
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:  # noqa: ARG002
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turns uint8 images into normalised float32, on the device: bytes are quicker to send."""
         images = batch["image"]
         batch["image"] = (
@@ -312,7 +312,10 @@ class SISDataModule(LightningDataModule, ABC):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (…, 3, H, W) → float32 of mean 0 and variance 1 over the data set."""
-        return transforms.normalize(transforms.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+        normalized: Tensor = transforms.normalize(
+            transforms.to_dtype(images, torch.float32, scale=True), self.mean, self.std
+        )
+        return normalized
 
     def denormalize(self, images: Tensor) -> Tensor:
         """The inverse of `normalize`, as float32 in 0…1: for pictures."""
@@ -330,7 +333,7 @@ class SISDataModule(LightningDataModule, ABC):
         return DataLoader(
             dataset,
             batch_size=batch_size,
-            sampler=sampler,  # type: ignore[arg-type]  # keys are (epoch, index), not int
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
@@ -342,7 +345,7 @@ class SISDataModule(LightningDataModule, ABC):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-class RandomScale(v2.Transform):
+class RandomScale(v2.Transform):  # type: ignore[misc]
     """Resizes image and mask by one factor drawn from `scale_range`, relative to the image's own size."""
 
     def __init__(self, scale_range: tuple[float, float]) -> None:

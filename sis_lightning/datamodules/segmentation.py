@@ -57,10 +57,13 @@ class VOCSegmentationDataModule(SISDataModule):
     Evaluation: whole images and masks at their original size. Splits: `train_aug` (10,582 images, with
     `SegmentationClassAug/` of SBD) where it is there, else `train` (1,464); val and test are `val` (1,449).
 
+    Your own data in the same layout: name its classes with `classes`.
+
     Args:
         root: Folder that holds `VOCdevkit/VOC2012/` (or `VOC2012/`, or its content).
         crop_size: Side of the training crops, in px.
         scale: Range of the random scale.
+        classes: Names of the classes by mask id, background first; none for VOC's 21.
         train_split: `auto`, or a list below `ImageSets/Segmentation/` by its name, such as `train`.
         batch_size: Images a step, over all devices together.
         num_workers: Processes that decode and augment, for each device.
@@ -75,13 +78,13 @@ class VOCSegmentationDataModule(SISDataModule):
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
-    class_names = VOC_CLASSES
 
     def __init__(
         self,
         root: str,
         crop_size: int = 513,
         scale: tuple[float, float] = (0.5, 2.0),
+        classes: list[str] | None = None,
         train_split: str = "auto",
         batch_size: int = 16,
         num_workers: int = 4,
@@ -93,6 +96,7 @@ class VOCSegmentationDataModule(SISDataModule):
             raise UsageError(f"data.crop_size is {crop_size}, must be at least 16")
         if not 0 < scale[0] <= scale[1]:
             raise UsageError(f"data.scale is {list(scale)}, must be [low, high] with 0 < low <= high")
+        self.class_names = tuple(classes or VOC_CLASSES)
         self.train_split, self.download = train_split, download
         colour = [round(255 * value) for value in self.mean]
         self.augmentation = v2.Compose(
@@ -106,7 +110,7 @@ class VOCSegmentationDataModule(SISDataModule):
     @property
     def home(self) -> Path:
         """Where `JPEGImages/` lies."""
-        candidates = [self.root / _YEAR["base_dir"], self.root / "VOC2012", self.root]
+        candidates: list[Path] = [self.root / _YEAR["base_dir"], self.root / "VOC2012", self.root]
         return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), candidates[0])
 
     def prepare_data(self) -> None:
@@ -137,7 +141,7 @@ class VOCSegmentationDataModule(SISDataModule):
             # SBD and train together, less val: the 10,582 of train_aug.
             val = set(self._names("val"))
             names = sorted(path.stem for path in augmented.glob("*.png") if path.stem not in val)
-            return _VOCSource(self.home, "SegmentationClassAug", names, f"{augmented} less val")
+            return _VOCSource(self.home, augmented.name, names, f"{augmented} less val", self.num_classes)
         if self.train_split != "auto":
             raise DataError(self.missing(f"{augmented} does not exist (SBD's masks in VOC's format)"))
         return self._listed("train", "SegmentationClass")
@@ -159,13 +163,13 @@ class VOCSegmentationDataModule(SISDataModule):
         return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
 
     def _listed(self, name: str, masks: str) -> Source:
-        return _VOCSource(self.home, masks, self._names(name), str(self._list(name)))
+        return _VOCSource(self.home, masks, self._names(name), str(self._list(name)), self.num_classes)
 
 
 class _VOCSource(Source):
     """Images with masks, by name."""
 
-    def __init__(self, home: Path, masks: str, names: list[str], listed_in: str) -> None:
+    def __init__(self, home: Path, masks: str, names: list[str], listed_in: str, classes: int) -> None:
         # One listing of each folder: ten thousand look-ups are slow on a network's file system.
         for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png")):
             there = {path.name for path in (home / folder).iterdir()} if (home / folder).is_dir() else set()
@@ -177,13 +181,13 @@ class _VOCSource(Source):
                 )
         self.images = [home / "JPEGImages" / f"{name}.jpg" for name in names]
         self.masks = [home / masks / f"{name}.png" for name in names]
-        self.names = names
+        self.names, self.classes = names, classes
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = read_image(self.images[index]), read_mask(self.masks[index], len(VOC_CLASSES))
+        image, mask = read_image(self.images[index]), read_mask(self.masks[index], self.classes)
         if image.shape[1:] != mask.shape:
             sizes = f"{mask.shape[1]}×{mask.shape[0]} px, its image {image.shape[2]}×{image.shape[1]}"
             raise DataError(f"{self.masks[index]}: the mask has {sizes}")

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -65,6 +64,7 @@ class BaseTask(LightningModule, ABC):
         self.num_classes = num_classes
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.lr_interval, self.lr_batch_size = lr_interval, lr_batch_size
+        self.schedule_note = ""
 
     def finish(self, model: nn.Module, metrics: Metric | MetricCollection) -> None:
         """Called last by a subclass's `__init__` with its network and with the metrics of one split."""
@@ -73,9 +73,9 @@ class BaseTask(LightningModule, ABC):
         self.save_hyperparameters()
         # Only plain data loads with weights_only=True; from the command line it is plain already.
         plain = {
-            key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            key: dataclasses.asdict(value) if isinstance(value, BackboneConfig) else value
             for key, value in self.hparams.items()
-            if dataclasses.is_dataclass(value) or not callable(value)
+            if not callable(value)
         }
         self.hparams.clear()
         self.hparams.update(plain)
@@ -137,7 +137,7 @@ class BaseTask(LightningModule, ABC):
         return self.data.batch_size * self.trainer.accumulate_grad_batches
 
     def configure_optimizers(self) -> Any:
-        """Builds optimizer and scheduler, applies the linear rule, and warns of a schedule that does not fit the run."""
+        """Optimizer and scheduler by the linear rule; notes a schedule that does not end with the run."""
         optimizer = self.make_optimizer(self.parameters())
         if self.lr_batch_size:
             for group in optimizer.param_groups:
@@ -158,7 +158,7 @@ class BaseTask(LightningModule, ABC):
         text = f"the learning rate's schedule ({kind}) ends at {self.lr_interval} {horizon}, the run at {length}"
         if int(length or 0) > horizon and kind == "OneCycleLR":
             raise UsageError(f"{text}, where it cannot go on: make model.lr_scheduler.init_args.total_steps {length}")
-        rank_zero_warn(f"{text}")
+        self.schedule_note = text
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The summed loss, checked to be finite."""
@@ -190,13 +190,13 @@ class BaseTask(LightningModule, ABC):
             "  Try a lower learning rate, or gradient clipping (--trainer.gradient_clip_val 10)."
         )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Outputs:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Outputs]:
         """Updates the val metrics."""
-        return self.evaluate(batch, self.val_metrics)
+        return {"outputs": self.evaluate(batch, self.val_metrics)}
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Outputs:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Outputs]:
         """Updates the test metrics."""
-        return self.evaluate(batch, self.test_metrics)
+        return {"outputs": self.evaluate(batch, self.test_metrics)}
 
     def on_validation_epoch_end(self) -> None:
         """Computes the val metrics once over the split."""

@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from sis_lightning.backbones import BackboneConfig, create_segmenter
 from sis_lightning.datamodules import Batch
-from sis_lightning.datamodules.segmentation import VOC_CLASSES, VOID, voc_palette
+from sis_lightning.datamodules.segmentation import VOID, voc_palette
 from sis_lightning.errors import UsageError
 from sis_lightning.metrics import DatasetIoU
 from sis_lightning.tasks.base import BaseTask, LRSchedulerCallable, OptimizerCallable, Outputs
@@ -59,7 +59,7 @@ class SegmentationTask(BaseTask):
             raise UsageError(
                 f"model.num_classes is {num_classes} (at least 2), background_weight {background_weight} (at least 0)"
             )
-        self.class_names = VOC_CLASSES if num_classes == len(VOC_CLASSES) else [str(i) for i in range(num_classes)]
+        self.class_names = [str(i) for i in range(num_classes)]
         weight = torch.ones(num_classes)
         weight[0] = background_weight
         self.register_buffer("class_weight", weight, persistent=False)
@@ -75,10 +75,17 @@ class SegmentationTask(BaseTask):
         the mean colour (0 after normalising), and the logits are cut back.
         """
         height, width = images.shape[-2:]
-        divisor = self.model.encoder.output_stride  # type: ignore[union-attr]
+        divisor = int(self.model.get_submodule("encoder").output_stride)  # type: ignore[arg-type]
         padded = F.pad(images, (0, -width % divisor, 0, -height % divisor))
         logits: Tensor = self.model(padded)
         return logits[..., :height, :width]
+
+    def setup(self, stage: str) -> None:
+        """Takes the names of the classes from the data."""
+        super().setup(stage)
+        if len(self.data.class_names) == self.num_classes:
+            self.class_names = list(self.data.class_names)
+            self.val_metrics.class_names = self.test_metrics.class_names = self.class_names
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted cross-entropy over all pixels that are not void; 0 where all are."""

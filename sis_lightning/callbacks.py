@@ -1,0 +1,221 @@
+"""What a run shows and writes while it goes: progress, pictures, predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from torch import nn
+
+from sis_lightning.datamodules import Batch
+from sis_lightning.tasks import BaseTask
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Announcement(Callback):
+    """Says at the start of a fit what will happen: data, network, effective batch size, learning rate, length."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints on rank 0."""
+        task, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(task, BaseTask) or not trainer.is_global_zero:
+            return
+        batch, devices, steps = data.batch_size, trainer.world_size, trainer.estimated_stepping_batches
+        rates = sorted({group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups})
+        counts = {split: len(source) for split, source in data.sources.items()}
+        scaled = f" (linear rule from batch {task.lr_batch_size})" if task.lr_batch_size else ""
+        for label, text in {
+            "run": trainer.default_root_dir,
+            "data": f"{data.root}: {data.identity()}; " + ", ".join(f"{n:,} {split}" for split, n in counts.items()),
+            "model": f"{_millions(task)} parameters, {_millions(task.backbone)} of them in the backbone",
+            "backbone": task.backbone.describe(),
+            "batch": f"{task.effective_batch_size} images a step = {batch // devices} on each of {devices} device(s) "
+            f"× {trainer.accumulate_grad_batches} accumulated",
+            "lr": ", ".join(f"{rate:g}" for rate in rates) + f" at the start{scaled}",
+            "length": f"{steps:,} steps",
+            **({"note": task.schedule_note} if task.schedule_note else {}),
+        }.items():
+            console.print(f"[bold]{label:>9}[/]  {text}", markup=True)
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
+
+
+class _Pace:
+    """Images a second over the last steps, without what lies between them (validation, checkpoints)."""
+
+    def __init__(self) -> None:
+        self.durations: deque[float] = deque(maxlen=50)
+        self.started = 0.0
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.durations.append(time.perf_counter() - self.started)
+
+    def rate(self, images: int) -> float:
+        return images * len(self.durations) / max(sum(self.durations), 1e-9)
+
+
+def _learning_rate(trainer: Trainer) -> float:
+    return float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else float("nan")
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar, with learning rate and images/s beside the loss."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True)
+        self.pace = _Pace()
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch}"  # Lightning's adds "/-2" to a run that is measured in steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock."""
+        self.pace.start()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops the clock."""
+        self.pace.stop()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What stands behind the bar."""
+        metrics = dict(super().get_metrics(trainer, pl_module))
+        metrics.pop("v_num", None)
+        if trainer.training:
+            metrics["lr"] = f"{_learning_rate(trainer):.2g}"
+            metrics["images/s"] = f"{self.pace.rate(trainer.datamodule.batch_size):.1f}"  # type: ignore[attr-defined]
+        return metrics
+
+
+class ProgressLines(Callback):
+    """The same as lines, for output that goes into a file: one every `log_every_n_steps`, one a validation."""
+
+    def __init__(self) -> None:
+        self.pace = _Pace()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock."""
+        self.pace.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prints loss, learning rate and images/s."""
+        self.pace.stop()
+        step = trainer.global_step
+        if trainer.is_global_zero and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            loss = trainer.callback_metrics.get("train/loss")
+            images = self.pace.rate(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+            console.print(
+                f"step {step:>6}/{trainer.estimated_stepping_batches}  epoch {trainer.current_epoch:>3}  "
+                f"loss {float('nan') if loss is None else float(loss):.4f}  lr {_learning_rate(trainer):.2g}  "
+                f"{images:.1f} images/s"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the metric that chooses checkpoints."""
+        value = trainer.callback_metrics.get(getattr(pl_module, "monitor", ""))
+        if trainer.is_global_zero and not trainer.sanity_checking and value is not None:
+            console.print(f"validation at step {trainer.global_step}: {pl_module.monitor} {float(value):.4f}")
+
+
+def progress() -> Callback:
+    """A bar in a terminal, lines elsewhere."""
+    return ProgressBar() if console.is_terminal else ProgressLines()
+
+
+class PlotPredictions(Callback):
+    """Writes the task's picture of the first validation batch to `pictures/` and to TensorBoard."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draws once a validation, on rank 0."""
+        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not isinstance(pl_module, BaseTask):
+            return
+        figure = pl_module.plot(batch, outputs["outputs"])
+        folder = Path(trainer.default_root_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"step_{trainer.global_step:07d}.png", dpi=80)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("predictions", figure, trainer.global_step)
+
+
+class WritePredictions(Callback):
+    """Writes what `predict` finds below a folder: the task's files, `predictions.json` and `predictions.csv`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes each image's files as it comes."""
+        assert isinstance(pl_module, BaseTask)
+        for image, name, output in zip(batch["image"], batch["name"], outputs, strict=True):
+            self.rows.append(pl_module.write_prediction(pl_module.displayable(image), name, output, self.folder))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gathers the rows of all ranks and writes both tables on rank 0, in the order of the names."""
+        rows = self.rows
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        if not trainer.is_global_zero:
+            return
+        rows = sorted(rows, key=lambda row: str(row["name"]))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "predictions.json", json.dumps(rows, indent=1) + "\n")
+        path = self.folder / "predictions.csv"
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(path)
+        console.print(f"{len(rows):,} predictions in {self.folder}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all: beside, to disk, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

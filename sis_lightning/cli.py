@@ -1,0 +1,228 @@
+"""The command `sis-lightning`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sis_lightning import __version__
+from sis_lightning.configs import compose, config_names, load_named
+from sis_lightning.errors import UsageError, UserError, nearest
+
+RUN_COMMANDS = {
+    "fit": "train, and validate while training",
+    "validate": "score a checkpoint on the val split",
+    "test": "score a checkpoint on the test split; writes test.json",
+    "predict": "label a folder of pictures, or the val split",
+}
+COMMANDS = {
+    **RUN_COMMANDS,
+    "complexity": "parameters and MACs of backbones and of whole models",
+    "synth": "write small data sets in the real formats",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 1 (data), 2 (usage)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"sis-lightning: {_message(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sis-lightning: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        print(f"sis-lightning {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise UsageError(f"there is no command '{command}': {nearest(command, COMMANDS)}")
+    if command in RUN_COMMANDS:
+        return _run(command, rest)
+    return {"synth": _synth, "complexity": _complexity}[command](rest)
+
+
+def _message(error: UserError) -> str:
+    """An error's own words; what a worker process raised comes wrapped in its traceback."""
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return "\n".join(text.rstrip().splitlines()[:5])
+
+
+def _overview() -> str:
+    lines = ["usage: sis-lightning COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
+    lines += [
+        "",
+        "start with:",
+        "  sis-lightning synth data/synthetic",
+        "  sis-lightning fit --config tasks/seg_voc.yaml --config configs/demo.yaml",
+        "",
+        "sis-lightning COMMAND --help tells more; --debug anywhere shows an error's traceback.",
+    ]
+    return "\n".join(lines)
+
+
+def _run_help(command: str) -> str:
+    return f"""usage: sis-lightning {command} --config FILE [--config FILE …] [--KEY VALUE …]
+
+{RUN_COMMANDS[command]}. Later files lie over earlier ones, options over all files.
+
+  --config FILE               tasks: {", ".join(config_names("tasks"))}; overlays: configs/demo
+  --model.backbone NAME       {", ".join(config_names("configs/backbones"))}
+  --model.backbone.operator   conv, basic, interactive1, interactive2, recurrent1, recurrent2
+  --model.backbone.steps T    of the recurrent operators
+  --data.root DIR             where the data set lies
+  --data.batch_size N         images a step, over all devices together
+  --data.predict_path PATH    pictures for predict
+  --trainer NAME              {", ".join(config_names("configs/trainers"))}
+  --trainer.max_steps N       or any other of Lightning's Trainer
+  --seed_everything N         also names the run's directory
+  --run_dir DIR               default: runs/TASK/BACKBONE-OPERATOR/seedN
+  --overwrite true            fit: removes an earlier run in that directory
+  --ckpt_path PATH            last (default), best, or a file; fit: goes on from it
+  --print_config              shows everything resolved, and stops
+  --help-all                  every key of Trainer, model and data
+  --debug                     shows an error's traceback"""
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    """fit, validate, test, predict."""
+    if "-h" in arguments or "--help" in arguments:
+        print(_run_help(command))
+        return 0
+    if "--help-all" in arguments:
+        arguments = ["--help"]
+    layers, options = resolve(arguments)
+    _check_torch()
+    from sis_lightning.runs import run
+
+    run(command, layers, options)
+    return 0
+
+
+def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Composes the files named by `--config`, `--data NAME` and `--trainer NAME`, and puts names of backbones in place.
+
+    Returns:
+        The composed YAML and the remaining options, ready for Lightning's parser.
+
+    Raises:
+        UsageError: For files that do not exist or parse.
+    """
+    files: list[str] = []
+    options: list[str] = []
+    named: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if key in ("-c", "--config", "--data", "--trainer", "--model.backbone"):
+            if not equals:
+                value = next(rest, "")
+            if not value or value.startswith("--"):
+                raise UsageError(f"{key} needs a file or a name after it")
+        if key in ("-c", "--config"):
+            files.append(value)
+        elif key in ("--data", "--trainer") and not value.lstrip().startswith("{") and "." not in value:
+            named[key[2:]] = load_named(key[2:], value)
+        elif key == "--model.backbone" and not value.lstrip().startswith("{"):
+            options += [key, json.dumps(load_named("backbone", value))]
+        else:
+            options += [f"{key}={value}"] if key in ("--data", "--trainer") else [argument]
+    composed = compose(files, named)
+    if files and "task" not in composed:
+        composed["task"] = files[0].rpartition("/")[2].partition(".")[0]
+    return composed, options
+
+
+def _check_torch() -> None:
+    """Torchvision's compiled ops load beside the torch they were built with alone: one sentence, not a traceback."""
+    # Ours to say: torchvision's own message is a page long.
+    try:
+        import torchvision  # noqa: F401
+    except (RuntimeError, OSError, ImportError) as error:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            pair = f"torchvision {version('torchvision')} does not load beside torch {version('torch')}"
+        except PackageNotFoundError as missing:
+            pair = f"{missing.name} is not installed"
+        raise UsageError(
+            f"{pair} ({str(error).splitlines()[0]}).\n  Install the two releases that belong together: "
+            'pip install --force-reinstall "torch>=2.14" "torchvision>=0.29"'
+        ) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}\n  {self.prog} --help lists the options")
+
+
+def _synth(arguments: list[str]) -> int:
+    """Writes synthetic data."""
+    parser = _Parser(prog="sis-lightning synth", description=COMMANDS["synth"], allow_abbrev=False)
+    parser.add_argument("root", metavar="ROOT", help="folder to write into")
+    parser.add_argument("--images", type=int, default=1000, help="pictures of each kind (default %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="their longer side in px (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--kinds", nargs="+", default=["cifar", "voc", "coco"], help="of: cifar voc coco")
+    parser.add_argument("--min-object", type=int, default=8, help="smallest object in px (default %(default)s)")
+    parser.add_argument("--rotation", type=float, default=180, help="± degrees of rotation (default %(default)s)")
+    chosen = parser.parse_args(arguments)
+    from sis_lightning.synthetic import write_synthetic
+
+    sheet = write_synthetic(
+        Path(chosen.root),
+        images=chosen.images,
+        size=chosen.size,
+        seed=chosen.seed,
+        kinds=chosen.kinds,
+        min_object=chosen.min_object,
+        rotation=chosen.rotation,
+    )
+    print(f"wrote {', '.join(chosen.kinds)} below {chosen.root}; look at {sheet}")
+    return 0
+
+
+def _complexity(arguments: list[str]) -> int:
+    """Counts parameters and MACs."""
+    parser = _Parser(prog="sis-lightning complexity", description=COMMANDS["complexity"], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="BACKBONE", help="default: all of configs/backbones")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a run: its whole model")
+    parser.add_argument("--operator", help="in place of the operator that the file names")
+    parser.add_argument("--size", type=int, help="side of the image in px (default: 32 or 224 by the stem)")
+    parser.add_argument("--num-classes", type=int, help="of the classifier (default: 100 or 1000 by the stem)")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    chosen, options = parser.parse_known_args(arguments)
+    if options and not chosen.config:
+        raise UsageError(f"unknown option {options[0]}\n  {parser.prog} --help lists the options")
+    _check_torch()
+    from sis_lightning import complexity
+
+    if chosen.config:
+        files = [f"--config={file}" for file in chosen.config]
+        rows = complexity.of_run(*resolve([*files, *options]), chosen.size)
+    else:
+        names = chosen.names or config_names("configs/backbones")
+        rows = complexity.of_backbones(names, chosen.operator, chosen.size, chosen.num_classes)
+    print(complexity.to_json(rows) if chosen.json else complexity.to_table(rows), end="")
+    return 0

@@ -1,0 +1,235 @@
+"""Parameters and multiply-accumulates (MACs), from the operations that really run.
+
+A forward pass on the meta device shows every operation; convolutions and matrix products are counted by torch's own
+formulas, what multiplies no weights (norms, activations, pooling, resizing, sums) counts as 0, and an operation that is
+neither raises: a figure without it would be wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from sis_lightning.backbones import backbone_config, create_classifier
+
+# Operations without multiply-accumulates of weights. Their cost is memory traffic, which MACs do not measure.
+_FREE = frozenset(
+    [
+        "_adaptive_avg_pool2d",
+        "_to_copy",
+        "_unsafe_view",
+        "add",
+        "add_",
+        "alias",
+        "as_strided",
+        "avg_pool2d",
+        "bernoulli_",
+        "cat",
+        "clone",
+        "constant_pad_nd",
+        "contiguous",
+        "copy_",
+        "detach",
+        "div",
+        "empty",
+        "empty_like",
+        "expand",
+        "gelu",
+        "hardtanh",
+        "lift_fresh",
+        "max_pool2d_with_indices",
+        "mean",
+        "mul",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "native_dropout",
+        "native_group_norm",
+        "native_layer_norm",
+        "new_empty",
+        "permute",
+        "relu",
+        "relu_",
+        "reshape",
+        "roll",
+        "select",
+        "sigmoid",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "sub",
+        "sum",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "upsample_bilinear2d",
+        "upsample_nearest2d",
+        "view",
+        "zeros",
+        "zeros_like",
+        "ones",
+        "arange",
+        "index_put_",
+        "fill_",
+        "_index_put_impl_",
+        "empty_strided",
+        "new_zeros",
+        "silu",
+        "softmax",
+        "_softmax",
+        "cudnn_batch_norm",
+    ]
+)
+
+
+class UncountableError(NotImplementedError):
+    """An operation that is known neither to count nor to be free."""
+
+
+class MACCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the MACs of all operations under it, in `total`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs and counts one operation."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            # torch counts a multiply-accumulate as two operations.
+            self.total += flop_registry[packet](*args, **kwargs, out_val=out) // 2
+        elif packet.__name__ not in _FREE:
+            raise UncountableError(
+                f"cannot count the operation {func}: neither among torch's formulas nor known as free"
+            )
+        return out
+
+
+def count_macs(model: nn.Module, *inputs: Tensor) -> int:
+    """MACs of `model(*inputs)` in evaluation mode.
+
+    Raises:
+        UncountableError: For an operation that it does not know.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), MACCounter() as counter:
+            model(*inputs)
+    finally:
+        model.train(training)
+    return counter.total
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """One row: a backbone alone, and the model around it, for one image of (3, height, width)."""
+
+    name: str
+    config: str
+    height: int
+    width: int
+    backbone_parameters: int
+    backbone_macs: int
+    model: str
+    model_parameters: int
+    model_macs: int
+
+
+def measure(
+    name: str, kind: str, model: nn.Module, backbone: nn.Module, slug: str, size: tuple[int, int]
+) -> Complexity:
+    """Counts a model and the backbone in it; both are moved to the meta device."""
+    image = torch.empty(1, 3, *size, device="meta")
+    model.to("meta")
+    return Complexity(
+        name,
+        slug,
+        *size,
+        count_parameters(backbone),
+        count_macs(backbone, image),
+        kind,
+        count_parameters(model),
+        count_macs(model, image),
+    )
+
+
+def of_backbones(
+    names: Iterable[str], operator: str | None = None, size: int | None = None, num_classes: int | None = None
+) -> list[Complexity]:
+    """Counts named backbones, alone and as classifiers.
+
+    Args:
+        names: Files in `configs/backbones/`.
+        operator: In place of the one that each file names.
+        size: Side of the image in px; 32 with the cifar stem, 224 with the imagenet stem.
+        num_classes: 100 with the cifar stem, 1000 with the imagenet stem.
+    """
+    rows = []
+    for name in names:
+        config = backbone_config(name, **({"operator": operator} if operator else {}))
+        cifar = config.stem == "cifar"
+        side, classes = size or (32 if cifar else 224), num_classes or (100 if cifar else 1000)
+        with torch.device("meta"):
+            model = create_classifier(config, classes)
+        rows.append(measure(name, f"classifier, {classes}", model, model.backbone, config.slug, (side, side)))
+    return rows
+
+
+def of_run(layers: dict[str, Any], options: list[str], size: int | None = None) -> list[Complexity]:
+    """Counts the model of a run, at the size that it trains on unless `size` is given."""
+    from sis_lightning.runs import run
+
+    cli = run(None, layers, options)
+    task: Any = cli.model
+    arguments = cli.config["data"]["init_args"]
+    side = size or arguments.get("crop_size") or arguments.get("image_size") or 32
+    kind = type(task).__name__.removesuffix("Task").lower()
+    return [measure(layers.get("task", "run"), kind, task, task.backbone, task.backbone_config.slug, (side, side))]
+
+
+def to_json(rows: list[Complexity]) -> str:
+    """A list of objects; MACs and parameters as whole numbers."""
+    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+
+
+def to_table(rows: list[Complexity]) -> str:
+    """A table for people, in millions and billions."""
+    table = Table(title="Parameters and multiply-accumulates (MACs, not FLOPs) of one image")
+    for heading in ("name", "config"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("image", "backbone M", "backbone GMAC", "whole model", "model M", "model GMAC"):
+        table.add_column(heading, justify="left" if heading == "whole model" else "right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.config,
+            f"{row.height}×{row.width}",
+            f"{row.backbone_parameters / 1e6:.3f}",
+            f"{row.backbone_macs / 1e9:.3f}",
+            row.model,
+            f"{row.model_parameters / 1e6:.3f}",
+            f"{row.model_macs / 1e9:.3f}",
+        )
+    text = io.StringIO()
+    Console(file=text, width=140).print(table)
+    return text.getvalue()

@@ -1,0 +1,282 @@
+"""What a run is: one fixed directory, its checkpoints and logs, and Lightning's command line over them.
+
+runs/TASK/BACKBONE-OPERATOR/seedN/
+    config.yaml         everything resolved
+    checkpoints/        last.ckpt, best.ckpt
+    csv/, tensorboard/  the logs of fit, test, …
+    pictures/           predictions beside the truth, one a validation
+    predictions/        what predict wrote
+    test.json           what test measured
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from sis_lightning.callbacks import (
+    Announcement,
+    PlotPredictions,
+    ProgressBar,
+    WritePredictions,
+    console,
+    progress,
+    write_text,
+)
+from sis_lightning.datamodules import SISDataModule
+from sis_lightning.errors import DataError, UsageError, nearest
+from sis_lightning.tasks import BaseTask
+
+# What these say is either done on purpose here or said better by us.
+_EXPECTED_WARNINGS = (
+    r".*LightningCLI's args parameter is intended to run from within Python.*",
+    r".*does not have many workers.*",
+    r".*when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Experiment logs directory .* exists and is not empty.*",
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*You are trying to `self.log\(\)` but the `self.trainer` reference is not registered.*",
+)
+
+# What of a task's settings does not change the network's shape: a checkpoint may differ in it.
+_SHAPELESS = {"optimizer", "lr_scheduler", "lr_interval", "lr_batch_size", "label_smoothing", "background_weight"}
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser without abbreviations, whose errors are short and name the nearest key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raises UsageError instead of printing the usage and leaving."""
+        raise UsageError(explain(message, self)) from ex
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """Boils jsonargparse's message down to at most five lines, with the nearest right word."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = " ".join(lines)
+    unknown = re.search(r"(?:Unrecognized arguments:|Key|Group) '?(?:--)?([\w.]+)'?", text)
+    literal = re.search(r'"?([\w.]+)"?:.*?Expected a (typing\.Literal\[.*?\]).*?(?:Got value|value): (\S+)', text)
+    if literal:
+        key, choices, value = literal.groups()
+        known = re.findall(r"'([^']+)'", choices) or re.findall(r"[\w.]+", choices.partition("[")[2])
+        return f"{key} is {value}, must be one of {', '.join(known)}; {nearest(value.strip(chr(39)), known)}"
+    if unknown:
+        key = unknown.group(1)
+        known = [action.dest for action in parser._actions]
+        return f"{lines[0]}\n  {nearest(key, known)}"
+    return "\n".join(lines[:5])
+
+
+class RunCLI(LightningCLI):
+    """Lightning's command line over our tasks: where a run lies, what it keeps, and which checkpoint is meant."""
+
+    run_dir: Path
+    trainer: Trainer
+    model: LightningModule
+    datamodule: LightningDataModule
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is ours."""
+        parser.add_argument("--task", type=str, default="run", help="First folder of the run's directory below runs/.")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="The run's directory, instead of the usual."
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="fit: removes an earlier run in the directory."
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Not as Lightning, which lets a checkpoint's settings replace those given, silently; see `_checkpoint`."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Settles the run's directory, then adds loggers and callbacks that lie in it."""
+        assert isinstance(self.model, BaseTask)
+        seed = self._get(self.config, "seed_everything")
+        usual = Path("runs", str(self._get(self.config, "task")), self.model.backbone_config.slug, f"seed{seed}")
+        given = self._get(self.config, "run_dir")
+        self.run_dir = Path(given) if given else usual
+        if self.subcommand == "fit":
+            self._prepare_directory()
+        subcommand = str(self.subcommand)
+        extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
+        if self.subcommand != "fit":
+            extra["enable_checkpointing"] = False
+        if self.subcommand == "predict":
+            extra["logger"] = False
+        elif self._get(self.config_init, "trainer").get("logger") is None:
+            extra["logger"] = [
+                CSVLogger(self.run_dir / "csv", name=subcommand, version=""),
+                TensorBoardLogger(self.run_dir / "tensorboard", name=subcommand, version="", default_hp_metric=False),
+            ]
+        return super().instantiate_trainer(**{**kwargs, **extra})
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        """Adds the callbacks of every run."""
+        task = self.model
+        assert isinstance(task, BaseTask)
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(progress())
+            config["enable_progress_bar"] = isinstance(callbacks[-1], ProgressBar)
+        config["enable_model_summary"] = False  # Announcement says it
+        if self.subcommand == "fit":
+            folder = self.run_dir / "checkpoints"
+            common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
+            callbacks += [
+                Announcement(),
+                PlotPredictions(),
+                LearningRateMonitor(logging_interval="step"),
+                ModelCheckpoint(
+                    filename="best",
+                    monitor=task.monitor,
+                    mode=task.monitor_mode,
+                    save_on_train_epoch_end=False,
+                    **common,
+                ),
+                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
+            ]
+        if self.subcommand == "predict":
+            callbacks.append(WritePredictions(self.run_dir / "predictions"))
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_directory(self) -> None:
+        """Refuses a directory with a run in it, or removes that run where asked to."""
+        if any((self.run_dir / "checkpoints").glob("*.ckpt")):
+            if not self._get(self.config, "overwrite"):
+                raise UsageError(
+                    f"{self.run_dir} holds a run already.\n"
+                    "  Another directory: --run_dir DIR. Start afresh and lose the old one: --overwrite true.\n"
+                    f"  Go on from its end: --ckpt_path {self.run_dir}/checkpoints/last.ckpt --overwrite true"
+                )
+            keep = self._get(self.config, "ckpt_path")
+            for part in ("csv", "tensorboard", "pictures", "predictions"):
+                shutil.rmtree(self.run_dir / part, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
+            (self.run_dir / "test.json").unlink(missing_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.run_dir}: cannot be written ({error.strerror})") from None
+
+    def before_fit(self) -> None:
+        """Keeps the resolved configuration beside the run."""
+        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
+        if self.trainer.is_global_zero:
+            write_text(self.run_dir / "config.yaml", text)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Settles which checkpoint is meant, and that it fits."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"))
+        kwargs["weights_only"] = True
+        return kwargs
+
+    def _checkpoint(self, given: str | None) -> str | None:
+        """The checkpoint of a command: for `fit` none unless given, else `last.ckpt` of the run.
+
+        Raises:
+            DataError: Where it is missing, unreadable, or of another network: the settings that differ.
+        """
+        if given is None and self.subcommand == "fit":
+            return None
+        folder = self.run_dir / "checkpoints"
+        path = folder / f"{given or 'last'}.ckpt" if given in (None, "last", "best") else Path(str(given))
+        if not path.is_file():
+            raise DataError(
+                f"no checkpoint {path}: run 'sis-lightning fit' with the same options first, or give --ckpt_path FILE"
+            )
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = content["hyper_parameters"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise DataError(
+                f"{path}: not a checkpoint of ours, or damaged ({type(error).__name__}: {error})"[:400]
+            ) from None
+        differences = _differences(saved, dict(self.model.hparams))
+        if differences:
+            raise DataError(
+                f"{path} is of another network:\n"
+                + "\n".join(
+                    f"  {key}: {old!r} in the checkpoint, {new!r} asked for" for key, old, new in differences[:3]
+                )
+                + "\n  Give the options that it was trained with, or its run's config.yaml as --config."
+            )
+        console.print(f"checkpoint {path}, step {content['global_step']:,}")
+        return str(path)
+
+    def after_test(self) -> None:
+        """Keeps what was measured, on what and with which weights."""
+        data = self.datamodule
+        assert isinstance(data, SISDataModule)
+        if not self.trainer.is_global_zero:
+            return
+        metrics = {key: round(float(value), 8) for key, value in self.trainer.callback_metrics.items()}
+        record = {
+            "metrics": metrics,
+            "data": {"root": str(data.root), "identity": data.identity(), "images": len(data.sources["test"])},
+            "checkpoint": str(self.trainer.ckpt_path),
+        }
+        write_text(self.run_dir / "test.json", json.dumps(record, indent=1) + "\n")
+        shown = str(getattr(self.model, "monitor", "")).replace("val/", "test/")
+        console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {data.identity()} data")
+
+
+def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "model") -> list[tuple[str, Any, Any]]:
+    """The settings by which two networks differ in shape."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(saved.keys() & asked.keys() - _SHAPELESS):
+        old, new = saved[key], asked[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}.{key}")
+        elif old != new and not key.startswith("_"):
+            found.append((f"{prefix}.{key}", old, new))
+    return found
+
+
+def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> RunCLI:
+    """Runs `fit`, `validate`, `test` or `predict`.
+
+    Args:
+        subcommand: None builds model, data and trainer alone.
+        layers: The composed YAML.
+        options: What the command line lays over it.
+
+    Raises:
+        UsageError, DataError: With texts for people.
+    """
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    command = [subcommand] if subcommand else []
+    try:
+        return RunCLI(
+            BaseTask,
+            SISDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=[*command, "--config", yaml.safe_dump(layers), *options],
+            run=subcommand is not None,
+        )
+    except MisconfigurationException as error:
+        raise UsageError(str(error)) from error
