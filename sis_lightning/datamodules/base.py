@@ -305,9 +305,10 @@ class SISDataModule(LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turns uint8 images into normalised float32, on the device: bytes are quicker to send."""
         images = batch["image"]
-        batch["image"] = (
-            [self.normalize(image) for image in images] if isinstance(images, list) else self.normalize(images)
-        )
+        if isinstance(images, list):
+            batch["image"] = [self.normalize(image) for image in images]
+        else:
+            batch["image"] = self.normalize(images).contiguous(memory_format=torch.channels_last)
         return batch
 
     def normalize(self, images: Tensor) -> Tensor:
