@@ -16,7 +16,7 @@ DEMO := --config tasks/seg_voc.yaml --config configs/demo.yaml --data.root data/
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/sis-lightning synth data/demo --images 1000 --size 128 --min-object 16 --rotation 30 --kinds voc
+	$(BIN)/sis-lightning synth data/demo --images 2000 --size 96 --min-object 16 --rotation 30 --kinds voc
 	$(BIN)/sis-lightning fit $(DEMO) --overwrite true
 	$(BIN)/sis-lightning test $(DEMO)
 	$(BIN)/sis-lightning predict $(DEMO)

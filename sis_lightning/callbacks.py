@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import time
 from collections import deque
 from pathlib import Path
@@ -173,6 +174,12 @@ class WritePredictions(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes what an earlier predict wrote: the folder holds one, not two mixed."""
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        trainer.strategy.barrier()
 
     def on_predict_batch_end(
         self,

@@ -111,6 +111,8 @@ def _run(command: str, arguments: list[str]) -> int:
     if "--help-all" in arguments:
         arguments = ["--help"]
     layers, options = resolve(arguments)
+    if "model" not in layers and not any(option.startswith("--model") for option in options):
+        raise UsageError(f"which run? {command} needs --config tasks/NAME.yaml: {', '.join(config_names('tasks'))}")
     _check_torch()
     from sis_lightning.runs import run
 

@@ -132,7 +132,7 @@ def count_macs(model: nn.Module, *inputs: Tensor) -> int:
             model(*inputs)
     finally:
         model.train(training)
-    return counter.total
+    return int(counter.total)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+# Lightning's own calls of jsonargparse's older names are not the user's to mend. Read when jsonargparse is imported.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 import torch
 import yaml
@@ -37,7 +42,7 @@ from sis_lightning.callbacks import (
     write_text,
 )
 from sis_lightning.datamodules import SISDataModule
-from sis_lightning.errors import DataError, UsageError, nearest
+from sis_lightning.errors import DataError, UsageError, UserError, nearest
 from sis_lightning.tasks import BaseTask
 
 # What these say is either done on purpose here or said better by us.
@@ -57,31 +62,55 @@ _SHAPELESS = {"optimizer", "lr_scheduler", "lr_interval", "lr_batch_size", "labe
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser without abbreviations, whose errors are short and name the nearest key."""
+    """Lightning's parser without abbreviations, whose errors are short and name the nearest right word."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises UsageError instead of printing the usage and leaving."""
-        raise UsageError(explain(message, self)) from ex
+        raise UsageError(_MARKS.format(explain(message, self))) from ex
+
+
+# jsonargparse wraps the message of each inner parser into ten lines of the outer one's: these mark where ours lies.
+_MARKS = "\x02{}\x03"
+_MARKED = re.compile("\x02([^\x02\x03]*)\x03")
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """Boils jsonargparse's message down to at most five lines, with the nearest right word."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
-    unknown = re.search(r"(?:Unrecognized arguments:|Key|Group) '?(?:--)?([\w.]+)'?", text)
-    literal = re.search(r'"?([\w.]+)"?:.*?Expected a (typing\.Literal\[.*?\]).*?(?:Got value|value): (\S+)', text)
-    if literal:
-        key, choices, value = literal.groups()
-        known = re.findall(r"'([^']+)'", choices) or re.findall(r"[\w.]+", choices.partition("[")[2])
-        return f"{key} is {value}, must be one of {', '.join(known)}; {nearest(value.strip(chr(39)), known)}"
-    if unknown:
-        key = unknown.group(1)
-        known = [action.dest for action in parser._actions]
-        return f"{lines[0]}\n  {nearest(key, known)}"
-    return "\n".join(lines[:5])
+    """Boils jsonargparse's message down to what is wrong and the nearest right word."""
+    key_match = re.match(r'Parser key "([\w.]+)":\s*', message)
+    key = key_match.group(1) if key_match else ""
+    inner = _MARKED.search(message)
+    if inner:
+        return f"{key}.{inner.group(1)}" if key else inner.group(1)
+    text = " ".join(message[key_match.end() if key_match else 0 :].split())
+    if unknown := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", text, re.I):
+        name = unknown.group(1) or unknown.group(2)
+        return f"{name}: there is no such key; {nearest(name, _keys(parser))}"
+    if literal := re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", text):
+        known = [choice.strip(" '") for choice in literal.group(1).split(",")]
+        value = literal.group(2)
+        return f"{key} is {value}, must be one of {', '.join(known)}; {nearest(value, known)}"
+    if attribute := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        module, name = attribute.groups()
+        return f"{key}: {module} has no '{name}'; {nearest(name, dir(import_module(module)))}"
+    if path := re.search(r"Expected a dot import path string: (\S+)", text):
+        classes = [cls.__name__ for base in (BaseTask, SISDataModule) for cls in base.__subclasses__()]
+        return f"{key}: there is no class '{path.group(1)}'; {nearest(path.group(1), classes)}"
+    if mismatch := re.search(r"Expected a (?:<class '([\w.]+)'>|(\S+)).*?(?:Got|Given) value: (.*)", text):
+        return f"{key} is {mismatch.group(3)}, must be {mismatch.group(1) or mismatch.group(2)}"
+    return f"{key}: {text}" if key else text
+
+
+def _keys(parser: LightningArgumentParser) -> list[str]:
+    """The keys of a parser and of its subcommands."""
+    keys = []
+    for action in parser._actions:
+        keys.append(action.dest)
+        if isinstance(action.choices, dict):
+            keys += [inner.dest for sub in action.choices.values() for inner in sub._actions]
+    return keys
 
 
 class RunCLI(LightningCLI):
@@ -112,8 +141,6 @@ class RunCLI(LightningCLI):
         usual = Path("runs", str(self._get(self.config, "task")), self.model.backbone_config.slug, f"seed{seed}")
         given = self._get(self.config, "run_dir")
         self.run_dir = Path(given) if given else usual
-        if self.subcommand == "fit":
-            self._prepare_directory()
         subcommand = str(self.subcommand)
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
         if self.subcommand != "fit":
@@ -175,8 +202,15 @@ class RunCLI(LightningCLI):
         except OSError as error:
             raise DataError(f"{self.run_dir}: cannot be written ({error.strerror})") from None
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Looks at the data before anything is written, where it need not be downloaded first."""
+        if not getattr(self.datamodule, "download", False):
+            self.datamodule.setup(subcommand)
+        super()._run_subcommand(subcommand)
+
     def before_fit(self) -> None:
-        """Keeps the resolved configuration beside the run."""
+        """Makes the run's directory, and keeps the resolved configuration in it."""
+        self._prepare_directory()
         text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
         if self.trainer.is_global_zero:
             write_text(self.run_dir / "config.yaml", text)
@@ -263,7 +297,8 @@ def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> R
     """
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     command = [subcommand] if subcommand else []
     try:
         return RunCLI(
@@ -280,3 +315,13 @@ def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> R
         )
     except MisconfigurationException as error:
         raise UsageError(str(error)) from error
+    except UsageError as error:
+        raise UsageError(re.sub("[\x02\x03]", "", str(error))) from error
+    except ValueError as error:
+        # jsonargparse wraps what a class's constructor raises.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from error

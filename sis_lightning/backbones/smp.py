@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 import segmentation_models_pytorch as smp
 from segmentation_models_pytorch.encoders import encoders
@@ -93,6 +93,9 @@ def create_segmenter(
         if key not in accepted - {"encoder_name", "encoder_weights", "encoder_output_stride", "classes"}:
             raise UsageError(f"{architecture} has no argument '{key}': {nearest(key, accepted)}")
     if "encoder_output_stride" in accepted:
+        choices = get_args(inspect.signature(model.__init__).parameters["encoder_output_stride"].annotation)
+        if output_stride not in choices:
+            raise UsageError(f"output_stride is {output_stride}, {architecture} takes {' or '.join(map(str, choices))}")
         decoder["encoder_output_stride"] = output_stride
     elif output_stride != 32:
         raise UsageError(f"output_stride is {output_stride}, but {architecture} has none to choose: set it to 32")

@@ -250,15 +250,17 @@ class SISDataModule(LightningDataModule, ABC):
         return "other"
 
     def setup(self, stage: str) -> None:
-        """Lists the splits that a stage needs; raises DataError where they are not usable."""
+        """Lists the splits that a stage needs, once; raises DataError where they are not usable."""
         if not self.root.exists() and not (stage == "predict" and self.predict_path):
             raise DataError(self.missing(f"data.root '{self.root}' does not exist"))
         needed: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         for split in needed.get(stage, []):
+            if split in self.sources:
+                continue
             self.sources[split] = self.source(split)
             if not len(self.sources[split]):
                 raise DataError(self.missing(f"{self.root}: the {split} split is empty"))
-        if stage == "predict":
+        if stage == "predict" and "predict" not in self.sources:
             self.sources["predict"] = FolderSource(self.predict_path) if self.predict_path else self.source("val")
 
     def missing(self, what: str) -> str:
@@ -340,6 +342,8 @@ class SISDataModule(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             drop_last=training,
             persistent_workers=training and self.num_workers > 0,
+            # Its own: a loader otherwise draws from the global generator, and so from what the model is to draw.
+            generator=torch.Generator().manual_seed(0),
         )
 
     def _ranks(self) -> tuple[int, int]:
@@ -357,9 +361,13 @@ class RandomScale(v2.Transform):  # type: ignore[misc]
         """Draws the size (H, W)."""
         low, high = self.scale_range
         factor = low + (high - low) * torch.rand(()).item()
-        height, width = v2.functional.get_size(next(item for item in flat_inputs if isinstance(item, Tensor)))
+        height, width = transforms.get_size(next(item for item in flat_inputs if isinstance(item, Tensor)))
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Bilinear for images, nearest for masks."""
-        return self._call_kernel(v2.functional.resize, inpt, size=params["size"], antialias=True)
+        """Bilinear for images; nearest by pixels' centres for masks (torchvision's own is half a pixel off)."""
+        if isinstance(inpt, tv_tensors.Mask):
+            exact = transforms.InterpolationMode.NEAREST_EXACT
+            ids = transforms.resize_image(inpt.as_subclass(Tensor)[None], params["size"], interpolation=exact)[0]
+            return tv_tensors.wrap(ids, like=inpt)
+        return self._call_kernel(transforms.resize, inpt, size=params["size"], antialias=True)

@@ -182,11 +182,12 @@ class BaseTask(LightningModule, ABC):
         return loss
 
     def _refuse_loss(self, parts: dict[str, Tensor], batch: Batch) -> None:
-        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was written yet"
+        written = [callback.best_model_path for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        saved = next((path for path in reversed(written) if path), "none was written yet")
         values = ", ".join(f"{key} {value.item()}" for key, value in parts.items())
         raise DataError(
             f"the loss is not finite at step {self.global_step} (epoch {self.current_epoch}): {values}\n"
-            f"  batch: {', '.join(str(name) for name in batch['name'][:4])}, …\n"
+            f"  batch: {', '.join(str(name) for name in batch['name'][:3])}, …\n"
             f"  last good checkpoint: {saved}\n"
             "  Try a lower learning rate, or gradient clipping (--trainer.gradient_clip_val 10)."
         )

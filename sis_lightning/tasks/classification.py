@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -51,7 +51,7 @@ class ClassificationTask(BaseTask):
         num_classes: int,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Any = "epoch",
+        lr_interval: Literal["epoch", "step"] = "epoch",
         lr_batch_size: int | None = None,
         label_smoothing: float = 0.0,
     ) -> None:

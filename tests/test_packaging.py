@@ -1,0 +1,54 @@
+"""The wheel: holds the YAML, and starts a run from any folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    result = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_it_holds_every_yaml_and_no_more_than_the_package(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("tasks", "datamodules", "configs"):
+        for path in (ROOT / folder).rglob("*.yaml"):
+            assert f"sis_lightning/yaml/{path.relative_to(ROOT).as_posix()}" in names
+    assert "sis_lightning/py.typed" in names
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"sis_lightning"}
+
+
+def test_it_starts_a_run_from_another_folder(wheel, synthetic, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere.mkdir()
+    options = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml", "--data.root", str(synthetic)]
+    options += ["--trainer.max_steps", "1", "--data.num_workers", "0", "--data.batch_size", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "sis_lightning", "fit", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert (elsewhere / "runs/seg_voc/res2net14-16w4s-basic-16ch/seed0/checkpoints/last.ckpt").is_file()
+    where = "import sis_lightning.configs as c; print(c.PACKAGED)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    found = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, check=True, env=environment)
+    assert Path(found.stdout.strip()) == site / "sis_lightning" / "yaml"
