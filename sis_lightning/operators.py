@@ -288,7 +288,8 @@ class _Recurrent(_TwoPaths):
         Added in float32 at least: half precision would round K's entries beside the 1.
         """
         outputs, inputs, k, _ = kernels.shape
-        delta = torch.zeros_like(kernels, dtype=torch.promote_types(kernels.dtype, torch.float32))
+        half = kernels.dtype in (torch.float16, torch.bfloat16)
+        delta = torch.zeros_like(kernels, dtype=torch.float32 if half else kernels.dtype)
         channel = torch.arange(outputs, device=kernels.device)
         delta[channel, channel % inputs, k // 2, k // 2] = times
         return kernels + delta

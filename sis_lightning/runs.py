@@ -209,10 +209,10 @@ class RunCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Makes the run's directory, and keeps the resolved configuration in it."""
-        self._prepare_directory()
-        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
+        """Makes the run's directory, and keeps the resolved configuration in it: rank 0 alone."""
         if self.trainer.is_global_zero:
+            self._prepare_directory()
+            text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
             write_text(self.run_dir / "config.yaml", text)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -252,7 +252,8 @@ class RunCLI(LightningCLI):
                 )
                 + "\n  Give the options that it was trained with, or its run's config.yaml as --config."
             )
-        console.print(f"checkpoint {path}, step {content['global_step']:,}")
+        if self.trainer.is_global_zero:
+            console.print(f"checkpoint {path}, step {content['global_step']:,}")
         return str(path)
 
     def after_test(self) -> None:

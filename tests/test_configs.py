@@ -129,7 +129,7 @@ def test_dotted_keys_and_plain_exponents(tmp_path):
         ("backbone: sis50\nbackbone.depth: 101\n", ["backbone", "backbone.depth", "lost"]),
         ("backbone.depth: 101\nbackbone: sis50\n", ["backbone", "lost"]),
         ("a: 1\na: 2\n", ["line 2", "'a'", "twice"]),
-        ("a: [1,\nb: 2\n", ["line 2"]),
+        ("a: 1\n b: 2\n", ["line 2"]),
         ("- 1\n", ["mapping", "list"]),
         ("backbone: sis5O\n", ["sis5O", "sis50"]),
         ("for: [1]\n", ["for"]),

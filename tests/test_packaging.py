@@ -50,5 +50,6 @@ def test_it_starts_a_run_from_another_folder(wheel, synthetic, tmp_path):
     assert (elsewhere / "runs/seg_voc/res2net14-16w4s-basic-16ch/seed0/checkpoints/last.ckpt").is_file()
     where = "import sis_lightning.configs as c; print(c.PACKAGED)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    found = subprocess.run([sys.executable, "-c", where], capture_output=True, text=True, check=True, env=environment)
+    ask = [sys.executable, "-c", where]
+    found = subprocess.run(ask, capture_output=True, text=True, check=True, env=environment, cwd=elsewhere)
     assert Path(found.stdout.strip()) == site / "sis_lightning" / "yaml"

@@ -118,7 +118,7 @@ class VOCSegmentationDataModule(SISDataModule):
         if self.download and not self.home.is_dir():
             self.root.mkdir(parents=True, exist_ok=True)
             archive = download(_YEAR["url"], self.root / _YEAR["filename"], _YEAR["md5"])
-            extract(archive, self.root, "VOCdevkit")
+            extract(archive, self.root, _YEAR["base_dir"])
 
     def train_transform(self, sample: Sample) -> Sample:
         """Scale, crop and flip, image and mask alike."""

@@ -213,7 +213,9 @@ class BaseTask(LightningModule, ABC):
         metrics.reset()
         shown = self.monitor.partition("/")[2]
         for key, value in values.items():
-            self.log(key, torch.as_tensor(value, dtype=torch.float32), prog_bar=key == f"{split}/{shown}")
+            # Every rank computed the same from all ranks' counts.
+            value = torch.as_tensor(value, dtype=torch.float32)
+            self.log(key, value, prog_bar=key == f"{split}/{shown}", sync_dist=True)
 
     def displayable(self, image: Tensor) -> Tensor:
         """A normalised image (3, H, W) as 0…1 on the CPU."""
