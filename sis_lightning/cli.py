@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sis-lightning: {_message(error)}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if debug or not error.filename:
+            raise
+        print(f"sis-lightning: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("sis-lightning: interrupted", file=sys.stderr)
         return 130

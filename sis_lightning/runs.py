@@ -13,16 +13,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
 import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-# Lightning's own calls of jsonargparse's older names are not the user's to mend. Read when jsonargparse is imported.
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 import torch
 import yaml
@@ -42,7 +36,8 @@ from sis_lightning.callbacks import (
     write_text,
 )
 from sis_lightning.datamodules import SISDataModule
-from sis_lightning.errors import DataError, UsageError, UserError, nearest
+from sis_lightning.errors import DataError, UsageError, UserError
+from sis_lightning.parser import Parser, without_marks
 from sis_lightning.tasks import BaseTask
 
 # What these say is either done on purpose here or said better by us.
@@ -59,58 +54,6 @@ _EXPECTED_WARNINGS = (
 
 # What of a task's settings does not change the network's shape: a checkpoint may differ in it.
 _SHAPELESS = {"optimizer", "lr_scheduler", "lr_interval", "lr_batch_size", "label_smoothing", "background_weight"}
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser without abbreviations, whose errors are short and name the nearest right word."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        """Raises UsageError instead of printing the usage and leaving."""
-        raise UsageError(_MARKS.format(explain(message, self))) from ex
-
-
-# jsonargparse wraps the message of each inner parser into ten lines of the outer one's: these mark where ours lies.
-_MARKS = "\x02{}\x03"
-_MARKED = re.compile("\x02([^\x02\x03]*)\x03")
-
-
-def explain(message: str, parser: LightningArgumentParser) -> str:
-    """Boils jsonargparse's message down to what is wrong and the nearest right word."""
-    key_match = re.match(r'Parser key "([\w.]+)":\s*', message)
-    key = key_match.group(1) if key_match else ""
-    inner = _MARKED.search(message)
-    if inner:
-        return f"{key}.{inner.group(1)}" if key else inner.group(1)
-    text = " ".join(message[key_match.end() if key_match else 0 :].split())
-    if unknown := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", text, re.I):
-        name = unknown.group(1) or unknown.group(2)
-        return f"{name}: there is no such key; {nearest(name, _keys(parser))}"
-    if literal := re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", text):
-        known = [choice.strip(" '") for choice in literal.group(1).split(",")]
-        value = literal.group(2)
-        return f"{key} is {value}, must be one of {', '.join(known)}; {nearest(value, known)}"
-    if attribute := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        module, name = attribute.groups()
-        return f"{key}: {module} has no '{name}'; {nearest(name, dir(import_module(module)))}"
-    if path := re.search(r"Expected a dot import path string: (\S+)", text):
-        classes = [cls.__name__ for base in (BaseTask, SISDataModule) for cls in base.__subclasses__()]
-        return f"{key}: there is no class '{path.group(1)}'; {nearest(path.group(1), classes)}"
-    if mismatch := re.search(r"Expected a (?:<class '([\w.]+)'>|(\S+)).*?(?:Got|Given) value: (.*)", text):
-        return f"{key} is {mismatch.group(3)}, must be {mismatch.group(1) or mismatch.group(2)}"
-    return f"{key}: {text}" if key else text
-
-
-def _keys(parser: LightningArgumentParser) -> list[str]:
-    """The keys of a parser and of its subcommands."""
-    keys = []
-    for action in parser._actions:
-        keys.append(action.dest)
-        if isinstance(action.choices, dict):
-            keys += [inner.dest for sub in action.choices.values() for inner in sub._actions]
-    return keys
 
 
 class RunCLI(LightningCLI):
@@ -141,7 +84,8 @@ class RunCLI(LightningCLI):
         usual = Path("runs", str(self._get(self.config, "task")), self.model.backbone_config.slug, f"seed{seed}")
         given = self._get(self.config, "run_dir")
         self.run_dir = Path(given) if given else usual
-        subcommand = str(self.subcommand)
+        # A run that goes on must not lose the rows of its first part: Lightning's CSVLogger starts its file anew.
+        log = f"{self.subcommand}-resumed" if self._resumes else str(self.subcommand)
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
         if self.subcommand != "fit":
             extra["enable_checkpointing"] = False
@@ -149,8 +93,8 @@ class RunCLI(LightningCLI):
             extra["logger"] = False
         elif self._get(self.config_init, "trainer").get("logger") is None:
             extra["logger"] = [
-                CSVLogger(self.run_dir / "csv", name=subcommand, version=""),
-                TensorBoardLogger(self.run_dir / "tensorboard", name=subcommand, version="", default_hp_metric=False),
+                CSVLogger(self.run_dir / "csv", name=log, version=""),
+                TensorBoardLogger(self.run_dir / "tensorboard", name=log, version="", default_hp_metric=False),
             ]
         return super().instantiate_trainer(**{**kwargs, **extra})
 
@@ -182,20 +126,21 @@ class RunCLI(LightningCLI):
             callbacks.append(WritePredictions(self.run_dir / "predictions"))
         return super()._instantiate_trainer(config, callbacks)
 
+    @property
+    def _resumes(self) -> bool:
+        return self.subcommand == "fit" and bool(self._get(self.config, "ckpt_path"))
+
     def _prepare_directory(self) -> None:
-        """Refuses a directory with a run in it, or removes that run where asked to."""
-        if any((self.run_dir / "checkpoints").glob("*.ckpt")):
+        """Refuses a directory with a run in it, unless to go on with that run, or removes it where asked to."""
+        if any((self.run_dir / "checkpoints").glob("*.ckpt")) and not self._resumes:
             if not self._get(self.config, "overwrite"):
                 raise UsageError(
                     f"{self.run_dir} holds a run already.\n"
-                    "  Another directory: --run_dir DIR. Start afresh and lose the old one: --overwrite true.\n"
-                    f"  Go on from its end: --ckpt_path {self.run_dir}/checkpoints/last.ckpt --overwrite true"
+                    "  Go on from its end: --ckpt_path last. Another directory: --run_dir DIR.\n"
+                    "  Start afresh and lose the old one: --overwrite true."
                 )
-            keep = self._get(self.config, "ckpt_path")
-            for part in ("csv", "tensorboard", "pictures", "predictions"):
+            for part in ("checkpoints", "csv", "tensorboard", "pictures", "predictions"):
                 shutil.rmtree(self.run_dir / part, ignore_errors=True)
-            if not keep:
-                shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
             (self.run_dir / "test.json").unlink(missing_ok=True)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -262,15 +207,16 @@ class RunCLI(LightningCLI):
         assert isinstance(data, SISDataModule)
         if not self.trainer.is_global_zero:
             return
+        identity = data.identity()
         metrics = {key: round(float(value), 8) for key, value in self.trainer.callback_metrics.items()}
         record = {
             "metrics": metrics,
-            "data": {"root": str(data.root), "identity": data.identity(), "images": len(data.sources["test"])},
+            "data": {"root": str(data.root), "identity": identity, "images": len(data.sources["test"])},
             "checkpoint": str(self.trainer.ckpt_path),
         }
         write_text(self.run_dir / "test.json", json.dumps(record, indent=1) + "\n")
         shown = str(getattr(self.model, "monitor", "")).replace("val/", "test/")
-        console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {data.identity()} data")
+        console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {identity} data")
 
 
 def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "model") -> list[tuple[str, Any, Any]]:
@@ -317,7 +263,7 @@ def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> R
     except MisconfigurationException as error:
         raise UsageError(str(error)) from error
     except UsageError as error:
-        raise UsageError(re.sub("[\x02\x03]", "", str(error))) from error
+        raise without_marks(error) from error
     except ValueError as error:
         # jsonargparse wraps what a class's constructor raises.
         cause: BaseException | None = error

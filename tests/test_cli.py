@@ -33,9 +33,18 @@ def mean_iou(predictions: Path, truth: Path) -> float:
 
 
 def test_a_whole_segmentation_run(command, tiny, synthetic, tmp_path):
-    fit = command("fit", *tiny)
+    schedule = ["--model.lr_scheduler.init_args.total_steps", 6]
+    fit = command("fit", *tiny, *schedule)
     assert fit.code == 0, fit.err
-    for words in ["synthetic (seed 1", "stage 1 basic", "4 images a step", "4 steps", "images/s", "loss"]:
+    for words in [
+        "synthetic (seed 1",
+        "stage 1 basic",
+        "4 images a step",
+        "4 steps",
+        "ends at step 6",
+        "images/s",
+        "loss",
+    ]:
         assert words in fit.out, words
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     assert config["model"]["init_args"]["backbone"]["channels"] == 8
@@ -71,8 +80,16 @@ def test_a_whole_segmentation_run(command, tiny, synthetic, tmp_path):
     assert again.code == 2
     assert "holds a run already" in again.err
     assert "--overwrite true" in again.err
-    assert command("fit", *tiny, "--overwrite", "true").code == 0
+    assert command("fit", *tiny, *schedule, "--overwrite", "true").code == 0
     assert not (RUN / "test.json").exists()
+
+    # It can also be gone on with; nothing of its logs is lost.
+    before = (RUN / "csv" / "fit" / "metrics.csv").read_text()
+    copy = shutil.copytree(RUN, tmp_path / "copy")
+    resumed = command("fit", *tiny, *schedule, "--trainer.max_steps", 6, "--ckpt_path", "last", "--run_dir", copy)
+    assert resumed.code == 0, resumed.err
+    assert (tmp_path / "copy" / "csv" / "fit" / "metrics.csv").read_text() == before
+    assert torch.load(tmp_path / "copy/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
     # The resolved configuration alone repeats the run's test.
     repeat = command("test", "--config", RUN / "config.yaml")
