@@ -289,10 +289,9 @@ class _Recurrent(_TwoPaths):
         """
         outputs, inputs, k, _ = kernels.shape
         half = kernels.dtype in (torch.float16, torch.bfloat16)
-        delta = torch.zeros_like(kernels, dtype=torch.float32 if half else kernels.dtype)
-        channel = torch.arange(outputs, device=kernels.device)
-        delta[channel, channel % inputs, k // 2, k // 2] = times
-        return kernels + delta
+        identity = torch.eye(inputs, dtype=torch.float32 if half else kernels.dtype, device=kernels.device)
+        delta = identity.repeat(outputs // inputs, 1)[:, :, None, None]
+        return kernels + times * F.pad(delta, (k // 2,) * 4)
 
 
 @register_operator("recurrent1")

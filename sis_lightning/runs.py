@@ -48,6 +48,7 @@ _EXPECTED_WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Experiment logs directory .* exists and is not empty.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*The dirpath has changed from .* therefore `best_model_score`.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*You are trying to `self.log\(\)` but the `self.trainer` reference is not registered.*",
 )

@@ -260,8 +260,6 @@ CLS = ["--config", "tasks/cls_cifar100.yaml"]
             1,
             ["no", "cifar-100-python", "download"],
         ),
-        (["test", *SEG], 1, ["last.ckpt", "fit"]),
-        (["predict", *SEG, "--ckpt_path", "other.ckpt"], 1, ["other.ckpt"]),
         (["synth"], 2, ["ROOT"]),
         (["synth", "x", "--kinds", "vok"], 2, ["vok", "voc"]),
         (["synth", "x", "--image", "5"], 2, ["--image"]),
@@ -275,6 +273,14 @@ def test_mistakes_are_named_with_the_nearest_right_word(command, arguments, code
     assert len(result.err.splitlines()) <= 6, result.err
     assert "Traceback" not in result.err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("subcommand", "path"), [("test", "last"), ("predict", "other.ckpt"), ("fit", "other.ckpt")])
+def test_a_checkpoint_that_is_not_there(command, tiny, subcommand, path):
+    result = command(subcommand, *tiny, "--ckpt_path", path)
+    assert result.code == 1
+    assert f"{path.removesuffix('.ckpt')}.ckpt" in result.err
+    assert "sis-lightning fit" in result.err
 
 
 def test_debug_shows_the_traceback(command):
