@@ -30,9 +30,10 @@ class Announcement(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints on rank 0."""
         task, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
+        steps = trainer.estimated_stepping_batches  # sets up the loaders, together with the other ranks
         if not isinstance(task, BaseTask) or not trainer.is_global_zero:
             return
-        batch, devices, steps = data.batch_size, trainer.world_size, trainer.estimated_stepping_batches
+        batch, devices = data.batch_size, trainer.world_size
         rates = sorted({group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups})
         counts = {split: len(source) for split, source in data.sources.items()}
         scaled = f" (linear rule from batch {task.lr_batch_size})" if task.lr_batch_size else ""
@@ -55,17 +56,20 @@ def _millions(module: nn.Module) -> str:
 
 
 class _Pace:
-    """Images a second over the last steps, without what lies between them (validation, checkpoints)."""
+    """Images a second over the last steps, waiting for data included, validation and checkpoints not."""
 
     def __init__(self) -> None:
         self.durations: deque[float] = deque(maxlen=50)
-        self.started = 0.0
+        self.last: float | None = None
 
-    def start(self) -> None:
-        self.started = time.perf_counter()
+    def step(self) -> None:
+        now = time.perf_counter()
+        if self.last is not None:
+            self.durations.append(now - self.last)
+        self.last = now
 
-    def stop(self) -> None:
-        self.durations.append(time.perf_counter() - self.started)
+    def pause(self) -> None:
+        self.last = None
 
     def rate(self, images: int) -> float:
         return images * len(self.durations) / max(sum(self.durations), 1e-9)
@@ -85,17 +89,22 @@ class ProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch}"  # Lightning's adds "/-2" to a run that is measured in steps
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock."""
-        self.pace.start()
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops the clock."""
-        self.pace.stop()
+        """Counts the step."""
+        self.pace.step()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows (validation, checkpoints) is not a step."""
+        self.pace.pause()
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nor is a validation in mid-epoch."""
+        self.pace.pause()
+        super().on_validation_end(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
@@ -112,28 +121,31 @@ class ProgressLines(Callback):
 
     def __init__(self) -> None:
         self.pace = _Pace()
+        self.steps: float = 0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock."""
-        self.pace.start()
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks for the run's length, together with the other ranks; starts the clock anew."""
+        self.steps = trainer.estimated_stepping_batches
+        self.pace.pause()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Prints loss, learning rate and images/s."""
-        self.pace.stop()
+        self.pace.step()
         step = trainer.global_step
         if trainer.is_global_zero and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             loss = trainer.callback_metrics.get("train/loss")
             images = self.pace.rate(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
             console.print(
-                f"step {step:>6}/{trainer.estimated_stepping_batches}  epoch {trainer.current_epoch:>3}  "
+                f"step {step:>6}/{self.steps}  epoch {trainer.current_epoch:>3}  "
                 f"loss {float('nan') if loss is None else float(loss):.4f}  lr {_learning_rate(trainer):.2g}  "
                 f"{images:.1f} images/s"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the metric that chooses checkpoints."""
+        self.pace.pause()
         value = trainer.callback_metrics.get(getattr(pl_module, "monitor", ""))
         if trainer.is_global_zero and not trainer.sanity_checking and value is not None:
             console.print(f"validation at step {trainer.global_step}: {pl_module.monitor} {float(value):.4f}")
@@ -210,7 +222,8 @@ class WritePredictions(Callback):
         path = self.folder / "predictions.csv"
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            flat = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+            writer = csv.DictWriter(file, flat, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,10 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sis-lightning: {_message(error)}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Who read our output has gone, as `head` does; the interpreter must not complain of it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
-        if debug or not error.filename:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        print(f"sis-lightning: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"sis-lightning: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sis-lightning: interrupted", file=sys.stderr)
@@ -77,7 +83,6 @@ def _overview() -> str:
     lines += [
         "",
         "start with:",
-        "  sis-lightning synth data/synthetic",
         "  sis-lightning fit --config tasks/seg_voc.yaml --config configs/demo.yaml",
         "",
         "sis-lightning COMMAND --help tells more; --debug anywhere shows an error's traceback.",
@@ -140,6 +145,7 @@ def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     rest = iter(arguments)
     for argument in rest:
         key, equals, value = argument.partition("=")
+        key = "--model.backbone" if key == "--model.init_args.backbone" else key
         if key in ("-c", "--config", "--data", "--trainer", "--model.backbone"):
             if not equals:
                 value = next(rest, "")
@@ -213,8 +219,10 @@ def _synth(arguments: list[str]) -> int:
 def _complexity(arguments: list[str]) -> int:
     """Counts parameters and MACs."""
     parser = _Parser(prog="sis-lightning complexity", description=COMMANDS["complexity"], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="BACKBONE", help="default: all of configs/backbones")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a run: its whole model")
+    of_run = any(argument.partition("=")[0] in ("-c", "--config") for argument in arguments)
+    if not of_run or "--help" in arguments:
+        parser.add_argument("names", nargs="*", metavar="BACKBONE", help="default: all of configs/backbones")
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="a run: its whole model")
     parser.add_argument("--operator", help="in place of the operator that the file names")
     parser.add_argument("--size", type=int, help="side of the image in px (default: 32 or 224 by the stem)")
     parser.add_argument("--num-classes", type=int, help="of the classifier (default: 100 or 1000 by the stem)")
@@ -226,6 +234,12 @@ def _complexity(arguments: list[str]) -> int:
     from sis_lightning import complexity
 
     if chosen.config:
+        for option in ("operator", "num_classes"):
+            if getattr(chosen, option) is not None:
+                raise UsageError(
+                    f"--{option.replace('_', '-')} is of named backbones; with --config: --model.backbone.operator, "
+                    "--model.num_classes"
+                )
         files = [f"--config={file}" for file in chosen.config]
         rows = complexity.of_run(*resolve([*files, *options]), chosen.size)
     else:

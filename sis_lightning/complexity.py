@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sis_lightning.backbones import backbone_config, create_classifier
+from sis_lightning.errors import UsageError
 
 # Operations without multiply-accumulates of weights. Their cost is memory traffic, which MACs do not measure.
 _FREE = frozenset(
@@ -33,6 +34,7 @@ _FREE = frozenset(
         "add_",
         "alias",
         "as_strided",
+        "as_strided_",
         "avg_pool2d",
         "bernoulli_",
         "cat",
@@ -69,6 +71,7 @@ _FREE = frozenset(
         "split",
         "split_with_sizes",
         "squeeze",
+        "stack",
         "sub",
         "sum",
         "t",
@@ -91,7 +94,7 @@ _FREE = frozenset(
 )
 
 
-class UncountableError(NotImplementedError):
+class UncountableError(UsageError):
     """An operation that is known neither to count nor to be free."""
 
 

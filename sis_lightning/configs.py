@@ -123,7 +123,7 @@ def compose(paths: list[str], named: Layer | None = None) -> Layer:
 
     Args:
         paths: As the user typed them.
-        named: A layer over all of them: whole objects by their keys, each replacing what lay below.
+        named: Objects in place of the first file's, such as another data set; overlays apply to them too.
 
     Returns:
         Plain nested data without references, dotted keys or `for:` sections.
@@ -132,8 +132,10 @@ def compose(paths: list[str], named: Layer | None = None) -> Layer:
         UsageError: As `find_config` and `load_layer`.
     """
     composed: Layer = {}
-    for path in [PACKAGED / "configs" / "defaults.yaml", *map(find_config, paths)]:
-        layer = load_layer(path)
+    files = [PACKAGED / "configs" / "defaults.yaml", *map(find_config, paths)]
+    layers = [(path, load_layer(path)) for path in files]
+    layers.insert(2, (PACKAGED, {key: {**value, _WHOLE: key != "trainer"} for key, value in (named or {}).items()}))
+    for path, layer in layers:
         sections = layer.pop("for", {})
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
             raise UsageError(f"{path}: below 'for:' stand class names, each with the keys for runs of that class")
@@ -141,8 +143,6 @@ def compose(paths: list[str], named: Layer | None = None) -> Layer:
         for class_name in _classes(composed):
             if class_name in sections:
                 composed = merge(composed, sections[class_name])
-    for key, value in (named or {}).items():
-        composed = merge(composed, {key: {**value, _WHOLE: key != "trainer"}})
     plain: Layer = _without_marks(composed)
     return plain
 

@@ -283,13 +283,9 @@ class _Recurrent(_TwoPaths):
     recurrent = True
 
     def plus_identity(self, kernels: Tensor, times: int) -> Tensor:
-        """K + times · δ, so that (K + times · δ) * y = K * y + times · y within each group.
-
-        Added in float32 at least: half precision would round K's entries beside the 1.
-        """
+        """K + times · δ, so that (K + times · δ) * y = K * y + times · y within each group."""
         outputs, inputs, k, _ = kernels.shape
-        half = kernels.dtype in (torch.float16, torch.bfloat16)
-        identity = torch.eye(inputs, dtype=torch.float32 if half else kernels.dtype, device=kernels.device)
+        identity = torch.eye(inputs, dtype=kernels.dtype, device=kernels.device)
         delta = identity.repeat(outputs // inputs, 1)[:, :, None, None]
         return kernels + times * F.pad(delta, (k // 2,) * 4)
 
@@ -416,7 +412,9 @@ class ReplacementReport:
 
 
 def replace_convs(model: nn.Module, operator: str, *, steps: int = 2) -> ReplacementReport:
-    """Puts an operator in place of every k×k convolution (k > 1) of any network, in place.
+    """Puts an operator (eqs. 1-24) in place of every k×k convolution (k > 1) of any network, in place.
+
+    Each maps (N, C_in, H, W) to (N, C, ⌈H/stride⌉, ⌈W/stride⌉), as the convolution did, so the network's shapes stay.
 
     "Pluggable into any promising backbone" (section 1). The new kernels are freshly drawn; a convolution's bias is
     kept, as are its device, dtype and train/eval mode. 1×1 convolutions are not touched and not listed. A convolution

@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 import warnings
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ class RunCLI(LightningCLI):
         given = self._get(self.config, "run_dir")
         self.run_dir = Path(given) if given else usual
         # A run that goes on must not lose the rows of its first part: Lightning's CSVLogger starts its file anew.
-        log = f"{self.subcommand}-resumed" if self._resumes else str(self.subcommand)
+        log = str(self.subcommand)
+        if self._resumes:
+            log += f"-{len(list((self.run_dir / 'csv').glob('fit*'))) + 1}"
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
         if self.subcommand != "fit":
             extra["enable_checkpointing"] = False
@@ -113,7 +116,6 @@ class RunCLI(LightningCLI):
             callbacks += [
                 Announcement(),
                 PlotPredictions(),
-                LearningRateMonitor(logging_interval="step"),
                 ModelCheckpoint(
                     filename="best",
                     monitor=task.monitor,
@@ -123,13 +125,19 @@ class RunCLI(LightningCLI):
                 ),
                 ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
             ]
+            if config.get("logger") is not False:
+                callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "predict":
             callbacks.append(WritePredictions(self.run_dir / "predictions"))
         return super()._instantiate_trainer(config, callbacks)
 
     @property
     def _resumes(self) -> bool:
-        return self.subcommand == "fit" and bool(self._get(self.config, "ckpt_path"))
+        """Whether a fit goes on with the run that its directory holds."""
+        given = self._get(self.config, "ckpt_path")
+        if self.subcommand != "fit" or not given:
+            return False
+        return given in ("last", "best") or Path(given).resolve().is_relative_to(self.run_dir.resolve())
 
     def _prepare_directory(self) -> None:
         """Refuses a directory with a run in it, unless to go on with that run, or removes it where asked to."""
@@ -149,8 +157,9 @@ class RunCLI(LightningCLI):
             raise DataError(f"{self.run_dir}: cannot be written ({error.strerror})") from None
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Looks at the data before anything is written, where it need not be downloaded first."""
-        if not getattr(self.datamodule, "download", False):
+        """Looks at the data before anything is written, where it need not be made or fetched first."""
+        assert isinstance(self.datamodule, SISDataModule)
+        if not self.datamodule.to_be_made:
             self.datamodule.setup(subcommand)
         super()._run_subcommand(subcommand)
 
@@ -166,6 +175,8 @@ class RunCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"))
         kwargs["weights_only"] = True
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # they are on disk; of ten thousand photographs they would fill memory
         return kwargs
 
     def _checkpoint(self, given: str | None) -> str | None:
@@ -184,7 +195,7 @@ class RunCLI(LightningCLI):
             )
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            saved = content["hyper_parameters"]
+            saved, weights = content["hyper_parameters"], content["state_dict"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise DataError(
                 f"{path}: not a checkpoint of ours, or damaged ({type(error).__name__}: {error})"[:400]
@@ -197,6 +208,14 @@ class RunCLI(LightningCLI):
                     f"  {key}: {old!r} in the checkpoint, {new!r} asked for" for key, old, new in differences[:3]
                 )
                 + "\n  Give the options that it was trained with, or its run's config.yaml as --config."
+            )
+        ours = self.model.state_dict()
+        other = [key for key in (*ours, *weights) if key not in ours or key not in weights]
+        other += [key for key in ours if key in weights and ours[key].shape != weights[key].shape]
+        if other:
+            raise DataError(
+                f"{path} is of another network: {len(other)} of its weights are missing, unknown or of another shape,\n"
+                f"  such as {other[0]}. Give the options that it was trained with."
             )
         if self.trainer.is_global_zero:
             console.print(f"checkpoint {path}, step {content['global_step']:,}")
@@ -211,11 +230,12 @@ class RunCLI(LightningCLI):
         identity = data.identity()
         metrics = {key: round(float(value), 8) for key, value in self.trainer.callback_metrics.items()}
         record = {
-            "metrics": metrics,
+            # JSON has no NaN: a class that occurs nowhere has no IoU.
+            "metrics": {key: value if isfinite(value) else None for key, value in metrics.items()},
             "data": {"root": str(data.root), "identity": identity, "images": len(data.sources["test"])},
             "checkpoint": str(self.trainer.ckpt_path),
         }
-        write_text(self.run_dir / "test.json", json.dumps(record, indent=1) + "\n")
+        write_text(self.run_dir / "test.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
         shown = str(getattr(self.model, "monitor", "")).replace("val/", "test/")
         console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {identity} data")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
 from sis_lightning import create_operator
+from sis_lightning.backbones import backbone_config, create_segmenter
 from sis_lightning.complexity import UncountableError, count_macs, count_parameters
 from sis_lightning.operators import operator_names
 
@@ -55,6 +57,24 @@ def test_the_model_of_a_run_is_counted_whole(command):
     (row,) = json.loads(result.out)
     assert (row["name"], row["height"]) == ("seg_voc", 96)
     assert 0 < row["backbone_macs"] < row["model_macs"]
+
+
+@pytest.mark.parametrize("architecture", [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"])
+def test_every_decoder_is_countable(architecture):
+    stride = 16 if architecture in ("deeplabv3", "deeplabv3plus", "pan") else 32
+    with torch.device("meta"):
+        model = create_segmenter(architecture, backbone_config("sis_demo"), 5, stride)
+        image = torch.empty(1, 3, 128, 128)
+    assert count_macs(model, image) > count_macs(model.encoder, image) > 0
+
+
+def test_options_of_a_run_are_heeded(command):
+    options = ["--config", "tasks/cls_cifar100.yaml", "--model.backbone", "resnet29", "--json"]
+    (row,) = json.loads(command("complexity", *options).out)
+    assert row["config"].startswith("resnet29")
+    result = command("complexity", *options, "--operator", "basic")
+    assert result.code == 2
+    assert "--model.backbone.operator" in result.err
 
 
 def test_an_operation_that_cannot_be_counted_fails():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,6 +256,43 @@ def test_folder_to_predict(tmp_path):
     source = FolderSource(tmp_path)
     assert [source[index]["name"] for index in range(len(source))] == ["b", "deep/a"]
     assert FolderSource(tmp_path / "b.PNG")[0]["name"] == "b"
+    Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg")
+    names = FolderSource(tmp_path).names
+    assert sorted(names) == ["b.PNG", "b.jpg", "deep/a"]
+
+
+def test_photographs_are_turned_upright_and_sixteen_bits_become_eight(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (50, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert FolderSource(tmp_path)[0]["image"].shape == (3, 50, 30)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 30, 50)
+    Image.fromarray(np.full((4, 4), 0x7F12, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").unique().tolist() == [0x7F]
+
+
+def test_synthetic_data_is_made_where_there_is_none(tmp_path, capsys):
+    root = tmp_path / "made"
+    arguments = {"images": 20, "size": 48, "min_object": 12, "kinds": ["voc"]}
+    data = VOCSegmentationDataModule(str(root), synthetic=arguments, num_workers=0)
+    assert data.to_be_made
+    data.prepare_data()
+    data.setup("fit")
+    assert "writing synthetic data" in capsys.readouterr().out
+    assert data.identity().startswith("synthetic")
+    assert not data.to_be_made
+    data.prepare_data()
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match="nothing to download"):
+        ImageFolderDataModule(str(tmp_path / "none")).fetch()
+
+
+def test_fewer_images_than_devices(synthetic):
+    data = VOCSegmentationDataModule(str(synthetic), num_workers=0)
+    data.setup("test")
+    data.trainer = SimpleNamespace(global_rank=0, world_size=99)
+    with pytest.raises(UsageError, match=r"image\(s\) to test are fewer than 99 devices"):
+        data.test_dataloader()
 
 
 # Pascal VOC

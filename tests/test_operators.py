@@ -147,6 +147,18 @@ def test_both_forms_share_one_state_dict_and_bfloat16_stays_close(name):
     assert (rough.float() - exact).norm() / exact.norm() < 0.02
 
 
+@pytest.mark.parametrize("name", operator_names())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_true_half_precision_runs_and_stays_close(name, dtype):
+    torch.manual_seed(0)
+    operator = create_operator(name, 32, 32, groups=2)
+    x = torch.randn(1, 32, 12, 12)
+    exact = operator.literal(x)
+    rough = operator.to(dtype)(x.to(dtype))
+    assert rough.dtype == dtype
+    assert (rough.float() - exact).norm() / exact.norm() < 0.02
+
+
 def test_outputs_keep_the_scale_of_a_convolution():
     # One too hot operator in a stack of fifty makes a network that does not train.
     torch.manual_seed(0)

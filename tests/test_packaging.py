@@ -32,11 +32,12 @@ def test_it_holds_every_yaml_and_no_more_than_the_package(wheel):
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"sis_lightning"}
 
 
-def test_it_starts_a_run_from_another_folder(wheel, synthetic, tmp_path):
+def test_it_starts_a_run_from_another_folder_that_holds_no_data(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(site)
     elsewhere.mkdir()
-    options = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml", "--data.root", str(synthetic)]
+    (elsewhere / "few.yaml").write_text("data.init_args.synthetic: {images: 20, size: 48, min_object: 12}\n")
+    options = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml", "--config", "few.yaml"]
     options += ["--trainer.max_steps", "1", "--data.num_workers", "0", "--data.batch_size", "2"]
     result = subprocess.run(
         [sys.executable, "-m", "sis_lightning", "fit", *options],
@@ -47,6 +48,8 @@ def test_it_starts_a_run_from_another_folder(wheel, synthetic, tmp_path):
         env={**os.environ, "PYTHONPATH": str(site)},
     )
     assert result.returncode == 0, result.stderr
+    assert "data/synthetic does not exist: writing synthetic data there" in result.stdout
+    assert (elsewhere / "data" / "synthetic" / "contact_sheet.png").is_file()
     assert (elsewhere / "runs/seg_voc/res2net14-16w4s-basic-16ch/seed0/checkpoints/last.ckpt").is_file()
     where = "import sis_lightning.configs as c; print(c.PACKAGED)"
     environment = {**os.environ, "PYTHONPATH": str(site)}

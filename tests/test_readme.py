@@ -27,6 +27,7 @@ SMALLER = {
 
 
 def test_the_demo_by_hand(command, tmp_path):
+    assert command("synth", "data/synthetic", *SMALLER["synth"]).code == 0
     ran = []
     for line in COMMANDS:
         words = shlex.split(line)
@@ -35,7 +36,7 @@ def test_the_demo_by_hand(command, tmp_path):
         result = command(*words[1:], *SMALLER[words[1]])
         assert result.code == 0, f"{line}\n{result.err}"
         ran.append(words[1])
-    assert ran == ["synth", "fit", "test", "predict"]
+    assert ran == ["fit", "test", "predict", "synth"]
     assert list(tmp_path.glob("runs/seg_voc/*/seed0/predictions/overlays/*.jpg"))
 
 

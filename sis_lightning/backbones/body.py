@@ -251,6 +251,8 @@ def create_backbone(
 ) -> Backbone:
     """Builds a backbone: an image (N, 3, H, W) in, named maps `c2` … `c5` out, as `feature_info` states.
 
+    Section 3.4: Res2Net and its relatives with an operator (eqs. 1-24) in each 3×3 where it fits.
+
     Args:
         name_or_config: A file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
             `BackboneConfig`.
@@ -267,6 +269,8 @@ def create_classifier(
     name_or_config: str | BackboneConfig | dict[str, Any], num_classes: int, **overrides: Any
 ) -> Classifier:
     """Builds a backbone with global average pool and fully connected layer: (N, 3, H, W) → logits (N, num_classes).
+
+    The networks of Table 1; what their 3×3 are, eqs. 1-24, is the config's `operator`.
 
     Args:
         name_or_config: As in `create_backbone`.

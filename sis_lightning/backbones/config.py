@@ -25,7 +25,10 @@ BLOCKS: dict[int, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A backbone on two orthogonal axes: how a bottleneck splits its channels, and what each 3×3 is.
+    """A backbone on two orthogonal axes: how a bottleneck splits its channels, and what each 3×3 is (eqs. 1-24).
+
+    Built, it maps an image (N, 3, H, W) to maps `c2` … `c5` (three-stage bodies: `c4`), stage i with
+    4 · channels · 2^(i-1) channels. Source: section 3.4 of the paper.
 
     Raises:
         UsageError: (a ValueError) for values that cannot be, or do not fit each other.

@@ -12,6 +12,7 @@ import json
 import os
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
@@ -28,22 +29,30 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.layouts import SYNTHETIC_MARKER
+from sis_lightning.synthetic import write_synthetic
 
 Sample = dict[str, Any]
 Batch = dict[str, Any]
 Split = Literal["train", "val", "test"]
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SYNTHETIC_MARKER = "SYNTHETIC.json"
 
 
-def read_image(path: Path) -> tv_tensors.Image:
+def read_image(path: Path, *, upright: bool = False) -> tv_tensors.Image:
     """Decodes a picture of any mode to uint8 RGB (3, H, W).
+
+    Args:
+        path: The file.
+        upright: Turns it as its EXIF says. Not for data sets: their annotations are of the pixels as stored.
 
     Raises:
         DataError: Where the file is missing, truncated or not a picture.
     """
     with open_image(path) as image:
+        if image.mode.startswith("I;16"):  # convert() would clip the upper 8 bits instead of dropping the lower
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = ImageOps.exif_transpose(image) if upright else image
         return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
 
 
@@ -58,7 +67,7 @@ def open_image(path: Path) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: unreadable or truncated image ({error})") from None
     return image
 
@@ -92,15 +101,21 @@ class FolderSource(Source):
             raise DataError(f"data.predict_path '{path}': no such file or folder")
         if not self.paths:
             raise DataError(f"data.predict_path '{path}': no pictures in it ({', '.join(IMAGE_ENDINGS)})")
+        names = [path.relative_to(self.root).with_suffix("") for path in self.paths]
+        often = Counter(names)
+        # a.jpg beside a.png: their endings tell them apart.
+        self.names = [
+            (name if often[name] == 1 else path.relative_to(self.root)).as_posix()
+            for name, path in zip(names, self.paths, strict=True)
+        ]
 
     def __len__(self) -> int:
         """How many pictures there are."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        """`image` and `name`, the path below the folder without its ending."""
-        path = self.paths[index]
-        return {"image": read_image(path), "name": path.relative_to(self.root).with_suffix("").as_posix()}
+        """`image`, turned upright by its EXIF, and `name`, the path below the folder without its ending."""
+        return {"image": read_image(self.paths[index], upright=True), "name": self.names[index]}
 
 
 class _Augmented(Dataset[Sample]):
@@ -189,6 +204,8 @@ class SISDataModule(LightningDataModule, ABC):
         batch_size: Images a step, over all devices together: a recipe's batch stays what it is on any number of them.
         num_workers: Processes that decode and augment, for each device; 0 for none.
         predict_path: A folder of pictures, or one picture, that `predict` takes instead of the val split.
+        synthetic: Arguments of `sis_lightning.write_synthetic`: makes the data where `root` does not exist.
+        download: Fetches the data set where it is missing.
 
     Raises:
         UsageError: Where `batch_size` or `num_workers` cannot be, or does not divide over the devices.
@@ -200,7 +217,15 @@ class SISDataModule(LightningDataModule, ABC):
     mean: ClassVar[tuple[float, float, float]]
     std: ClassVar[tuple[float, float, float]]
 
-    def __init__(self, root: str, batch_size: int = 16, num_workers: int = 4, predict_path: str | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 16,
+        num_workers: int = 4,
+        predict_path: str | None = None,
+        synthetic: dict[str, Any] | None = None,
+        download: bool = False,
+    ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise UsageError(
@@ -208,6 +233,7 @@ class SISDataModule(LightningDataModule, ABC):
             )
         self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
         self.predict_path = Path(predict_path) if predict_path else None
+        self.synthetic, self.download = synthetic, download
         self.sources: dict[str, Source] = {}
 
     @abstractmethod
@@ -249,6 +275,26 @@ class SISDataModule(LightningDataModule, ABC):
         """`official` where the files are proved to be the published ones, else `other`."""
         return "other"
 
+    @property
+    def to_be_made(self) -> bool:
+        """Whether `prepare_data` will write or fetch the data."""
+        return not self.home.is_dir() and (self.download or (self.synthetic is not None and not self.root.exists()))
+
+    def prepare_data(self) -> None:
+        """Writes synthetic data, or downloads, where that was asked for and nothing is there."""
+        if not self.to_be_made:
+            return
+        if self.synthetic is not None:
+            print(f"{self.root} does not exist: writing synthetic data there, {self.synthetic}", flush=True)
+            write_synthetic(self.root, **self.synthetic)
+        else:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.fetch()
+
+    def fetch(self) -> None:
+        """Downloads the data set into `root`."""
+        raise UsageError(f"data.download: {type(self).__name__} has nothing to download. {self.how_to_get()}")
+
     def setup(self, stage: str) -> None:
         """Lists the splits that a stage needs, once; raises DataError where they are not usable."""
         if not self.root.exists() and not (stage == "predict" and self.predict_path):
@@ -267,8 +313,7 @@ class SISDataModule(LightningDataModule, ABC):
         """An error's text: what is missing, how to get it, and how to do without it."""
         return (
             f"{what}\n  {self.how_to_get()}\n"
-            "  No data at hand? Make some and use the demo overlay:\n"
-            "  sis-lightning synth data/synthetic && sis-lightning fit --config TASK --config configs/demo.yaml"
+            "  No data at hand? The demo overlay makes some: add --config configs/demo.yaml"
         )
 
     def how_to_get(self) -> str:
@@ -328,20 +373,23 @@ class SISDataModule(LightningDataModule, ABC):
     def _eval_loader(self, split: str) -> DataLoader[Sample]:
         rank, world = self._ranks()
         source = self.sources[split]
+        if len(source) < world:
+            raise UsageError(f"{len(source)} image(s) to {split} are fewer than {world} devices: --trainer.devices 1")
         dataset = _Augmented(source, self.eval_transform, 0)
         return self._loader(dataset, ShardSampler(len(source), rank, world), max(1, self.batch_size // world))
 
     def _loader(self, dataset: _Augmented, sampler: Sampler[tuple[int, int]], batch_size: int) -> DataLoader[Sample]:
         training = isinstance(sampler, EpochSampler)
+        workers = min(self.num_workers, len(os.sched_getaffinity(0)))  # more than cores only get in each other's way
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             drop_last=training,
-            persistent_workers=training and self.num_workers > 0,
+            persistent_workers=training and workers > 0,
             # Its own: a loader otherwise draws from the global generator, and so from what the model is to draw.
             generator=torch.Generator().manual_seed(0),
         )

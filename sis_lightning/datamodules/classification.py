@@ -45,6 +45,7 @@ class CIFAR100DataModule(_ClassificationDataModule):
         batch_size: Images a step, over all devices together.
         num_workers: Processes that augment, for each device.
         predict_path: A folder of pictures that `predict` takes instead; they are resized to 32×32.
+        synthetic: Arguments of `write_synthetic`, which makes the data where `root` does not exist.
         download: Fetches the archive into `root` where it is missing.
 
     Raises:
@@ -61,10 +62,10 @@ class CIFAR100DataModule(_ClassificationDataModule):
         batch_size: int = 256,
         num_workers: int = 4,
         predict_path: str | None = None,
+        synthetic: dict[str, Any] | None = None,
         download: bool = False,
     ) -> None:
-        super().__init__(root, batch_size, num_workers, predict_path)
-        self.download = download
+        super().__init__(root, batch_size, num_workers, predict_path, synthetic, download)
         self.augmentation = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
         self.preparation = v2.Resize((32, 32), antialias=True)
 
@@ -74,13 +75,10 @@ class CIFAR100DataModule(_ClassificationDataModule):
         nested = self.root / CIFAR100.base_folder
         return nested if nested.is_dir() or not (self.root / "meta").is_file() else self.root
 
-    def prepare_data(self) -> None:
-        """Downloads and unpacks, where asked to and needed."""
-        if self.download and not self.home.is_dir():
-            self.root.mkdir(parents=True, exist_ok=True)
-            extract(
-                download(CIFAR100.url, self.root / CIFAR100.filename, CIFAR100.tgz_md5), self.root, CIFAR100.base_folder
-            )
+    def fetch(self) -> None:
+        """Downloads and unpacks."""
+        archive = download(CIFAR100.url, self.root / CIFAR100.filename, CIFAR100.tgz_md5)
+        extract(archive, self.root, CIFAR100.base_folder)
 
     def source(self, split: Split) -> Source:
         """Reads `train`, or `test` for val and test."""
@@ -95,7 +93,8 @@ class CIFAR100DataModule(_ClassificationDataModule):
     def provenance(self) -> str:
         """`official` where the MD5 of train, test and meta are the published ones."""
         published = [*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])]
-        official = all(md5(self._file(name)) == checksum for name, checksum in published)
+        files = {self.home / name: checksum for name, checksum in published}
+        official = all(path.is_file() and md5(path) == checksum for path, checksum in files.items())
         return "official (MD5 of train, test and meta)" if official else "other (MD5 is not the published one)"
 
     def how_to_get(self) -> str:

@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from filelock import FileLock
+
 from sis_lightning.errors import DataError
 
 _CHUNK = 1 << 20
@@ -37,9 +39,14 @@ def download(url: str, target: Path, checksum: str, *, attempts: int = 5) -> Pat
     Raises:
         DataError: Where the server cannot be reached or what it sends has another checksum.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(target.name + ".lock")):  # two runs on one shared disk fetch once
+        return _download(url, target, checksum, attempts)
+
+
+def _download(url: str, target: Path, checksum: str, attempts: int) -> Path:
     if target.is_file() and md5(target) == checksum:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     for attempt in range(attempts):
         try:

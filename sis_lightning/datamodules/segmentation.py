@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,9 @@ from torchvision.transforms import v2
 from sis_lightning.datamodules.base import RandomScale, Sample, SISDataModule, Source, Split, open_image, read_image
 from sis_lightning.datamodules.download import download, extract
 from sis_lightning.errors import DataError, UsageError
-
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-VOID = 255
+from sis_lightning.layouts import VOC_CLASSES, VOID
 
 _YEAR = DATASET_YEAR_DICT["2012"]
-
-
-def voc_palette() -> list[int]:
-    """The 256 colours of VOC's masks as [r0, g0, b0, r1, …]: the devkit's colour map."""
-    colours = np.zeros((256, 3), dtype=int)
-    for shift in range(8):  # each three bits of the id set one bit of r, g, b, the highest first
-        bits = (np.arange(256)[:, None] >> (3 * shift + np.array([0, 1, 2]))) & 1
-        colours |= bits << (7 - shift)
-    return [int(value) for value in colours.reshape(-1)]
 
 
 def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
@@ -68,6 +55,7 @@ class VOCSegmentationDataModule(SISDataModule):
         batch_size: Images a step, over all devices together.
         num_workers: Processes that decode and augment, for each device.
         predict_path: A folder of pictures that `predict` takes instead of the val split.
+        synthetic: Arguments of `write_synthetic`, which makes the data where `root` does not exist.
         download: Fetches the archive (2 GB) into `root` where it is missing.
 
     Raises:
@@ -89,15 +77,16 @@ class VOCSegmentationDataModule(SISDataModule):
         batch_size: int = 16,
         num_workers: int = 4,
         predict_path: str | None = None,
+        synthetic: dict[str, Any] | None = None,
         download: bool = False,
     ) -> None:
-        super().__init__(root, batch_size, num_workers, predict_path)
+        super().__init__(root, batch_size, num_workers, predict_path, synthetic, download)
         if crop_size < 16:
             raise UsageError(f"data.crop_size is {crop_size}, must be at least 16")
         if not 0 < scale[0] <= scale[1]:
             raise UsageError(f"data.scale is {list(scale)}, must be [low, high] with 0 < low <= high")
         self.class_names = tuple(classes or VOC_CLASSES)
-        self.train_split, self.download = train_split, download
+        self.train_split = train_split
         colour = [round(255 * value) for value in self.mean]
         self.augmentation = v2.Compose(
             [
@@ -113,12 +102,10 @@ class VOCSegmentationDataModule(SISDataModule):
         candidates: list[Path] = [self.root / _YEAR["base_dir"], self.root / "VOC2012", self.root]
         return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), candidates[0])
 
-    def prepare_data(self) -> None:
-        """Downloads and unpacks, where asked to and needed."""
-        if self.download and not self.home.is_dir():
-            self.root.mkdir(parents=True, exist_ok=True)
-            archive = download(_YEAR["url"], self.root / _YEAR["filename"], _YEAR["md5"])
-            extract(archive, self.root, _YEAR["base_dir"])
+    def fetch(self) -> None:
+        """Downloads and unpacks."""
+        archive = download(_YEAR["url"], self.root / _YEAR["filename"], _YEAR["md5"])
+        extract(archive, self.root, _YEAR["base_dir"])
 
     def train_transform(self, sample: Sample) -> Sample:
         """Scale, crop and flip, image and mask alike."""

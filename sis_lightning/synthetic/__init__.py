@@ -9,13 +9,13 @@ from pathlib import Path
 
 from sis_lightning import __version__
 from sis_lightning.errors import UsageError, nearest
+from sis_lightning.layouts import SYNTHETIC_MARKER
 from sis_lightning.synthetic.drawing import Stage
 from sis_lightning.synthetic.formats import write_cifar, write_coco, write_contact_sheet, write_voc
 
-__all__ = ["KINDS", "MARKER", "write_synthetic"]
+__all__ = ["KINDS", "SYNTHETIC_MARKER", "write_synthetic"]
 
 KINDS = ("cifar", "voc", "coco")
-MARKER = "SYNTHETIC.json"
 
 
 def write_synthetic(
@@ -101,11 +101,14 @@ def _is_free(root: Path, marker: dict[str, object]) -> bool:
     """Says whether `root` is still to be written; False if it holds the very same data."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return True
-    found = root / MARKER
+    found = root / SYNTHETIC_MARKER
     if not found.is_file():
         raise UsageError(f"{root} holds something that is not synthetic data; choose another folder")
-    if json.loads(found.read_text(encoding="utf-8")) != marker:
-        raise UsageError(f"{root} holds synthetic data of other arguments (see {MARKER} there); choose another folder")
+    # Another release of ours draws the same pictures, or its changelog says so.
+    if {**json.loads(found.read_text(encoding="utf-8")), "version": marker["version"]} != marker:
+        raise UsageError(
+            f"{root} holds synthetic data of other arguments (see {SYNTHETIC_MARKER} there); choose another folder"
+        )
     return False
 
 
@@ -113,7 +116,7 @@ def _empty_sibling(root: Path) -> Path:
     """Makes the folder that becomes `root` at the end, so that a killed run leaves nothing that looks whole."""
     partial = root.with_name(root.name + ".partial")
     if partial.exists():
-        if any(partial.iterdir()) and not (partial / MARKER).is_file():
+        if any(partial.iterdir()) and not (partial / SYNTHETIC_MARKER).is_file():
             raise UsageError(f"{partial} is in the way and holds no synthetic data; move it or choose another folder")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -122,4 +125,4 @@ def _empty_sibling(root: Path) -> Path:
 
 def _write_marker(folder: Path, marker: dict[str, object]) -> None:
     text = json.dumps(marker, indent=2, sort_keys=True) + "\n"
-    (folder / MARKER).write_text(text, encoding="utf-8")
+    (folder / SYNTHETIC_MARKER).write_text(text, encoding="utf-8")

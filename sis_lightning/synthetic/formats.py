@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from sis_lightning.layouts import VOC_CLASSES, VOID, voc_palette
 from sis_lightning.synthetic.drawing import (
     JOINTS,
     PERSON,
@@ -26,11 +27,6 @@ from sis_lightning.synthetic.drawing import (
     small_picture,
 )
 
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
-VOID = 255
 COCO_CATEGORIES = {
     "person": {1: "person"},
     "vehicle": {
@@ -136,16 +132,6 @@ def _write_pickle(value: dict[bytes, Any], path: Path) -> None:
 # PASCAL VOC --------------------------------------------------------------------------------------------------
 
 
-def voc_palette() -> list[int]:
-    """Returns the 256 colours of the VOC development kit as 768 numbers."""
-    label = np.arange(256)
-    palette = np.zeros((256, 3), dtype=np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((label >> (3 * bit + channel)) & 1) << (7 - bit)
-    return [int(value) for value in palette.ravel()]
-
-
 def write_voc(devkit: Path, year: int, images: int, stage: Stage, seed: int) -> None:
     """Writes one year of VOC: pictures, both kinds of masks, boxes and lists.
 
@@ -218,7 +204,7 @@ def _write_voc_xml(scene: Scene, difficult: Sequence[bool], root: Path, stem: st
     _add(tree, segmented=1)
     for instance, hard in zip(scene.instances, difficult, strict=True):
         node = ElementTree.SubElement(tree, "object")
-        _add(node, name=VOC_CLASSES[instance.label], pose="Unspecified", truncated=int(instance.truncated))
+        _add(node, name=VOC_CLASSES[instance.label + 1], pose="Unspecified", truncated=int(instance.truncated))
         _add(node, difficult=int(hard), occluded=int(instance.occluded))
         left, top, right, bottom = instance.box
         box = ElementTree.SubElement(node, "bndbox")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -62,6 +62,7 @@ class BaseTask(LightningModule, ABC):
         if num_classes < 1:
             raise UsageError(f"model.num_classes is {num_classes}, must be at least 1")
         self.num_classes = num_classes
+        self.class_names = [str(i) for i in range(num_classes)]
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.lr_interval, self.lr_batch_size = lr_interval, lr_batch_size
         self.schedule_note = ""
@@ -123,6 +124,22 @@ class BaseTask(LightningModule, ABC):
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
         """Draws the first images of a batch: what was seen, what is true, what is predicted."""
 
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Takes the names of the classes: from the data, or from a checkpoint where the data has none."""
+        self.class_names = list(names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the names of the classes where a folder of pictures has none."""
+        if not self.data.class_names and "class_names" in checkpoint:
+            self.name_classes(checkpoint["class_names"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the names of the classes; refuses weights that are not finite, so that the last good ones stay."""
+        checkpoint["class_names"] = self.class_names
+        broken = [name for name, weight in self.named_parameters() if not torch.isfinite(weight).all()]
+        if broken:
+            raise self._not_finite(f"{len(broken)} weights, such as {broken[0]}")
+
     def setup(self, stage: str) -> None:
         """Refuses data whose classes are not the network's."""
         data = getattr(self.trainer, "datamodule", None)
@@ -131,6 +148,8 @@ class BaseTask(LightningModule, ABC):
                 f"the data in {data.root} has {data.num_classes} classes, the model {self.num_classes}: "
                 f"set --model.num_classes {data.num_classes}"
             )
+        if isinstance(data, SISDataModule) and data.class_names:
+            self.name_classes(data.class_names)
 
     @property
     def effective_batch_size(self) -> int:
@@ -139,7 +158,10 @@ class BaseTask(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler by the linear rule; notes a schedule that does not end with the run."""
-        optimizer = self.make_optimizer(self.parameters())
+        try:
+            optimizer = self.make_optimizer(self.parameters())
+        except ValueError as error:
+            raise UsageError(f"model.optimizer: {error}") from error
         if self.lr_batch_size:
             for group in optimizer.param_groups:
                 group["lr"] *= self.effective_batch_size / self.lr_batch_size
@@ -174,20 +196,19 @@ class BaseTask(LightningModule, ABC):
             ) from None
         loss = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(loss):
-            self._refuse_loss(parts, batch)
+            values = ", ".join(f"{key} {value.item()}" for key, value in parts.items())
+            raise self._not_finite(f"the loss ({values}) on {', '.join(map(str, batch['name'][:3]))}, …")
         size = len(batch["name"])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         if len(parts) > 1:
             self.log_dict({f"train/{key}": value.detach() for key, value in parts.items()}, batch_size=size)
         return loss
 
-    def _refuse_loss(self, parts: dict[str, Tensor], batch: Batch) -> None:
+    def _not_finite(self, what: str) -> DataError:
         written = [callback.best_model_path for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
         saved = next((path for path in reversed(written) if path), "none was written yet")
-        values = ", ".join(f"{key} {value.item()}" for key, value in parts.items())
-        raise DataError(
-            f"the loss is not finite at step {self.global_step} (epoch {self.current_epoch}): {values}\n"
-            f"  batch: {', '.join(str(name) for name in batch['name'][:3])}, …\n"
+        return DataError(
+            f"not finite at step {self.global_step} (epoch {self.current_epoch}): {what}\n"
             f"  last good checkpoint: {saved}\n"
             "  Try a lower learning rate, or gradient clipping (--trainer.gradient_clip_val 10)."
         )

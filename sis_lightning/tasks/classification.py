@@ -74,7 +74,7 @@ class ClassificationTask(BaseTask):
         return {"cross_entropy": F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)}
 
     def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
-        """Top-k over the split; `loss` is the plain cross-entropy."""
+        """Top-k over the split."""
         logits = self(batch["image"]).float()
         metrics.update(logits, batch["label"])
         return self._outputs(logits)
@@ -89,21 +89,17 @@ class ClassificationTask(BaseTask):
     def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
         """A row with the likeliest class and the probability of every class; no file of its own."""
         probabilities = output["probabilities"].cpu()
-        names = self._class_names()
+        names = self.class_names
         best = int(probabilities.argmax())
         shares = {f"p({names[i]})": round(float(p), 6) for i, p in enumerate(probabilities)}
         return {"name": name, "class": names[best], "probability": round(float(probabilities[best]), 6), **shares}
-
-    def _class_names(self) -> list[str]:
-        names = list(self.data.class_names)
-        return names if len(names) == self.num_classes else [str(i) for i in range(self.num_classes)]
 
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
         """Up to 16 images with the true and the predicted class, wrong ones in red."""
         count = min(16, len(outputs))
         figure = Figure(figsize=(8, 2.2 * -(-count // 4)), layout="constrained")
         axes = figure.subplots(-(-count // 4), 4, squeeze=False).reshape(-1)
-        names = self._class_names()
+        names = self.class_names
         for axis in axes:
             axis.set_axis_off()
         for index in range(count):

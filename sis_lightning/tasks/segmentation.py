@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ from torchmetrics import Metric, MetricCollection
 
 from sis_lightning.backbones import BackboneConfig, create_segmenter
 from sis_lightning.datamodules import Batch
-from sis_lightning.datamodules.segmentation import VOID, voc_palette
 from sis_lightning.errors import UsageError
+from sis_lightning.layouts import VOID, voc_palette
 from sis_lightning.metrics import DatasetIoU
 from sis_lightning.tasks.base import BaseTask, LRSchedulerCallable, OptimizerCallable, Outputs
 
@@ -55,11 +56,11 @@ class SegmentationTask(BaseTask):
         background_weight: float = 1.0,
     ) -> None:
         super().__init__(backbone, num_classes, optimizer, lr_scheduler, lr_interval, lr_batch_size)
-        if num_classes < 2 or background_weight < 0:
+        if not 2 <= num_classes <= VOID or background_weight < 0:
             raise UsageError(
-                f"model.num_classes is {num_classes} (at least 2), background_weight {background_weight} (at least 0)"
+                f"model.num_classes is {num_classes} (2 to {VOID}: ids are bytes, {VOID} is void), "
+                f"background_weight {background_weight} (at least 0)"
             )
-        self.class_names = [str(i) for i in range(num_classes)]
         weight = torch.ones(num_classes)
         weight[0] = background_weight
         self.register_buffer("class_weight", weight, persistent=False)
@@ -83,12 +84,10 @@ class SegmentationTask(BaseTask):
         logits: Tensor = self.model(F.pad(images, (0, right, 0, below)))
         return logits[..., :height, :width]
 
-    def setup(self, stage: str) -> None:
-        """Takes the names of the classes from the data."""
-        super().setup(stage)
-        if len(self.data.class_names) == self.num_classes:
-            self.class_names = list(self.data.class_names)
-            self.val_metrics.class_names = self.test_metrics.class_names = self.class_names
+    def name_classes(self, names: Sequence[str]) -> None:
+        """The metrics name their figures too."""
+        super().name_classes(names)
+        self.val_metrics.class_names = self.test_metrics.class_names = self.class_names
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted cross-entropy over all pixels that are not void; 0 where all are."""
@@ -103,16 +102,16 @@ class SegmentationTask(BaseTask):
         """Adds each image's pixels to the confusion matrix."""
         outputs = self.predict_step(batch)
         for output, mask in zip(outputs, batch["mask"], strict=True):
-            metrics.update(output["mask"], mask.long())
+            metrics.update(output["mask"].long(), mask.long())
         return outputs
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> Outputs:
-        """`mask` (H, W) int64 of each image: the likeliest class of every pixel."""
-        return [{"mask": self(image[None])[0].argmax(dim=0)} for image in batch["image"]]
+        """`mask` (H, W) uint8 of each image: the likeliest class of every pixel."""
+        return [{"mask": self(image[None])[0].argmax(dim=0).to(torch.uint8)} for image in batch["image"]]
 
     def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
         """`masks/NAME.png` with class ids in VOC's palette, and `overlays/NAME.jpg`, at the image's size."""
-        ids = output["mask"].to(torch.uint8).cpu().numpy()
+        ids = output["mask"].cpu().numpy()
         mask = Image.fromarray(ids).convert("P")
         mask.putpalette(voc_palette())
         colours = np.asarray(mask.convert("RGB"), dtype=np.float32)
