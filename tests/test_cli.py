@@ -236,7 +236,7 @@ def test_two_ranks_measure_what_one_does(synthetic, tmp_path, task):
     for extra in ([], ranks):
         call("test", *options, *extra)
         record = json.loads((tmp_path / "run" / "test.json").read_text())
-        assert record["data"]["images"] % 2 == 1
+        assert record["data"]["images"] % 2 == (task == "seg_voc")  # an odd number is dealt out unevenly
         figures.append(record["metrics"])
     assert figures[0] == figures[1]
 

@@ -15,8 +15,9 @@ from PIL import Image
 
 from sis_lightning.datamodules import CIFAR100DataModule, ImageFolderDataModule, VOCSegmentationDataModule
 from sis_lightning.datamodules.base import EpochSampler, FolderSource, RandomScale, ShardSampler, read_image
-from sis_lightning.datamodules.segmentation import read_mask, voc_palette
+from sis_lightning.datamodules.segmentation import read_mask
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.layouts import voc_palette
 
 
 @given(length=st.integers(0, 50), world=st.integers(1, 7))

@@ -20,9 +20,10 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from sis_lightning.errors import UsageError
-from sis_lightning.synthetic import MARKER, write_synthetic
+from sis_lightning.layouts import SYNTHETIC_MARKER, VOC_CLASSES
+from sis_lightning.synthetic import write_synthetic
 from sis_lightning.synthetic.drawing import BACKGROUNDS, SHAPES, TEXTURES, Layer, Stage, compose, small_picture
-from sis_lightning.synthetic.formats import COCO_CATEGORIES, COCO_SHAPES, VOC_CLASSES, polygons, run_lengths
+from sis_lightning.synthetic.formats import COCO_CATEGORIES, COCO_SHAPES, polygons, run_lengths
 
 # pycocotools 2.0.11 predates the keyword that numpy 2 passes to __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -71,11 +72,11 @@ def test_a_picture_does_not_depend_on_how_many_there_are(drawn, tmp_path):
 def test_every_folder_says_that_it_is_synthetic(drawn):
     folders = ("", "cifar-100-python", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007", "coco")
     for folder in folders:
-        marker = json.loads((drawn / folder / MARKER).read_text())
+        marker = json.loads((drawn / folder / SYNTHETIC_MARKER).read_text())
         assert marker["synthetic"] is True
         assert marker["generator"] == "sis-lightning synth"
         assert (marker["images"], marker["size"], marker["seed"]) == (IMAGES, SIZE, 3)
-    assert len(list(drawn.rglob(MARKER))) == len(folders)
+    assert len(list(drawn.rglob(SYNTHETIC_MARKER))) == len(folders)
     with Image.open(drawn / "contact_sheet.png") as sheet:
         assert sheet.width > 1000
 
@@ -83,7 +84,7 @@ def test_every_folder_says_that_it_is_synthetic(drawn):
 def test_only_the_asked_kinds_are_written(tmp_path):
     write(tmp_path / "new", images=10, kinds=("voc",))
     names = {path.name for path in (tmp_path / "new").iterdir()}
-    assert names == {"VOCdevkit", MARKER, "contact_sheet.png"}
+    assert names == {"VOCdevkit", SYNTHETIC_MARKER, "contact_sheet.png"}
 
 
 def test_importing_needs_no_torch():
@@ -159,7 +160,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     assert not list(root.iterdir())
     assert (tmp_path / "new.partial").exists()
     write(root, images=10, kinds=["voc"])
-    assert (root / MARKER).is_file()
+    assert (root / SYNTHETIC_MARKER).is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
@@ -232,7 +233,7 @@ def unpickle(path: Path) -> dict[bytes, object]:
 
 def test_cifar_has_the_official_layout(drawn):
     folder = drawn / "cifar-100-python"
-    assert {path.name for path in folder.iterdir()} == {"train", "test", "meta", MARKER}
+    assert {path.name for path in folder.iterdir()} == {"train", "test", "meta", SYNTHETIC_MARKER}
     meta = unpickle(folder / "meta")
     fine, coarse = meta[b"fine_label_names"], meta[b"coarse_label_names"]
     assert (len(set(fine)), len(set(coarse))) == (100, 20)
@@ -335,7 +336,7 @@ def test_voc_masks_agree_with_the_annotations(year):
         objects = voc_objects(year / "Annotations" / f"{path.stem}.xml")
         assert objects
         clear = [entry for entry in objects if not entry["difficult"]]
-        expected = {VOC_CLASSES.index(entry["name"]) + 1 for entry in clear}
+        expected = {VOC_CLASSES.index(entry["name"]) for entry in clear}
         assert set(np.unique(labels)) - {0, 255} == expected
         assert 255 in labels
         assert np.array_equal(labels == 255, numbers == 255)
@@ -349,7 +350,7 @@ def test_voc_masks_agree_with_the_annotations(year):
             y, x = np.nonzero(numbers == number)
             assert bool(len(x)) is not entry["difficult"]
             if len(x):
-                assert set(labels[y, x]) == {VOC_CLASSES.index(entry["name"]) + 1}
+                assert set(labels[y, x]) == {VOC_CLASSES.index(entry["name"])}
                 inner = np.array([x.min() + 1, y.min() + 1, x.max() + 1, y.max() + 1])
                 assert np.all(np.abs(inner - entry["box"]) <= EDGE)
     assert kinds["all"] > 1.5 * len(list((year / "JPEGImages").iterdir()))
