@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sis_lightning.datamodules import CIFAR100DataModule, ImageFolderDataModule, VOCSegmentationDataModule
-from sis_lightning.datamodules.base import EpochSampler, FolderSource, RandomScale, ShardSampler, read_image
-from sis_lightning.datamodules.segmentation import read_mask
+from sis_lightning.datamodules.base import EpochSampler, FolderSource, ShardSampler, read_image
+from sis_lightning.datamodules.segmentation import RandomScale, read_mask
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import voc_palette
 

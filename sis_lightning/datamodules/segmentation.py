@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
 
-from sis_lightning.datamodules.base import RandomScale, Sample, SISDataModule, Source, Split, open_image, read_image
+from sis_lightning.datamodules.base import Sample, SISDataModule, Source, Split, open_image, read_image
 from sis_lightning.datamodules.download import download, extract
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import VOC_CLASSES, VOID
@@ -34,6 +36,29 @@ def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
     if outside:
         raise DataError(f"{path}: mask id {outside[0]} is outside of the classes 0…{classes - 1} and {VOID} (void)")
     return tv_tensors.Mask(torch.from_numpy(ids))
+
+
+class RandomScale(v2.Transform):  # type: ignore[misc]
+    """Resizes image and mask by one factor drawn from `scale_range`, relative to the image's own size."""
+
+    def __init__(self, scale_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.scale_range = scale_range
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the size (H, W)."""
+        low, high = self.scale_range
+        factor = low + (high - low) * torch.rand(()).item()
+        height, width = transforms.get_size(next(item for item in flat_inputs if isinstance(item, Tensor)))
+        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Bilinear for images; nearest by pixels' centres for masks (torchvision's own is half a pixel off)."""
+        if isinstance(inpt, tv_tensors.Mask):
+            exact = transforms.InterpolationMode.NEAREST_EXACT
+            ids = transforms.resize_image(inpt.as_subclass(Tensor)[None], params["size"], interpolation=exact)[0]
+            return tv_tensors.wrap(ids, like=inpt)
+        return self._call_kernel(transforms.resize, inpt, size=params["size"], antialias=True)
 
 
 class VOCSegmentationDataModule(SISDataModule):
