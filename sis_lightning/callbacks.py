@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from sis_lightning.datamodules import Batch
+from sis_lightning.errors import UsageError
 from sis_lightning.tasks import BaseTask
 
 console = Console(soft_wrap=True, highlight=False)
@@ -122,6 +123,7 @@ class ProgressLines(Callback):
     def __init__(self) -> None:
         self.pace = _Pace()
         self.steps: float = 0
+        self.shown = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Asks for the run's length, together with the other ranks; starts the clock anew."""
@@ -134,7 +136,9 @@ class ProgressLines(Callback):
         """Prints loss, learning rate and images/s."""
         self.pace.step()
         step = trainer.global_step
-        if trainer.is_global_zero and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        # Of the batches that accumulate to one step, one line.
+        if trainer.is_global_zero and step > self.shown and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.shown = step
             loss = trainer.callback_metrics.get("train/loss")
             images = self.pace.rate(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
             console.print(
@@ -188,9 +192,14 @@ class WritePredictions(Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes what an earlier predict wrote: the folder holds one, not two mixed."""
+        """Removes what an earlier predict wrote (the folder holds one, not two mixed), and nothing else."""
         if trainer.is_global_zero:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            table = self.folder / "predictions.json"
+            if table.is_file():
+                shutil.rmtree(self.folder)
+            elif self.folder.is_dir() and any(self.folder.iterdir()):
+                raise UsageError(f"{self.folder} holds files that predict did not write: choose another --run_dir")
+            write_text(table, "[]\n")
         trainer.strategy.barrier()
 
     def on_predict_batch_end(

@@ -122,8 +122,14 @@ def test_a_whole_segmentation_run(command, tiny, synthetic, tmp_path):
     table = json.loads((RUN / "predictions" / "predictions.json").read_text())
     assert [row["name"] for row in table] == ["a", "deep/b"]
     assert all(abs(sum(row["shares"].values()) - 1) < 0.01 for row in table)
-    # What an earlier predict wrote is gone: the folder holds one prediction, not two mixed.
+    # What an earlier predict wrote is gone: the folder holds one prediction, not two mixed. Others' files stay.
     assert len(list((RUN / "predictions" / "masks").rglob("*.png"))) == 2
+    (tmp_path / "theirs" / "predictions").mkdir(parents=True)
+    (tmp_path / "theirs" / "predictions" / "thesis.txt").write_text("mine")
+    refused = command("predict", *tiny, "--run_dir", "theirs", "--ckpt_path", RUN / "checkpoints" / "best.ckpt")
+    assert refused.code == 2
+    assert "predict did not write" in refused.err
+    assert (tmp_path / "theirs" / "predictions" / "thesis.txt").read_text() == "mine"
 
     content = torch.load(last, weights_only=True)
     content["state_dict"]["stray"] = torch.zeros(1)
