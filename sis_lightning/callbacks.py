@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -226,16 +227,13 @@ class WritePredictions(Callback):
         if not trainer.is_global_zero:
             return
         rows = sorted(rows, key=lambda row: str(row["name"]))
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "predictions.json", json.dumps(rows, indent=1) + "\n")
-        path = self.folder / "predictions.csv"
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            flat = [key for key, value in rows[0].items() if not isinstance(value, dict)]
-            writer = csv.DictWriter(file, flat, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(path)
+        flat = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, flat, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.folder / "predictions.csv", table.getvalue())
         console.print(f"{len(rows):,} predictions in {self.folder}")
 
 

@@ -51,7 +51,6 @@ _EXPECTED_WARNINGS = (
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*The dirpath has changed from .* therefore `best_model_score`.*",
     r".*isinstance\(treespec, LeafSpec\).*",
-    r".*You are trying to `self.log\(\)` but the `self.trainer` reference is not registered.*",
 )
 
 # What of a task's settings does not change the network's shape: a checkpoint may differ in it.
