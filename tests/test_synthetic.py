@@ -20,10 +20,10 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from sis_lightning.errors import UsageError
-from sis_lightning.layouts import SYNTHETIC_MARKER, VOC_CLASSES
+from sis_lightning.layouts import COCO_CATEGORIES, SYNTHETIC_MARKER, VOC_CLASSES
 from sis_lightning.synthetic import write_synthetic
 from sis_lightning.synthetic.drawing import BACKGROUNDS, SHAPES, TEXTURES, Layer, Stage, compose, small_picture
-from sis_lightning.synthetic.formats import COCO_CATEGORIES, COCO_SHAPES, polygons, run_lengths
+from sis_lightning.synthetic.formats import COCO_SHAPES, polygons, run_lengths
 
 # pycocotools 2.0.11 predates the keyword that numpy 2 passes to __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

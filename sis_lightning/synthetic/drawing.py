@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from sis_lightning.layouts import COCO_JOINTS
+
 Floats = NDArray[np.float32]
 Points = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -30,11 +32,6 @@ TEXTURES = ("plain", "stripes", "checks", "dots", "grain")
 BACKGROUNDS = ("gradient", "blobs", "stripes", "checks", "grain")
 PERSON = len(SHAPES)
 """The label of a human figure; smaller labels index `SHAPES`."""
-JOINTS = (
-    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
-    *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
-    *("left_knee", "right_knee", "left_ankle", "right_ankle"),
-)
 
 _OVERSAMPLING = 3
 _LEAST_VISIBLE = 0.05
@@ -426,7 +423,7 @@ def _skeleton(rng: np.random.Generator, facing: int) -> Points:
     legs = poses[0]
     shoulder, hip, torso = rng.uniform(0.105, 0.13), rng.uniform(0.06, 0.08), rng.uniform(0.29, 0.32)
     look = rng.uniform(-0.02, 0.02)
-    body = np.zeros((len(JOINTS), 2))
+    body = np.zeros((len(COCO_JOINTS), 2))
     body[0] = (look * 1.5, -0.085)
     for side, (sign, pose) in enumerate(zip((facing, -facing), poses, strict=True)):
         body[1 + side] = (look + 0.036 * sign, -0.115)
@@ -509,7 +506,7 @@ def figure_layer(rng: np.random.Generator, height: float, centre: tuple[float, f
     colour, coverage = easel.finish()
     grain = 1 + 0.06 * rng.standard_normal(coverage.shape, dtype=np.float32)
     left, top = round(centre[0] - coverage.shape[1] / 2), round(centre[1] - coverage.shape[0] / 2)
-    shown = np.ones((len(JOINTS), 1))
+    shown = np.ones((len(COCO_JOINTS), 1))
     shown[:_FACE_JOINTS] = facing > 0
     joints = np.concatenate([easel.place(body) + np.array([left, top]), shown], axis=1)
     return Layer(PERSON, left, top, colour * grain[..., None], coverage, joints=joints)

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from sis_lightning.layouts import VOC_CLASSES, VOID, voc_palette
+from sis_lightning.layouts import COCO_CATEGORIES, COCO_JOINTS, COCO_SKELETON, VOC_CLASSES, VOID, voc_palette
 from sis_lightning.synthetic.drawing import (
-    JOINTS,
     PERSON,
     SHAPES,
     TEXTURES,
@@ -27,45 +26,12 @@ from sis_lightning.synthetic.drawing import (
     small_picture,
 )
 
-COCO_CATEGORIES = {
-    "person": {1: "person"},
-    "vehicle": {
-        **{2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck"},
-        **{9: "boat"},
-    },
-    "outdoor": {10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench"},
-    "animal": {
-        **{16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear"},
-        **{24: "zebra", 25: "giraffe"},
-    },
-    "accessory": {27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase"},
-    "sports": {
-        **{34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat"},
-        **{40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket"},
-    },
-    "kitchen": {44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl"},
-    "food": {
-        **{52: "banana", 53: "apple", 54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot"},
-        **{58: "hot dog", 59: "pizza", 60: "donut", 61: "cake"},
-    },
-    "furniture": {62: "chair", 63: "couch", 64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet"},
-    "electronic": {72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard", 77: "cell phone"},
-    "appliance": {78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator"},
-    "indoor": {
-        **{84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier"},
-        **{90: "toothbrush"},
-    },
-}
 COCO_SHAPES = {
     **{"disc": 34, "ring": 60, "half-disc": 51, "square": 84, "frame": 72, "bar": 39, "triangle": 59},
     **{"plus": 5, "star": 38, "crescent": 52, "heart": 53, "arrow": 10, "ell": 62, "tee": 28, "u": 47},
     **{"zigzag": 87, "hourglass": 46, "gear": 85, "trefoil": 64, "ellipse": 37},
 }
 """Category of each shape, the one that it looks like where there is one."""
-COCO_SKELETON = (
-    *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),
-    *((9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7)),
-)
 
 _CIFAR, _VOC2012, _VOC2007, _COCO = range(4)
 _TINY_DIFFICULT = 0.12  # of the objects below twice the least size; makes about 3 % of all
@@ -273,7 +239,7 @@ def _categories(with_joints: bool) -> Iterator[dict[str, object]]:
             if not with_joints:
                 yield category
             elif name == "person":
-                yield {**category, "keypoints": list(JOINTS), "skeleton": [list(bone) for bone in COCO_SKELETON]}
+                yield {**category, "keypoints": list(COCO_JOINTS), "skeleton": [list(bone) for bone in COCO_SKELETON]}
 
 
 def _coco_annotations(scene: Scene, image_id: int) -> Iterator[dict[str, object]]:
