@@ -123,18 +123,6 @@ class Annotations:
             self.dropped,
         )
 
-    def require_sound(self) -> None:
-        """Stops a run on defects that training has no remedy for.
-
-        Raises:
-            DataError: Names the first of them, and how to see the others.
-        """
-        fatal = [defect for defect in self.defects if not defect.remedy]
-        if fatal:
-            raise DataError(
-                f"{fatal[0]}\n  {len(fatal)} such defects; 'sis-lightning check-data' with the same options lists them."
-            )
-
     def drop(self, which: NDArray[np.bool_], reason: str) -> None:
         """Leaves objects out."""
         if which.any():
@@ -214,13 +202,24 @@ def read_coco(path: Path, pictures: Path, *, keypoints: bool = False) -> Annotat
     )
 
 
-def _load_coco(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        DataError: Where it is not there, not to be read, or not JSON.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
+
+
+def _load_coco(path: Path) -> dict[str, Any]:
+    content = load_json(path)
     if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
         raise DataError(f"{path}: not an annotation file of COCO, which has 'images', 'annotations' and 'categories'")
     for key, needed in (("images", ("id", "file_name")), ("categories", ("id", "name")), ("annotations", ())):

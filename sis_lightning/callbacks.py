@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from torch import nn
 
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
+from sis_lightning.files import write_text
 from sis_lightning.tasks import BaseTask
 
 console = Console(soft_wrap=True, highlight=False)
@@ -36,9 +36,16 @@ class Announcement(Callback):
         if not isinstance(task, BaseTask) or not trainer.is_global_zero:
             return
         batch, devices = data.batch_size, trainer.world_size
-        rates = sorted({group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups})
+        rates = sorted(
+            {
+                group["lr"] if not task.warmup_steps else group["initial_lr"]
+                for optimizer in trainer.optimizers
+                for group in optimizer.param_groups
+            }
+        )
         counts = {split: len(source) for split, source in data.sources.items()}
         scaled = f" (linear rule from batch {task.lr_batch_size})" if task.lr_batch_size else ""
+        start = f"after {task.warmup_steps} steps of warm-up" if task.warmup_steps else "at the start"
         for label, text in {
             "run": trainer.default_root_dir,
             "data": f"{data.root}: {data.identity()}; " + ", ".join(f"{n:,} {split}" for split, n in counts.items()),
@@ -46,11 +53,12 @@ class Announcement(Callback):
             "backbone": task.backbone.describe(),
             "batch": f"{task.effective_batch_size} images a step = {batch // devices} on each of {devices} device(s) "
             f"× {trainer.accumulate_grad_batches} accumulated",
-            "lr": ", ".join(f"{rate:g}" for rate in rates) + f" at the start{scaled}",
+            "lr": ", ".join(f"{rate:g}" for rate in rates) + f" {start}{scaled}",
             "length": f"{steps:,} steps",
+            **data.notes,
             **({"note": task.schedule_note} if task.schedule_note else {}),
         }.items():
-            console.print(f"[bold]{label:>9}[/]  {text}", markup=True)
+            console.print(f"[bold]{label:>13}[/]  {text}", markup=True)
 
 
 def _millions(module: nn.Module) -> str:
@@ -228,21 +236,10 @@ class WritePredictions(Callback):
             return
         rows = sorted(rows, key=lambda row: str(row["name"]))
         write_text(self.folder / "predictions.json", json.dumps(rows, indent=1) + "\n")
-        flat = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+        flat = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
         table = io.StringIO()
         writer = csv.DictWriter(table, flat, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.folder / "predictions.csv", table.getvalue())
         console.print(f"{len(rows):,} predictions in {self.folder}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all: beside, to disk, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

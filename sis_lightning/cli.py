@@ -23,7 +23,10 @@ RUN_COMMANDS = {
 }
 COMMANDS = {
     **RUN_COMMANDS,
+    "check-data": "count what a data set holds, and list everything that is wrong with it",
+    "evaluate": "score a results file as COCO or VOC do",
     "complexity": "parameters and MACs of backbones and of whole models",
+    "bench": "time what is worth timing",
     "synth": "write small data sets in the real formats",
 }
 
@@ -66,7 +69,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"there is no command '{command}': {nearest(command, COMMANDS)}")
     if command in RUN_COMMANDS:
         return _run(command, rest)
-    return {"synth": _synth, "complexity": _complexity}[command](rest)
+    others = {"check-data": _check_data, "evaluate": _evaluate, "complexity": _complexity, "bench": _bench}
+    return {**others, "synth": _synth}[command](rest)
 
 
 def _message(error: UserError) -> str:
@@ -246,4 +250,72 @@ def _complexity(arguments: list[str]) -> int:
         names = chosen.names or config_names("configs/backbones")
         rows = complexity.of_backbones(names, chosen.operator, chosen.size, chosen.num_classes)
     print(complexity.to_json(rows) if chosen.json else complexity.to_table(rows), end="")
+    return 0
+
+
+def _check_data(arguments: list[str]) -> int:
+    """Walks a data set."""
+    parser = _Parser(
+        prog="sis-lightning check-data",
+        description=COMMANDS["check-data"],
+        epilog="Further options are those of fit: --data.root DIR and so on. Exit code 1 where anything is wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="as for fit")
+    parser.add_argument("--annotations-only", action="store_true", help="does not decode images and masks")
+    chosen, options = parser.parse_known_args(arguments)
+    _check_torch()
+    from sis_lightning.check import check_data
+
+    files = [f"--config={file}" for file in chosen.config]
+    return min(check_data(*resolve([*files, *options]), pictures=not chosen.annotations_only), 1)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    """Scores a results file."""
+    parser = _Parser(prog="sis-lightning evaluate", description=COMMANDS["evaluate"], allow_abbrev=False)
+    kinds = ("bbox", "segm", "keypoints", "voc07", "voc12")
+    parser.add_argument("--type", required=True, choices=kinds, help="COCO's figures, or VOC's average precision")
+    parser.add_argument("--truth", required=True, help="COCO's annotation file, or VOC's folder with Annotations/")
+    parser.add_argument("--results", required=True, help="COCO's results file, or a folder with VOC's CLASS.txt")
+    parser.add_argument("--json", action="store_true", help="for machines: all digits, null where nothing is to find")
+    coco = parser.add_argument_group("COCO")
+    evaluators = ("pycocotools", "faster-coco-eval")
+    coco.add_argument("--evaluator", choices=evaluators, help="who computes (default pycocotools)")
+    voc = parser.add_argument_group("VOC")
+    voc.add_argument("--split", help="a list of ImageSets/Main (default: every file of Annotations/)")
+    rules = "devkit (default): difficult is ignored, IoU > t; toolkit: it counts, IoU >= t"
+    voc.add_argument("--voc-rule", dest="rule", choices=("devkit", "toolkit"), help=rules)
+    voc.add_argument("--iou", type=float, help="t (default 0.5)")
+    voc.add_argument("--classes", nargs="+", metavar="NAME", help="default: VOC's 20")
+    chosen = parser.parse_args(arguments)
+    of_voc = chosen.type.startswith("voc")
+    options = {key: getattr(chosen, key) for key in ("split", "rule", "iou", "classes", "evaluator")}
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if (key == "evaluator") == of_voc:
+            option = "--voc-rule" if key == "rule" else f"--{key}"
+            raise UsageError(f"{option} is of {'COCO' if of_voc else 'VOC'}, not of --type {chosen.type}")
+    from sis_lightning.evaluate import evaluate_coco, evaluate_voc
+
+    score = evaluate_voc if of_voc else evaluate_coco
+    evaluation = score(Path(chosen.truth), Path(chosen.results), chosen.type, **given)
+    print(evaluation.to_json() if chosen.json else evaluation.to_table(), end="")
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    """Times what is worth timing."""
+    parser = _Parser(prog="sis-lightning bench", description=COMMANDS["bench"], allow_abbrev=False)
+    parser.add_argument("--eval", action="store_true", help="pycocotools against faster-coco-eval")
+    parser.add_argument("--images", type=int, default=5000, help="of --eval (default %(default)s)")
+    parser.add_argument("--out", default="results/benchmarks", help="folder to write into (default %(default)s)")
+    chosen = parser.parse_args(arguments)
+    if not chosen.eval:
+        raise UsageError("what is to be timed? bench --eval")
+    from sis_lightning import bench
+
+    result = bench.time_evaluators(chosen.images)
+    bench.write(result, Path(chosen.out))
+    print(bench.to_table(result), end="")
     return 0

@@ -51,6 +51,11 @@ COCO_JOINTS = (
     *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
     *("left_knee", "right_knee", "left_ankle", "right_ankle"),
 )
+#: For each joint, which it is in a mirrored picture.
+COCO_MIRROR = tuple(
+    COCO_JOINTS.index(name.replace("left", "\0").replace("right", "left").replace("\0", "right"))
+    for name in COCO_JOINTS
+)
 #: Pairs of joints (counted from 1, as in COCO's files) that are joined by a bone.
 COCO_SKELETON = (
     *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),

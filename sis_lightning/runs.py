@@ -7,6 +7,7 @@ runs/TASK/BACKBONE-OPERATOR/seedN/
     pictures/           predictions beside the truth, one a validation
     predictions/        what predict wrote
     test.json           what test measured
+    test_results/       the boxes or keypoints that it measured, in the format of COCO's or VOC's servers
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from sis_lightning.callbacks import (
     WritePredictions,
     console,
     progress,
-    write_text,
 )
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError, UserError
+from sis_lightning.files import write_text
+from sis_lightning.metrics.gathered import GatheredScores
 from sis_lightning.parser import Parser, without_marks
 from sis_lightning.tasks import BaseTask
 
@@ -52,9 +54,6 @@ _EXPECTED_WARNINGS = (
     r".*The dirpath has changed from .* therefore `best_model_score`.*",
     r".*isinstance\(treespec, LeafSpec\).*",
 )
-
-# What of a task's settings does not change the network's shape: a checkpoint may differ in it.
-_SHAPELESS = {"optimizer", "lr_scheduler", "lr_interval", "lr_batch_size", "label_smoothing", "background_weight"}
 
 
 class RunCLI(LightningCLI):
@@ -103,8 +102,11 @@ class RunCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         """Adds the callbacks of every run."""
-        task = self.model
+        task, data = self.model, self.datamodule
         assert isinstance(task, BaseTask)
+        assert isinstance(data, SISDataModule)
+        if data.headline:
+            task.monitor = f"val/{data.headline}"
         if config.get("enable_progress_bar") is not False:
             callbacks.append(progress())
             config["enable_progress_bar"] = isinstance(callbacks[-1], ProgressBar)
@@ -147,7 +149,7 @@ class RunCLI(LightningCLI):
                     "  Go on from its end: --ckpt_path last. Another directory: --run_dir DIR.\n"
                     "  Start afresh and lose the old one: --overwrite true."
                 )
-            for part in ("checkpoints", "csv", "tensorboard", "pictures", "predictions"):
+            for part in ("checkpoints", "csv", "tensorboard", "pictures", "predictions", "test_results"):
                 shutil.rmtree(self.run_dir / part, ignore_errors=True)
             (self.run_dir / "test.json").unlink(missing_ok=True)
         try:
@@ -199,7 +201,8 @@ class RunCLI(LightningCLI):
             raise DataError(
                 f"{path}: not a checkpoint of ours, or damaged ({type(error).__name__}: {error})"[:400]
             ) from None
-        differences = _differences(saved, dict(self.model.hparams))
+        assert isinstance(self.model, BaseTask)
+        differences = _differences(saved, dict(self.model.hparams), self.model.free_settings)
         if differences:
             raise DataError(
                 f"{path} is of another network:\n"
@@ -228,24 +231,36 @@ class RunCLI(LightningCLI):
             return
         identity = data.identity()
         metrics = {key: round(float(value), 8) for key, value in self.trainer.callback_metrics.items()}
+        scores = getattr(self.model, "test_metrics", None)
+        if isinstance(scores, GatheredScores):
+            console.print(f"results in {data.write_results(scores.rows, self.run_dir / 'test_results')}")
         record = {
             # JSON has no NaN: a class that occurs nowhere has no IoU.
             "metrics": {key: value if isfinite(value) else None for key, value in metrics.items()},
-            "data": {"root": str(data.root), "identity": identity, "images": len(data.sources["test"])},
+            "data": {
+                **{"root": str(data.root), "identity": identity, "images": len(data.sources["test"])},
+                **data.notes,
+            },
             "checkpoint": str(self.trainer.ckpt_path),
         }
         write_text(self.run_dir / "test.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
         shown = str(getattr(self.model, "monitor", "")).replace("val/", "test/")
-        console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {identity} data")
+        if not metrics:
+            console.print("no annotations to score against, so no figures: the results are for the data set's server")
+            return
+        said = "".join(f"; {label}: {text}" for label, text in data.notes.items())
+        console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {identity} data{said}")
 
 
-def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "model") -> list[tuple[str, Any, Any]]:
-    """The settings by which two networks differ in shape."""
+def _differences(
+    saved: dict[str, Any], asked: dict[str, Any], free: frozenset[str], prefix: str = "model"
+) -> list[tuple[str, Any, Any]]:
+    """The settings by which two networks differ, less those that are free to."""
     found: list[tuple[str, Any, Any]] = []
-    for key in sorted(saved.keys() & asked.keys() - _SHAPELESS):
+    for key in sorted(saved.keys() & asked.keys() - free):
         old, new = saved[key], asked[key]
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}.{key}")
+            found += _differences(old, new, free, f"{prefix}.{key}")
         elif old != new and not key.startswith("_"):
             found.append((f"{prefix}.{key}", old, new))
     return found

@@ -17,9 +17,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory) -> Path:
-    """CIFAR-100's and VOC's layout with a few small pictures. Read only: take `copied` to change something."""
+    """CIFAR-100's, VOC's and COCO's layout with a few small pictures. Read only: copy it to change something."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
-    write_synthetic(root, images=24, size=64, seed=1, kinds=("cifar", "voc"), min_object=12)
+    write_synthetic(root, images=24, size=64, seed=1, min_object=12)
     return root
 
 
@@ -50,16 +50,36 @@ def command(tmp_path, monkeypatch, capfd) -> Callable[..., Result]:
     return call
 
 
+#: What makes a run of each task one of seconds, beside what does so for all of them.
+SMALLER = {
+    "seg_voc": ["--data.crop_size", "32"],
+    "cls_cifar100": [],
+    "det_voc": ["--model.min_size", "64", "--model.max_size", "64"],
+    "det_coco": ["--model.min_size", "64", "--model.max_size", "64"],
+    "kpt_coco": ["--data.input_size", "[64,32]"],
+}
+
+
 @pytest.fixture
-def tiny(synthetic) -> list[str]:
-    """Options that make any segmentation run one of seconds."""
-    return [
-        *("--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml", "--data.root", str(synthetic)),
-        *("--model.backbone.channels", "8", "--model.backbone.width", "4", "--data.crop_size", "32"),
-        *("--data.batch_size", "4", "--data.num_workers", "0", "--trainer.max_steps", "4"),
-        *("--model.lr_scheduler.init_args.total_steps", "4", "--trainer.check_val_every_n_epoch", "1"),
-        *("--trainer.log_every_n_steps", "1"),
-    ]
+def small(synthetic) -> Callable[..., list[str]]:
+    """Options that make a run of any task one of seconds."""
+
+    def options(task: str, steps: int = 4) -> list[str]:
+        return [
+            *("--config", f"tasks/{task}.yaml", "--config", "configs/demo.yaml", "--data.root", str(synthetic)),
+            *("--model.backbone.channels", "8", "--model.backbone.width", "4", *SMALLER[task]),
+            *("--data.batch_size", "4", "--data.num_workers", "0", "--trainer.max_steps", str(steps)),
+            *("--model.lr_scheduler.init_args.total_steps", str(steps), "--trainer.check_val_every_n_epoch", "1"),
+            *("--trainer.log_every_n_steps", "1"),
+        ]
+
+    return options
+
+
+@pytest.fixture
+def tiny(small) -> list[str]:
+    """Options that make a segmentation run one of seconds."""
+    return small("seg_voc")
 
 
 @pytest.fixture(scope="session")

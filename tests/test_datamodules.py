@@ -382,7 +382,7 @@ def test_voc_errors(voc):
     with pytest.raises(DataError, match="mode RGB"):
         data.source("train")[0]
     mask.unlink()
-    with pytest.raises(DataError, match=rf"{first}\.png does not exist.*train\.txt names it"):
+    with pytest.raises(DataError, match=rf"{first}\.png: does not exist.*train\.txt names it"):
         data.setup("fit")
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
     with pytest.raises(DataError, match="the test split is empty"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from sis_lightning.metrics import DatasetIoU
+from sis_lightning.metrics.segmentation import DatasetIoU
 
 
 @settings(max_examples=40, deadline=None)

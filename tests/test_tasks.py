@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -12,10 +13,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 from sis_lightning import BackboneConfig, create_backbone
-from sis_lightning.backbones import backbone_config
-from sis_lightning.datamodules import CIFAR100DataModule, VOCSegmentationDataModule
-from sis_lightning.errors import UsageError
-from sis_lightning.tasks import ClassificationTask, SegmentationTask
+from sis_lightning.backbones import backbone_config, load_backbone_weights
+from sis_lightning.datamodules import (
+    CIFAR100DataModule,
+    COCODetectionDataModule,
+    COCOKeypointsDataModule,
+    VOCSegmentationDataModule,
+)
+from sis_lightning.errors import DataError, UsageError
+from sis_lightning.tasks import BaseTask, ClassificationTask, DetectionTask, KeypointTask, SegmentationTask
 
 SMALL = backbone_config("sis_demo", channels=8, width=4)
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -30,16 +36,61 @@ def classification(**arguments) -> ClassificationTask:
     return ClassificationTask(**{"backbone": SMALL, "num_classes": 100, "optimizer": SGD, **arguments})
 
 
+def detection(**arguments) -> DetectionTask:
+    sizes = {"min_size": 64, "max_size": 64, "fpn_channels": 8, "head_channels": 8}
+    return DetectionTask(**{"backbone": SMALL, "num_classes": 80, "optimizer": SGD, **sizes, **arguments})
+
+
+def keypoints(**arguments) -> KeypointTask:
+    return KeypointTask(**{"backbone": SMALL, "optimizer": SGD, "deconv_channels": (8, 8, 8), **arguments})
+
+
+BUILD = {"seg": segmentation, "cls": classification, "det": detection, "kpt": keypoints}
+
+
+def test_every_task_is_among_them():
+    assert {type(build()) for build in BUILD.values()} == set(BaseTask.__subclasses__()) - {Watched}
+
+
 def test_all_tasks_hold_the_same_backbone():
     want = {key: value.shape for key, value in create_backbone(SMALL).state_dict().items()}
-    tasks = [segmentation(), classification()]
-    for task in tasks:
-        assert {key: value.shape for key, value in task.backbone.state_dict().items()} == want
-    tasks[1].backbone.load_state_dict(tasks[0].backbone.state_dict())
-    x = torch.randn(1, 3, 32, 32)
-    one, other = (task.eval().backbone(x)["c4"] for task in tasks[::-1])
-    assert one.shape == (1, 128, 2, 2)
-    assert other.shape == (1, 128, 2, 2)
+    for build in BUILD.values():
+        assert {key: value.shape for key, value in build().backbone.state_dict().items()} == want
+
+
+@pytest.mark.parametrize(("giver", "taker"), itertools.permutations(BUILD, 2))
+def test_a_checkpoint_of_one_task_starts_the_backbone_of_another(tmp_path, giver, taker):
+    given, taken = BUILD[giver](), BUILD[taker]()
+    torch.save({"state_dict": given.state_dict(), "global_step": 3}, tmp_path / "last.ckpt")
+    others = {key: value.clone() for key, value in taken.state_dict().items() if ".backbone." not in key}
+    load_backbone_weights(taken.backbone, tmp_path / "last.ckpt")
+    want = given.backbone.state_dict()
+    assert all(torch.equal(value, want[key]) for key, value in taken.backbone.state_dict().items())
+    assert all(torch.equal(taken.state_dict()[key], value) for key, value in others.items())
+
+
+def test_backbone_weights_may_be_published_ones(tmp_path):
+    import torchvision
+
+    theirs = torchvision.models.resnet50()
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    ours = create_backbone("resnet50")
+    load_backbone_weights(ours, tmp_path / "resnet50.pth")
+    torch.testing.assert_close(ours.stages[3][2].expand.weight, theirs.layer4[2].conv3.weight)
+
+
+def test_backbone_weights_that_do_not_fit(tmp_path):
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": segmentation(backbone=backbone_config(SMALL, operator="recurrent1")).state_dict()}, path)
+    backbone = create_backbone(SMALL)
+    with pytest.raises(DataError, match=r"other\.ckpt holds another backbone: \d+ weights.*\n.*asked for is res2net14"):
+        load_backbone_weights(backbone, path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(DataError, match=r"other\.ckpt: .*no weight|another network"):
+        load_backbone_weights(backbone, path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"other\.ckpt: no weights in it, or damaged"):
+        load_backbone_weights(backbone, path)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (17, 64)])
@@ -97,18 +148,33 @@ def test_the_linear_rule(synthetic, tmp_path, lr_batch_size, accumulate, lr):
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(lr)
 
 
+class Watched(ClassificationTask):
+    """Keeps the learning rate of every step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def watched(**arguments) -> Watched:
+    task = Watched(**{"backbone": SMALL, "num_classes": 100, "optimizer": SGD, **arguments})
+    task.rates = []
+    return task
+
+
+def test_the_warm_up_rises_linearly_beside_the_schedule(synthetic, tmp_path):
+    epochs = functools.partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1], gamma=0.1)
+    task = watched(lr_scheduler=epochs, lr_interval="epoch", warmup_steps=4, warmup_start=0.2)
+    data = CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0)
+    trainer(tmp_path, max_steps=8, limit_train_batches=6).fit(task, data)
+    assert task.rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.01, 0.01])
+
+
 @pytest.mark.parametrize(("interval", "rates"), [("step", [0.1, 0.08, 0.06]), ("epoch", [0.1, 0.1, 0.1])])
 def test_the_scheduler_counts_steps_or_epochs(synthetic, tmp_path, interval, rates):
-    seen = []
-
-    class Watched(ClassificationTask):
-        def on_train_batch_start(self, batch, batch_idx):
-            seen.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-
     poly = functools.partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=5, power=1)
-    task = Watched(SMALL, 100, SGD, poly, lr_interval=interval)
+    task = watched(lr_scheduler=poly, lr_interval=interval)
     trainer(tmp_path, max_steps=3).fit(task, CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0))
-    assert seen == pytest.approx(rates)
+    assert task.rates == pytest.approx(rates)
     assert ("ends at step 5, the run at 3" in task.schedule_note) == (interval == "step")
 
 
@@ -120,7 +186,7 @@ def test_a_schedule_that_ends_before_the_run_is_refused_where_it_cannot_go_on(sy
 
 
 def test_hparams_are_plain_data(tmp_path):
-    for task in (segmentation(), classification()):
+    for task in (build() for build in BUILD.values()):
         torch.save(dict(task.hparams), tmp_path / "h.pt")
         loaded = torch.load(tmp_path / "h.pt", weights_only=True)
         assert BackboneConfig(**loaded["backbone"]) == SMALL
@@ -150,10 +216,18 @@ def test_settings_that_cannot_be(build, words):
         build()
 
 
-@pytest.mark.parametrize("build", [segmentation, classification])
-def test_pictures_are_drawn(synthetic, tmp_path, build):
-    kind = VOCSegmentationDataModule if build is segmentation else CIFAR100DataModule
-    data = kind(str(synthetic), batch_size=3, num_workers=0)
+DATA = {
+    "seg": VOCSegmentationDataModule,
+    "cls": CIFAR100DataModule,
+    "det": COCODetectionDataModule,
+    "kpt": functools.partial(COCOKeypointsDataModule, input_size=(64, 32)),
+}
+
+
+@pytest.mark.parametrize("task", BUILD)
+def test_pictures_are_drawn(synthetic, tmp_path, task):
+    build = BUILD[task]
+    data = DATA[task](str(synthetic), batch_size=3, num_workers=0)
     task, run = build(), trainer(tmp_path)
     run.validate(task, data, verbose=False)  # attaches the data to the task
     task._trainer = run

@@ -36,9 +36,14 @@ class Placement:
     reason: str = ""
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with up to 32 groups (Wu and He 2018)."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "gn":
-        return nn.GroupNorm(math.gcd(32, channels), channels)
+        return group_norm(channels)
     return nn.SyncBatchNorm(channels) if kind == "syncbn" else nn.BatchNorm2d(channels)
 
 

@@ -66,6 +66,12 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         for key, known in _LITERALS.items():
             value = getattr(self, key)
+            if value not in known and key == "norm" and "froz" in str(value):
+                raise UsageError(
+                    f"backbone.norm is {value!r}: a frozen norm on weights drawn at random would leave the network "
+                    "without any.\n  Take bn, syncbn or gn; --model.freeze_norm true keeps the statistics of "
+                    "--model.backbone_weights (detection)."
+                )
             if value not in known:
                 choices = ", ".join(str(item) for item in known)
                 hint = f" ({nearest(value, known)})" if isinstance(value, str) else ""

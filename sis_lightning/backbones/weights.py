@@ -1,10 +1,12 @@
-"""Published weights of the same networks, under our names."""
+"""Weights from elsewhere: published ones of the same networks under our names, and other tasks' backbones."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sis_lightning.backbones.body import Backbone, Classifier
@@ -79,3 +81,43 @@ def load_timm_weights(
     The same as `load_torchvision_weights`: all these networks share one way of naming.
     """
     return load_torchvision_weights(model, state_dict, strict=strict)
+
+
+def load_backbone_weights(backbone: Backbone, path: Path) -> None:
+    """Loads a backbone, in place and strictly, from a file.
+
+    Args:
+        backbone: The body of any task.
+        path: A checkpoint of any of our tasks, a state dict with a backbone of ours in it, or one of torchvision's,
+            timm's or the Res2Net authors'.
+
+    Raises:
+        DataError: Where there is no such file, it is damaged, or holds another backbone.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"model.backbone_weights '{path}' does not exist") from None
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise DataError(f"{path}: no weights in it, or damaged ({type(error).__name__}: {error})"[:400]) from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    mark = "stem.conv.weight"
+    prefix = next((key.removesuffix(mark) for key in state if key.endswith(mark)), None)
+    if prefix is None:
+        try:
+            load_torchvision_weights(backbone, state)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        return
+    theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    ours = backbone.state_dict()
+    # A classifier's or a decoder's own weights may stand beside the body's where the prefix is short.
+    theirs = {key: value for key, value in theirs.items() if key.split(".")[0] in {name.split(".")[0] for name in ours}}
+    other = [key for key in (*ours, *theirs) if key not in ours or key not in theirs]
+    other += [key for key in ours if key in theirs and ours[key].shape != theirs[key].shape]
+    if other:
+        raise DataError(
+            f"{path} holds another backbone: {len(other)} weights are missing, unknown or of another shape,\n"
+            f"  such as {other[0]}; asked for is {backbone.config.slug}."
+        )
+    backbone.load_state_dict(theirs)

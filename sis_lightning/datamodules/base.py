@@ -7,6 +7,7 @@ devices or of restarts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -27,8 +28,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
+from sis_lightning.annotations import Defect
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import SYNTHETIC_MARKER
+from sis_lightning.metrics.gathered import Row, Truth
 from sis_lightning.synthetic import write_synthetic
 
 Sample = dict[str, Any]
@@ -72,7 +75,13 @@ def open_image(path: Path) -> Image.Image:
 
 
 class Source(ABC):
-    """A list of samples as they lie on disk."""
+    """A list of samples as they lie on disk.
+
+    Attributes:
+        defects: What was found wrong while listing them.
+    """
+
+    defects: Sequence[Defect] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -81,6 +90,27 @@ class Source(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """Decodes sample `index`: `image` (uint8, (3, H, W)), `name` (unique), and the task's targets."""
+
+    def checks(self) -> Iterator[Callable[[], Sample]]:
+        """Decodes everything once, piece by piece, for `check-data`: each call may raise DataError."""
+        return (functools.partial(self.__getitem__, index) for index in range(len(self)))
+
+    def require_sound(self) -> None:
+        """Stops a run on defects that training has no remedy for.
+
+        Raises:
+            DataError: Names the first of them, and how to see the others.
+        """
+        fatal = [defect for defect in self.defects if not defect.remedy]
+        if fatal:
+            raise DataError(
+                f"{fatal[0]}\n"
+                f"  {len(fatal)} such defect(s): 'sis-lightning check-data' with the same options lists them all."
+            )
+
+    def groups(self) -> Sequence[int] | None:
+        """A number for each sample, where training batches should hold samples of one number alone."""
+        return None
 
 
 class FolderSource(Source):
@@ -146,10 +176,27 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     Every rank gets as many samples as the others (the last few of the permutation are left out), so that no device
     waits for another; `set_epoch` is called by the Trainer.
+
+    Args:
+        length: Samples in all.
+        seed: Of the run.
+        rank: This device.
+        world_size: All devices.
+        groups: A number for each sample: batches then hold samples of one group, but for the last one or two.
+        batch_size: Of those batches, over all devices.
     """
 
-    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Sequence[int] | None = None,
+        batch_size: int = 1,
+    ) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+        self.groups, self.batch_size = groups, batch_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -161,9 +208,23 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        for index in order[self.rank : len(self) * self.world_size : self.world_size]:
+        order = torch.randperm(self.length, generator=generator)
+        if self.groups is not None:
+            order = self._by_group(order, generator)
+        for index in order.tolist()[self.rank : len(self) * self.world_size : self.world_size]:
             yield self.epoch, index
+
+    def _by_group(self, order: Tensor, generator: torch.Generator) -> Tensor:
+        group_of = torch.as_tensor(self.groups)[order]
+        whole: list[Tensor] = []
+        rest: list[Tensor] = []
+        for group in sorted(set(group_of.tolist())):
+            members = order[group_of == group]
+            cut = len(members) - len(members) % self.batch_size
+            whole += members[:cut].view(-1, self.batch_size)
+            rest.append(members[cut:])
+        turns = torch.randperm(len(whole), generator=generator).tolist()
+        return torch.cat([*(whole[turn] for turn in turns), *rest])
 
 
 class ShardSampler(Sampler[tuple[int, int]]):
@@ -186,8 +247,9 @@ def collate(samples: list[Sample]) -> Batch:
         values = [sample[key] for sample in samples]
         if isinstance(values[0], int):
             batch[key] = torch.tensor(values)
-        elif isinstance(values[0], Tensor) and all(value.shape == values[0].shape for value in values):
-            batch[key] = torch.stack([value.as_subclass(Tensor) for value in values])
+        elif isinstance(values[0], Tensor):
+            values = [value.as_subclass(Tensor) for value in values]
+            batch[key] = torch.stack(values) if len({value.shape for value in values}) == 1 else values
         else:
             batch[key] = values
     return batch
@@ -213,8 +275,13 @@ class SISDataModule(LightningDataModule, ABC):
 
     #: Names of the classes by id, known after `setup`.
     class_names: Sequence[str] = ()
-    mean: ClassVar[tuple[float, float, float]]
-    std: ClassVar[tuple[float, float, float]]
+    #: The data set's own numbers of the classes, where results are written with them.
+    category_ids: Sequence[int] = ()
+    #: The figure that chooses checkpoints, where the data set decides it and not the task.
+    headline: ClassVar[str | None] = None
+    #: ImageNet's.
+    mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)
+    std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
 
     def __init__(
         self,
@@ -234,6 +301,8 @@ class SISDataModule(LightningDataModule, ABC):
         self.predict_path = Path(predict_path) if predict_path else None
         self.synthetic, self.download = synthetic, download
         self.sources: dict[str, Source] = {}
+        #: What a reader of the run should know of the data, by a short label.
+        self.notes: dict[str, str] = {}
 
     @abstractmethod
     def source(self, split: Split) -> Source:
@@ -260,6 +329,11 @@ class SISDataModule(LightningDataModule, ABC):
     def num_classes(self) -> int:
         """How many classes the targets have."""
         return len(self.class_names)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images a step outside training, over all devices."""
+        return self.batch_size
 
     def identity(self) -> str:
         """Where the data comes from: `synthetic` (by its marker), else what `provenance` finds."""
@@ -290,6 +364,14 @@ class SISDataModule(LightningDataModule, ABC):
             self.root.mkdir(parents=True, exist_ok=True)
             self.fetch()
 
+    def truth(self, split: Split) -> Truth:
+        """What results of a split are scored against, where they are scored as a whole."""
+        raise NotImplementedError(f"{type(self).__name__} has no annotation file to score against")
+
+    def write_results(self, rows: list[Row], folder: Path) -> Path:
+        """Writes the results of the test split for the data set's server; returns the file or folder."""
+        raise NotImplementedError(f"{type(self).__name__} has no server's format")
+
     def fetch(self) -> None:
         """Downloads the data set into `root`."""
         raise UsageError(f"data.download: {type(self).__name__} has nothing to download. {self.how_to_get()}")
@@ -303,10 +385,12 @@ class SISDataModule(LightningDataModule, ABC):
             if split in self.sources:
                 continue
             self.sources[split] = self.source(split)
+            self.sources[split].require_sound()
             if not len(self.sources[split]):
                 raise DataError(self.missing(f"{self.root}: the {split} split is empty"))
         if stage == "predict" and "predict" not in self.sources:
             self.sources["predict"] = FolderSource(self.predict_path) if self.predict_path else self.source("val")
+            self.sources["predict"].require_sound()
 
     def missing(self, what: str) -> str:
         """An error's text: what is missing, how to get it, and how to do without it."""
@@ -332,9 +416,8 @@ class SISDataModule(LightningDataModule, ABC):
                 f"  Set --data.batch_size {len(source)} or smaller."
             )
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        return self._loader(
-            _Augmented(source, self.train_transform, seed), EpochSampler(len(source), seed, rank, world), per_device
-        )
+        sampler = EpochSampler(len(source), seed, rank, world, source.groups(), self.batch_size)
+        return self._loader(_Augmented(source, self.train_transform, seed), sampler, per_device)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Every image of the val split once, over all devices."""
@@ -365,7 +448,9 @@ class SISDataModule(LightningDataModule, ABC):
         return normalized
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """The inverse of `normalize`, as float32 in 0…1: for pictures."""
+        """The inverse of `normalize`, as float32 in 0…1: for pictures. Bytes were not normalised."""
+        if images.dtype == torch.uint8:
+            return images / 255
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return (images.float() * std + mean).clamp(0, 1)
 
@@ -375,7 +460,7 @@ class SISDataModule(LightningDataModule, ABC):
         if len(source) < world:
             raise UsageError(f"{len(source)} image(s) to {split} are fewer than {world} devices: --trainer.devices 1")
         dataset = _Augmented(source, self.eval_transform, 0)
-        return self._loader(dataset, ShardSampler(len(source), rank, world), max(1, self.batch_size // world))
+        return self._loader(dataset, ShardSampler(len(source), rank, world), max(1, self.eval_batch_size // world))
 
     def _loader(self, dataset: _Augmented, sampler: Sampler[tuple[int, int]], batch_size: int) -> DataLoader[Sample]:
         training = isinstance(sampler, EpochSampler)

@@ -42,11 +42,8 @@ class CIFAR100DataModule(_ClassificationDataModule):
 
     Args:
         root: Folder that holds `cifar-100-python/`.
-        batch_size: Images a step, over all devices together.
-        num_workers: Processes that augment, for each device.
-        predict_path: A folder of pictures that `predict` takes instead; they are resized to 32×32.
-        synthetic: Arguments of `write_synthetic`, which makes the data where `root` does not exist.
-        download: Fetches the archive into `root` where it is missing.
+        loading: `batch_size`, `num_workers` and what else every DataModule takes; `download` fetches the archive, and
+            the pictures of `predict_path` are resized to 32×32.
 
     Raises:
         DataError: In `setup`, for missing or unreadable files.
@@ -56,16 +53,8 @@ class CIFAR100DataModule(_ClassificationDataModule):
     std = (0.2673, 0.2564, 0.2762)
     image_size = 32
 
-    def __init__(
-        self,
-        root: str,
-        batch_size: int = 256,
-        num_workers: int = 4,
-        predict_path: str | None = None,
-        synthetic: dict[str, Any] | None = None,
-        download: bool = False,
-    ) -> None:
-        super().__init__(root, batch_size, num_workers, predict_path, synthetic, download)
+    def __init__(self, root: str, **loading: Any) -> None:
+        super().__init__(root, **loading)
         self.augmentation = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
         self.preparation = v2.Resize((32, 32), antialias=True)
 
@@ -146,28 +135,17 @@ class ImageFolderDataModule(_ClassificationDataModule):
         root: Folder that holds `train/` and `val/` or `test/`.
         image_size: Side of the square that the network sees, in px.
         crop: `pad` or `resized`.
-        batch_size: Images a step, over all devices together.
-        num_workers: Processes that decode and augment, for each device.
-        predict_path: A folder of pictures that `predict` takes instead of the val split.
+        loading: `batch_size`, `num_workers` and what else every DataModule takes.
 
     Raises:
         DataError: In `setup`, for missing folders, empty classes or classes that differ between splits; in a run, for
             an unreadable picture, or one of another size where `crop` is `pad`.
     """
 
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
-
     def __init__(
-        self,
-        root: str,
-        image_size: int = 224,
-        crop: Literal["pad", "resized"] = "resized",
-        batch_size: int = 256,
-        num_workers: int = 4,
-        predict_path: str | None = None,
+        self, root: str, image_size: int = 224, crop: Literal["pad", "resized"] = "resized", **loading: Any
     ) -> None:
-        super().__init__(root, batch_size, num_workers, predict_path)
+        super().__init__(root, **loading)
         if image_size < 8:
             raise UsageError(f"data.image_size is {image_size}, must be at least 8")
         self.image_size, self.crop = image_size, crop

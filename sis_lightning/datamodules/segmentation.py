@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
+from sis_lightning.annotations import Defect
 from sis_lightning.datamodules.base import Sample, SISDataModule, Source, Split, open_image, read_image
 from sis_lightning.datamodules.download import download, extract
 from sis_lightning.errors import DataError, UsageError
@@ -77,20 +80,13 @@ class VOCSegmentationDataModule(SISDataModule):
         scale: Range of the random scale.
         classes: Names of the classes by mask id, background first; none for VOC's 21.
         train_split: `auto`, or a list below `ImageSets/Segmentation/` by its name, such as `train`.
-        batch_size: Images a step, over all devices together.
-        num_workers: Processes that decode and augment, for each device.
-        predict_path: A folder of pictures that `predict` takes instead of the val split.
-        synthetic: Arguments of `write_synthetic`, which makes the data where `root` does not exist.
-        download: Fetches the archive (2 GB) into `root` where it is missing.
+        loading: `batch_size`, `num_workers` and what else every DataModule takes; `download` fetches 2 GB.
 
     Raises:
         UsageError: For a crop or scale that cannot be.
         DataError: In `setup`, for missing folders, lists, images or masks; in a run, for an unreadable image, a mask of
             another size than its image, or with an id outside of the classes.
     """
-
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
 
     def __init__(
         self,
@@ -99,13 +95,9 @@ class VOCSegmentationDataModule(SISDataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         classes: list[str] | None = None,
         train_split: str = "auto",
-        batch_size: int = 16,
-        num_workers: int = 4,
-        predict_path: str | None = None,
-        synthetic: dict[str, Any] | None = None,
-        download: bool = False,
+        **loading: Any,
     ) -> None:
-        super().__init__(root, batch_size, num_workers, predict_path, synthetic, download)
+        super().__init__(root, **loading)
         if crop_size < 16:
             raise UsageError(f"data.crop_size is {crop_size}, must be at least 16")
         if not 0 < scale[0] <= scale[1]:
@@ -182,21 +174,33 @@ class _VOCSource(Source):
     """Images with masks, by name."""
 
     def __init__(self, home: Path, masks: str, names: list[str], listed_in: str, classes: int) -> None:
+        self.defects = []
         # One listing of each folder: ten thousand look-ups are slow on a network's file system.
+        there = {
+            folder: {path.stem for path in (home / folder).glob("*" + ending)}
+            for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png"))
+        }
         for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png")):
-            there = {path.name for path in (home / folder).iterdir()} if (home / folder).is_dir() else set()
-            lacking = [name for name in names if name + ending not in there]
-            if lacking:
-                raise DataError(
-                    f"{home / folder / lacking[0]}{ending} does not exist, but {listed_in} names it\n"
-                    f"  ({len(lacking)} of {len(names)} are missing)."
-                )
+            lacking = [name for name in names if name not in there[folder]]
+            what = f"does not exist, but {listed_in} names it"
+            self.defects += [Defect(home / folder / f"{name}{ending}", "", what) for name in lacking]
+        stray = sorted(there[masks] - there["JPEGImages"] - set(names))
+        self.defects += [
+            Defect(home / masks / f"{name}.png", "", "no image belongs to it", "dropped") for name in stray
+        ]
         self.images = [home / "JPEGImages" / f"{name}.jpg" for name in names]
         self.masks = [home / masks / f"{name}.png" for name in names]
         self.names, self.classes = names, classes
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def checks(self) -> Iterator[Callable[[], Sample]]:
+        """Every image that is there with its mask."""
+        missing = {defect.file for defect in self.defects}
+        for index, files in enumerate(zip(self.images, self.masks, strict=True)):
+            if not missing.intersection(files):
+                yield functools.partial(self.__getitem__, index)
 
     def __getitem__(self, index: int) -> Sample:
         image, mask = read_image(self.images[index]), read_mask(self.masks[index], self.classes)

@@ -2,6 +2,8 @@
 
 from sis_lightning.tasks.base import BaseTask
 from sis_lightning.tasks.classification import ClassificationTask
+from sis_lightning.tasks.detection import DetectionTask
+from sis_lightning.tasks.keypoints import KeypointTask
 from sis_lightning.tasks.segmentation import SegmentationTask
 
-__all__ = ["BaseTask", "ClassificationTask", "SegmentationTask"]
+__all__ = ["BaseTask", "ClassificationTask", "DetectionTask", "KeypointTask", "SegmentationTask"]

@@ -13,12 +13,13 @@ from lightning.pytorch import LightningModule
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR
 from torchmetrics import Metric, MetricCollection
 
-from sis_lightning.backbones import Backbone, BackboneConfig, backbone_config
+from sis_lightning.backbones import Backbone, BackboneConfig, backbone_config, load_backbone_weights
 from sis_lightning.datamodules import Batch, SISDataModule
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.metrics.gathered import GatheredScores
 
 OptimizerCallable = Callable[[Iterable[Tensor]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -37,15 +38,24 @@ class BaseTask(LightningModule, ABC):
         lr_interval: What the scheduler counts: an `epoch` or a `step`.
         lr_batch_size: The effective batch size that the learning rate is meant for. With any other, the rate is scaled
             in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
+        warmup_steps: Steps over which the learning rate rises linearly from `warmup_start` of itself.
+        warmup_start: Share of the learning rate at the first step of the warm-up.
+        backbone_weights: A checkpoint of any task on the same backbone, or a state dict of torchvision's or timm's,
+            that a fit starts from; None: from scratch.
 
     Raises:
         UsageError: Where data and task do not fit, or the batch is too small for batch norm.
         DataError: Where the loss is not finite.
     """
 
-    #: Chooses the best checkpoint.
-    monitor: ClassVar[str]
+    #: Chooses the best checkpoint, unless the data set has a `headline`.
+    monitor: str
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    #: Settings in which a checkpoint may differ from the run that takes it: they change neither weights nor meaning.
+    free_settings: ClassVar[frozenset[str]] = frozenset(
+        {"optimizer", "lr_scheduler", "lr_interval", "lr_batch_size", "warmup_steps", "warmup_start"}
+        | {"backbone_weights"}
+    )
     model: nn.Module
 
     def __init__(
@@ -56,15 +66,24 @@ class BaseTask(LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         lr_batch_size: int | None = None,
+        warmup_steps: int = 0,
+        warmup_start: float = 0.001,
+        backbone_weights: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone_config = backbone_config(backbone)
         if num_classes < 1:
             raise UsageError(f"model.num_classes is {num_classes}, must be at least 1")
+        if warmup_steps < 0 or not 0 < warmup_start <= 1:
+            raise UsageError(
+                f"model.warmup_steps is {warmup_steps} (at least 0), warmup_start {warmup_start} (above 0, at most 1)"
+            )
         self.num_classes = num_classes
         self.class_names = [str(i) for i in range(num_classes)]
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.lr_interval, self.lr_batch_size = lr_interval, lr_batch_size
+        self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
+        self.backbone_weights = backbone_weights
         self.schedule_note = ""
 
     def finish(self, model: nn.Module, metrics: Metric | MetricCollection) -> None:
@@ -141,7 +160,7 @@ class BaseTask(LightningModule, ABC):
             raise self._not_finite(f"{len(broken)} weights, such as {broken[0]}")
 
     def setup(self, stage: str) -> None:
-        """Refuses data whose classes are not the network's."""
+        """Refuses data whose classes are not the network's; starts a fit from `backbone_weights`."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SISDataModule) and data.class_names and data.num_classes != self.num_classes:
             raise UsageError(
@@ -150,6 +169,8 @@ class BaseTask(LightningModule, ABC):
             )
         if isinstance(data, SISDataModule) and data.class_names:
             self.name_classes(data.class_names)
+        if stage == "fit" and self.backbone_weights:
+            load_backbone_weights(self.backbone, Path(self.backbone_weights))
 
     @property
     def effective_batch_size(self) -> int:
@@ -165,11 +186,18 @@ class BaseTask(LightningModule, ABC):
         if self.lr_batch_size:
             for group in optimizer.param_groups:
                 group["lr"] *= self.effective_batch_size / self.lr_batch_size
-        if self.make_lr_scheduler is None:
-            return optimizer
-        scheduler = self.make_lr_scheduler(optimizer)
-        self._check_horizon(scheduler)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+        schedulers: list[dict[str, Any]] = []
+        if self.make_lr_scheduler is not None:
+            scheduler = self.make_lr_scheduler(optimizer)
+            self._check_horizon(scheduler)
+            schedulers.append({"scheduler": scheduler, "interval": self.lr_interval})
+        if self.warmup_steps:
+            if any(isinstance(entry["scheduler"], OneCycleLR) for entry in schedulers):
+                raise UsageError("model.warmup_steps: OneCycleLR has a warm-up of its own (pct_start): leave it at 0")
+            # Both multiply the rate that they find, so that they go together.
+            warmup = LinearLR(optimizer, self.warmup_start, total_iters=self.warmup_steps)
+            schedulers.append({"scheduler": warmup, "interval": "step"})
+        return [optimizer], schedulers
 
     def _check_horizon(self, scheduler: LRScheduler) -> None:
         names = ("total_iters", "total_steps", "T_max")
@@ -221,6 +249,16 @@ class BaseTask(LightningModule, ABC):
         """Updates the test metrics."""
         return {"outputs": self.evaluate(batch, self.test_metrics)}
 
+    def on_validation_epoch_start(self) -> None:
+        """Says what the split is scored against, where that is an annotation file."""
+        if isinstance(self.val_metrics, GatheredScores):
+            self.val_metrics.truth = self.data.truth("val")
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        if isinstance(self.test_metrics, GatheredScores):
+            self.test_metrics.truth = self.data.truth("test")
+
     def on_validation_epoch_end(self) -> None:
         """Computes the val metrics once over the split."""
         self._log_metrics("val", self.val_metrics)
@@ -240,4 +278,4 @@ class BaseTask(LightningModule, ABC):
 
     def displayable(self, image: Tensor) -> Tensor:
         """A normalised image (3, H, W) as 0…1 on the CPU."""
-        return self.data.denormalize(image.float()).cpu()
+        return self.data.denormalize(image).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sis_lightning.backbones import BackboneConfig, create_classifier
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
-from sis_lightning.tasks.base import BaseTask, LRSchedulerCallable, OptimizerCallable, Outputs
+from sis_lightning.tasks.base import BaseTask, Outputs
 
 
 class TopKAccuracy(MulticlassAccuracy):
@@ -36,26 +36,21 @@ class ClassificationTask(BaseTask):
     Args:
         backbone: A file in `configs/backbones/` by its name (`sis29`), or its fields.
         num_classes: Of the data set, at least 2.
-        optimizer: Class and arguments; the learning rate is meant for `lr_batch_size`.
-        lr_scheduler: Class and arguments; none for a constant rate.
-        lr_interval: What the scheduler counts: `epoch` or `step`.
-        lr_batch_size: Scales the learning rate to the effective batch size by the linear rule; None: not scaled.
         label_smoothing: Share of the target spread over all classes, 0…1.
+        training: How to train: `optimizer` and what else `BaseTask` takes.
     """
 
     monitor = "val/top1"
+    free_settings = BaseTask.free_settings | {"label_smoothing"}
 
     def __init__(
         self,
         backbone: BackboneConfig,
         num_classes: int,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        lr_batch_size: int | None = None,
         label_smoothing: float = 0.0,
+        **training: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, optimizer, lr_scheduler, lr_interval, lr_batch_size)
+        super().__init__(backbone, num_classes, **training)
         if num_classes < 2:
             raise UsageError(f"model.num_classes is {num_classes}, a classification needs at least 2")
         self.label_smoothing = label_smoothing

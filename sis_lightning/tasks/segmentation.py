@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from sis_lightning.backbones import BackboneConfig, create_segmenter
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.layouts import VOID, voc_palette
-from sis_lightning.metrics import DatasetIoU
-from sis_lightning.tasks.base import BaseTask, LRSchedulerCallable, OptimizerCallable, Outputs
+from sis_lightning.metrics.segmentation import DatasetIoU
+from sis_lightning.tasks.base import BaseTask, Outputs
 
 
 class SegmentationTask(BaseTask):
@@ -30,32 +30,27 @@ class SegmentationTask(BaseTask):
     Args:
         backbone: A file in `configs/backbones/` by its name (`sis50`), or its fields; four stages, imagenet stem.
         num_classes: With background.
-        optimizer: Class and arguments; the learning rate is meant for `lr_batch_size`.
-        lr_scheduler: Class and arguments; none for a constant rate.
-        lr_interval: What the scheduler counts: `epoch` or `step`.
-        lr_batch_size: Scales the learning rate to the effective batch size by the linear rule; None: not scaled.
         architecture: SMP's name: `deeplabv3plus`, `unet`, `fpn`, `upernet`, ….
         output_stride: Of the backbone: 8 or 16 for DeepLab, 32 for decoders that have none to choose.
         decoder: SMP's arguments for the decoder, such as `decoder_channels: 256`.
         background_weight: Weight of class 0 in the loss; the others have 1.
+        training: How to train: `optimizer` and what else `BaseTask` takes.
     """
 
     monitor = "val/miou"
+    free_settings = BaseTask.free_settings | {"background_weight"}
 
     def __init__(
         self,
         backbone: BackboneConfig,
         num_classes: int,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "step",
-        lr_batch_size: int | None = None,
         architecture: str = "deeplabv3plus",
         output_stride: int = 16,
         decoder: dict[str, Any] | None = None,
         background_weight: float = 1.0,
+        **training: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, optimizer, lr_scheduler, lr_interval, lr_batch_size)
+        super().__init__(backbone, num_classes, **training)
         if not 2 <= num_classes <= VOID or background_weight < 0:
             raise UsageError(
                 f"model.num_classes is {num_classes} (2 to {VOID}: ids are bytes, {VOID} is void), "
