@@ -230,6 +230,9 @@ def _load_coco(path: Path) -> dict[str, Any]:
             lacking = [name for name in needed if name not in entry]
             if lacking:
                 raise DataError(f"{path}: entry {place} of '{key}' has no '{lacking[0]}'")
+            for name in ("id", "image_id", "category_id"):
+                if not isinstance(entry.get(name, 0), int):
+                    raise DataError(f"{path}: entry {place} of '{key}': {name} is {entry[name]!r}, no whole number")
     return content
 
 
@@ -254,18 +257,18 @@ def _named(row: dict[str, Any]) -> str:
 def _numbers(rows: Sequence[Any], width: int) -> NDArray[np.float64]:
     """An array (len(rows), width); NaN where a row is not `width` numbers."""
     try:
-        whole = np.array(rows, dtype=np.float64)
-        if whole.shape == (len(rows), width):
-            return whole
+        whole = np.array(rows)
+        if whole.shape == (len(rows), width) and whole.dtype.kind in "iuf":
+            return whole.astype(np.float64)
     except (TypeError, ValueError):
         pass
     values = np.full((len(rows), width), np.nan)
     for place, row in enumerate(rows):
         try:
-            numbers = np.array(row, dtype=np.float64)
-        except (TypeError, ValueError):
+            numbers = np.array(row)
+        except ValueError:
             continue
-        if numbers.shape == (width,):
+        if numbers.shape == (width,) and numbers.dtype.kind in "iuf":
             values[place] = numbers
     return values
 

@@ -110,6 +110,11 @@ def three_numbers(content):
     return ["the box is not four finite numbers"], ""
 
 
+def words(content):
+    person(content)["bbox"] = [str(value) for value in person(content)["bbox"]]
+    return ["the box is not four finite numbers"], ""
+
+
 def no_area(content):
     person(content)["bbox"][2] = 0
     return ["the box has no area"], "dropped"
@@ -156,7 +161,7 @@ def an_image_without_size(content):
 
 
 DAMAGE = [
-    *(of_another_image, unknown_category, not_a_number, three_numbers, no_area, outside, over_the_border),
+    *(of_another_image, unknown_category, not_a_number, three_numbers, words, no_area, outside, over_the_border),
     *(
         sixteen_joints,
         a_flag_that_is_none,
@@ -226,6 +231,8 @@ def test_check_data_lists_it_and_training_mends_or_refuses(command, small, damag
         ("[]", "not an annotation file of COCO"),
         ('{"images": [], "annotations": []}', "not an annotation file of COCO"),
         ('{"images": [3], "categories": []}', "'images' is not a list of objects"),
+        ('{"images": [{"id": [1], "file_name": "a"}], "categories": []}', "entry 0 of 'images': id is .1., no whole"),
+        ('{"images": [], "categories": [{"id": "a", "name": "b"}]}', "entry 0 of 'categories': id is 'a', no whole"),
         ('{"images": [{"id": 1}], "categories": []}', "entry 0 of 'images' has no 'file_name'"),
     ],
 )

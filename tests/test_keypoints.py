@@ -170,8 +170,7 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     truth = synthetic / "coco" / "annotations" / "person_keypoints_val2017.json"
     again = command("evaluate", "--type", "keypoints", "--truth", truth, "--results", results, "--json")
     assert again.code == 0, again.err
-    figures = json.loads(again.out)
-    figures = figures.get("figures", figures)
+    figures = json.loads(again.out)["metrics"]
     assert set(record["metrics"]) == {
         f"test/{key}" for key in ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
     }

@@ -58,7 +58,7 @@ def test_all_tasks_hold_the_same_backbone():
         assert {key: value.shape for key, value in build().backbone.state_dict().items()} == want
 
 
-@pytest.mark.parametrize(("giver", "taker"), itertools.permutations(BUILD, 2))
+@pytest.mark.parametrize(("giver", "taker"), list(itertools.permutations(BUILD, 2)))
 def test_a_checkpoint_of_one_task_starts_the_backbone_of_another(tmp_path, giver, taker):
     given, taken = BUILD[giver](), BUILD[taker]()
     torch.save({"state_dict": given.state_dict(), "global_step": 3}, tmp_path / "last.ckpt")

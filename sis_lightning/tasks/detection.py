@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from torchvision.io import write_jpeg
 from torchvision.utils import draw_bounding_boxes
 
 from sis_lightning.backbones import BackboneConfig, create_detector
@@ -146,7 +146,7 @@ class DetectionTask(BaseTask):
         shown = {key: value.cpu() for key, value in self._shown(output).items()}
         path = folder / "pictures" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_jpeg(self._drawn(image, shown), str(path), quality=90)
+        Image.fromarray(self._drawn(image, shown).permute(1, 2, 0).numpy()).save(path, quality=90)
         objects = [
             {"class": self.class_names[label - 1], "score": round(score, 4), "box": [round(side, 2) for side in box]}
             for label, score, box in zip(

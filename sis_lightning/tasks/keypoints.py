@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from torchvision.io import write_jpeg
 from torchvision.utils import draw_keypoints
 
 from sis_lightning.backbones import BackboneConfig, create_backbone
@@ -147,7 +147,7 @@ class KeypointTask(BaseTask):
             found = self.codec(crops).decode(torch.cat(parts), to_image)
         outputs = []
         for people, boxes, areas in zip(torch.split(found, counts), batch["box_scores"], batch["areas"], strict=True):
-            joints = people.numpy()
+            joints = people.detach().numpy()
             scores = np.array(
                 [rescore(float(box), person[:, 2]) for box, person in zip(boxes.cpu(), joints, strict=True)]
             )
@@ -164,7 +164,7 @@ class KeypointTask(BaseTask):
         """`pictures/NAME.jpg` with skeletons; the row lists `people` with their joints by name."""
         path = folder / "pictures" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_jpeg(self._drawn(image, output["keypoints"]), str(path), quality=90)
+        Image.fromarray(self._drawn(image, output["keypoints"]).permute(1, 2, 0).numpy()).save(path, quality=90)
         people = [
             {
                 "score": round(score, 4),
