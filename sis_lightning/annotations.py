@@ -103,18 +103,22 @@ class Annotations:
         return slice(int(self._starts[index]), int(self._starts[index + 1]))
 
     def first(self, count: int | None) -> Annotations:
-        """The same with the first `count` pictures alone; with all of them for None."""
-        if count is None or count >= len(self):
+        """The same with the first `count` pictures alone that have objects, or annotated joints; None for all."""
+        if count is None:
             return self
-        objects = slice(0, int(self._starts[count]))
+        counted = ~self.ignored
+        if self.keypoints is not None:
+            counted &= np.any(self.keypoints[..., 2] > 0, axis=1)
+        chosen = np.unique(self.image[counted])[:count]
+        objects = np.isin(self.image, chosen)
         return Annotations(
             self.source,
             self.class_names,
             self.category_ids,
-            self.paths[:count],
-            self.image_ids[:count],
-            self.sizes[:count],
-            self.image[objects],
+            [self.paths[index] for index in chosen.tolist()],
+            [self.image_ids[index] for index in chosen.tolist()],
+            self.sizes[chosen],
+            np.searchsorted(chosen, self.image[objects]),
             self.boxes[objects],
             self.labels[objects],
             self.ignored[objects],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,8 @@ class MACCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def count_macs(model: nn.Module, *inputs: Tensor) -> int:
-    """MACs of `model(*inputs)` in evaluation mode.
+def count_macs(model: nn.Module, *inputs: Tensor, forward: Callable[..., Any] | None = None) -> int:
+    """MACs of `model(*inputs)`, or of `forward(*inputs)`, in evaluation mode.
 
     Raises:
         UncountableError: For an operation that it does not know.
@@ -73,7 +73,7 @@ def count_macs(model: nn.Module, *inputs: Tensor) -> int:
     model.eval()
     try:
         with torch.no_grad(), MACCounter() as counter:
-            model(*inputs)
+            (forward or model)(*inputs)
     finally:
         model.train(training)
     return int(counter.total)
@@ -113,7 +113,7 @@ def measure(
         count_macs(backbone, image),
         kind,
         count_parameters(model),
-        count_macs(model, image),
+        count_macs(model, image, forward=getattr(model, "countable", None)),
     )
 
 
@@ -140,15 +140,21 @@ def of_backbones(
 
 
 def of_run(layers: dict[str, Any], options: list[str], size: int | None = None) -> list[Complexity]:
-    """Counts the model of a run, at the size that it trains on unless `size` is given."""
+    """Counts the model of a run, at the size that it trains on (boxes: the largest) unless `size` is given."""
     from sis_lightning.runs import run
 
     cli = run(None, layers, options)
     task: Any = cli.model
-    arguments = cli.config["data"]["init_args"]
+    arguments = {**cli.config["model"]["init_args"], **cli.config["data"]["init_args"]}
     side = size or arguments.get("crop_size") or arguments.get("image_size") or 32
+    shape: tuple[int, int] = (side, side)
+    if not size and "input_size" in arguments:
+        shape = tuple(arguments["input_size"])
+    elif not size and "min_size" in arguments:
+        # Images are padded to a multiple of 32.
+        shape = (-(-arguments["min_size"] // 32) * 32, -(-arguments["max_size"] // 32) * 32)
     kind = type(task).__name__.removesuffix("Task").lower()
-    return [measure(layers.get("task", "run"), kind, task, task.backbone, task.backbone_config.slug, (side, side))]
+    return [measure(layers.get("task", "run"), kind, task, task.backbone, task.backbone_config.slug, shape)]
 
 
 def to_json(rows: list[Complexity]) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from sis_lightning import create_operator
 from sis_lightning.backbones import backbone_config, create_segmenter
 from sis_lightning.complexity import UncountableError, count_macs, count_parameters
+from sis_lightning.configs import config_names
 from sis_lightning.operators import operator_names
 
 
@@ -51,12 +52,25 @@ def test_the_table_labels_macs_and_takes_an_operator(command):
     assert "64×64" in result.out
 
 
-def test_the_model_of_a_run_is_counted_whole(command):
-    result = command("complexity", "--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml", "--json")
+SIZES = {"cls": (32, 32), "seg": (96, 96), "det": (128, 128), "kpt": (128, 96)}
+
+
+@pytest.mark.parametrize("task", config_names("tasks"))
+def test_the_model_of_a_run_is_counted_whole(command, task):
+    result = command("complexity", "--config", f"tasks/{task}.yaml", "--config", "configs/demo.yaml", "--json")
     assert result.code == 0, result.err
     (row,) = json.loads(result.out)
-    assert (row["name"], row["height"]) == ("seg_voc", 96)
+    assert (row["name"], row["height"], row["width"]) == (task, *SIZES[task[:3]])
     assert 0 < row["backbone_macs"] < row["model_macs"]
+
+
+def test_the_detectors_cost_is_fvcores(command):
+    # torchvision documents 134.38 GFLOPs (multiply-accumulates, fvcore) for fasterrcnn_resnet50_fpn at 800×800.
+    options = ["--config", "tasks/det_coco.yaml", "--model.backbone", "resnet50", "--model.num_classes", 90]
+    result = command("complexity", *options, "--size", 800, "--json")
+    assert result.code == 0, result.err
+    (row,) = json.loads(result.out)
+    assert row["model_macs"] / 1e9 == pytest.approx(134.38, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"])

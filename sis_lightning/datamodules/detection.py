@@ -77,7 +77,7 @@ class AnnotatedDataModule(SISDataModule):
 
     Args:
         root: Folder with the data set in its published layout.
-        limit: The first images alone of every split, for trials; None for all.
+        limit: The first images of every split that have objects, alone, for trials; None for all.
         loading: `batch_size`, `num_workers` and what else every DataModule takes.
     """
 
@@ -139,7 +139,7 @@ class COCOFiles(AnnotatedDataModule):
         test_split: The same; None for `val_split`. One without annotations, such as `test-dev2017`, gives no figures
             but a results file for the server.
         evaluator: What scores: `pycocotools`, or the same figures sooner by `faster-coco-eval`.
-        limit: The first images alone of every split, for trials; None for all.
+        limit: The first images of every split that have objects, alone, for trials; None for all.
         loading: `batch_size`, `num_workers` and what else every DataModule takes.
     """
 
@@ -246,7 +246,7 @@ class VOCDetectionDataModule(AnnotatedDataModule):
         train_splits: As `YEAR/SPLIT`, by the lists below `ImageSets/Main/`.
         test_splits: The same; val and test are these.
         classes: Names of the classes; none for VOC's 20.
-        limit: The first images alone of every split, for trials; None for all.
+        limit: The first images of every split that have objects, alone, for trials; None for all.
         loading: `batch_size`, `num_workers` and what else every DataModule takes; `download` fetches both years.
 
     Raises:

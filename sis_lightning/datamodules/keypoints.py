@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sis_lightning.annotations import Annotations
-from sis_lightning.datamodules.base import Batch, Sample, Source, Split
+from sis_lightning.datamodules.base import Batch, FolderSource, Sample, Source, Split
 from sis_lightning.datamodules.detection import AnnotatedSource, COCOFiles
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.heatmaps import Crop
@@ -148,8 +148,17 @@ class COCOKeypointsDataModule(COCOFiles):
         super().setup(stage)
         if stage == "predict" and self.predict_path:
             self.notes["person boxes"] = str(self.person_boxes or "none: each picture is taken as one person")
-            if self.person_boxes:
-                self.named_boxes = read_person_boxes(self.person_boxes, self.least_box_score)
+            source = self.sources["predict"]
+            if self.person_boxes and isinstance(source, FolderSource):
+                people = read_person_boxes(self.person_boxes, self.least_box_score)
+                # COCO's files are named by their numbers.
+                keys = {name: int(name) if name.isdecimal() and name not in people else name for name in source.names}
+                self.named_boxes = {name: people[key] for name, key in keys.items() if key in people}
+                if not self.named_boxes:
+                    raise DataError(
+                        f"data.person_boxes {self.person_boxes}: none of the {len(source)} pictures in "
+                        f"{self.predict_path} is named in it, such as '{source.names[0]}'"
+                    )
 
     def train_transform(self, sample: Sample) -> Sample:
         """Crops one person, turned, scaled and mirrored at random; `joints` (17, 3) are in the crop's px."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, get_data_path
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -93,6 +93,7 @@ class DetectionTask(BaseTask):
             canonical_scale=canonical_scale,
             **(detector or {}),
         )
+        self.proposals: int = model.rpn._post_nms_top_n["testing"]
         self.finish(model, GatheredScores())
 
     def train(self, mode: bool = True) -> DetectionTask:
@@ -107,6 +108,15 @@ class DetectionTask(BaseTask):
         """Normalised images (3, H, W) → for each `boxes` (n, 4) in its px, `labels` (n,) 1…K, `scores` (n,)."""
         found: list[dict[str, Tensor]] = self.model(list(images))
         return found
+
+    def countable(self, image: Tensor) -> None:
+        """All that multiplies weights for one image (1, 3, H, W): with as many proposals as testing keeps."""
+        maps = self.model.get_submodule("backbone")(image)
+        heads = self.model.get_submodule("roi_heads")
+        self.model.get_submodule("rpn.head")(list(maps.values()))
+        channels = next(iter(maps.values())).shape[1]
+        pooled = image.new_empty(self.proposals, channels, 7, 7)
+        heads.get_submodule("box_predictor")(heads.get_submodule("box_head")(pooled))
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Region proposals' objectness and boxes, heads' classes and boxes."""
@@ -186,5 +196,16 @@ class DetectionTask(BaseTask):
             names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
         palette = colormaps["tab20"]
         colours = [tuple(int(255 * part) for part in palette(label % 20)[:3]) for label in labels]
-        drawn: Tensor = draw_bounding_boxes(picture, objects["boxes"] * enlarged, names, colours, width=2)
+        drawn: Tensor = draw_bounding_boxes(
+            picture,
+            objects["boxes"] * enlarged,
+            names,
+            colours,
+            width=3,
+            font=str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
+            font_size=20,
+            label_colors="black",
+            label_background_colors=colours,
+            fill_labels=True,
+        )
         return drawn
