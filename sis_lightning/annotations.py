@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -181,7 +181,7 @@ def read_coco(path: Path, pictures: Path, *, keypoints: bool = False) -> Annotat
     boxes[:, 2:] += boxes[:, :2]
     owners = np.array([index_of[row["image_id"]] for row in rows], dtype=np.int64)
     whole = np.nan_to_num(sizes, nan=0, posinf=0, neginf=0).astype(np.int64)
-    sound = _check_boxes(boxes, whole[owners], [_named(row) for row in rows], path, defects)
+    sound = _check_boxes(boxes, whole[owners], lambda place: (path, _named(rows[place])), defects)
     joints = None
     if keypoints:
         joints = _numbers([row.get("keypoints") for row in rows], 3 * len(COCO_JOINTS)).reshape(-1, len(COCO_JOINTS), 3)
@@ -283,9 +283,12 @@ def _listing(folder: Path) -> set[str]:
 
 
 def _check_boxes(
-    boxes: NDArray[np.float64], sizes: NDArray[np.int64], where: Sequence[str], file: Path, defects: list[Defect]
+    boxes: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    where: Callable[[int], tuple[Path, str]],
+    defects: list[Defect],
 ) -> NDArray[np.bool_]:
-    """Lists what is wrong with boxes; returns which are numbers at all."""
+    """Lists what is wrong with boxes, with the file and place that `where` says; returns which are numbers at all."""
     finite: NDArray[np.bool_] = np.all(np.isfinite(boxes), axis=1)
     flat = finite & (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
     limits = np.where(sizes > 0, sizes, np.inf)
@@ -302,7 +305,7 @@ def _check_boxes(
             x1, y1, x2, y2 = boxes[place]
             size = "×".join(str(side) for side in sizes[place])
             values = f": x {x1:g}…{x2:g}, y {y1:g}…{y2:g}, image {size}"
-            defects.append(Defect(file, where[place], what + values, remedy))  # type: ignore[arg-type]
+            defects.append(Defect(*where(place), what + values, remedy))  # type: ignore[arg-type]
     return finite
 
 
@@ -346,11 +349,7 @@ def read_voc(homes_and_names: Sequence[tuple[Path, Sequence[str]]], class_names:
     boxes[:, :2] -= 1
     image = np.array([item[0] for item in objects], dtype=np.int64)
     wide = np.array(sizes, dtype=np.int64).reshape(-1, 2)
-    found: list[Defect] = []
-    sound = _check_boxes(boxes, wide[image], [str(place) for place in range(len(objects))], Path(), found)
-    for defect in found:
-        _, _, _, _, where, file = objects[int(defect.where)]
-        defects.append(Defect(file, where, defect.what, defect.remedy))
+    sound = _check_boxes(boxes, wide[image], lambda place: (objects[place][5], objects[place][4]), defects)
     return Annotations(
         homes_and_names[0][0] if homes_and_names else Path(),
         tuple(class_names),
