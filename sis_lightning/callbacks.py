@@ -131,12 +131,10 @@ class ProgressLines(Callback):
 
     def __init__(self) -> None:
         self.pace = _Pace()
-        self.steps: float = 0
         self.shown = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks for the run's length, together with the other ranks; starts the clock anew."""
-        self.steps = trainer.estimated_stepping_batches
+        """Starts the clock anew."""
         self.pace.pause()
 
     def on_train_batch_end(
@@ -151,7 +149,7 @@ class ProgressLines(Callback):
             loss = trainer.callback_metrics.get("train/loss")
             images = self.pace.rate(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
             console.print(
-                f"step {step:>6}/{self.steps}  epoch {trainer.current_epoch:>3}  "
+                f"step {step:>6}/{trainer.estimated_stepping_batches}  epoch {trainer.current_epoch:>3}  "
                 f"loss {float('nan') if loss is None else float(loss):.4f}  lr {_learning_rate(trainer):.2g}  "
                 f"{images:.1f} images/s"
             )

@@ -110,8 +110,9 @@ def _run_help(command: str) -> str:
   --trainer.max_steps N       or any other of Lightning's Trainer
   --seed_everything N         also names the run's directory
   --run_dir DIR               default: runs/TASK/BACKBONE-OPERATOR/seedN
+  --resume auto               fit: goes on with the run in that directory, to the bit, if there is one
   --overwrite true            fit: removes an earlier run in that directory
-  --ckpt_path PATH            last (default), best, or a file; fit: goes on from it
+  --ckpt_path PATH            last (default), best, or a file; not for fit
   --print_config              shows everything resolved, and stops
   --help-all                  every key of Trainer, model and data
   --debug                     shows an error's traceback"""
@@ -127,6 +128,10 @@ def _run(command: str, arguments: list[str]) -> int:
     layers, options = resolve(arguments)
     if "model" not in layers and not any(option.startswith("--model") for option in options):
         raise UsageError(f"which run? {command} needs --config tasks/NAME.yaml: {', '.join(config_names('tasks'))}")
+    if command == "fit":
+        from sis_lightning.cluster.signals import remember_early
+
+        remember_early()
     _check_torch()
     from sis_lightning.runs import run
 

@@ -1,8 +1,8 @@
 """What a run is: one fixed directory, its checkpoints and logs, and Lightning's command line over them.
 
 runs/TASK/BACKBONE-OPERATOR/seedN/
-    config.yaml         everything resolved
-    checkpoints/        last.ckpt, best.ckpt
+    config.yaml         everything resolved; config-2.yaml and so on of later starts
+    checkpoints/        step-N.ckpt (the newest two), last.ckpt, best.ckpt
     csv/, tensorboard/  the logs of fit, test, …
     pictures/           predictions beside the truth, one a validation
     predictions/        what predict wrote
@@ -12,21 +12,27 @@ runs/TASK/BACKBONE-OPERATOR/seedN/
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
+from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sis_lightning.callbacks import (
     Announcement,
@@ -36,6 +42,10 @@ from sis_lightning.callbacks import (
     console,
     progress,
 )
+from sis_lightning.cluster import starts
+from sis_lightning.cluster.checkpoints import RUN, SafeCheckpointIO, newest_checkpoint, read_checkpoint
+from sis_lightning.cluster.logs import MetricsCSV
+from sis_lightning.cluster.resume import ExactResume, Stopped
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import write_text
@@ -55,11 +65,21 @@ _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
 )
 
+# What of a configuration changes nothing in a run's result, or is said when it does.
+_FREE_TO_CHANGE = (
+    *("resume", "overwrite", "run_dir", "checkpoint_every", "max_restarts", "ckpt_path", "task"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.enable_"),
+    *("data.init_args.num_workers", "data.init_args.root", "data.init_args.predict_path"),
+    *("data.init_args.download", "data.init_args.synthetic"),
+)
+
 
 class RunCLI(LightningCLI):
     """Lightning's command line over our tasks: where a run lies, what it keeps, and which checkpoint is meant."""
 
     run_dir: Path
+    #: The checkpoint that a fit goes on from, and what it says of its run.
+    resumed: tuple[Path, dict[str, Any]] | None = None
     trainer: Trainer
     model: LightningModule
     datamodule: LightningDataModule
@@ -73,6 +93,21 @@ class RunCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="fit: removes an earlier run in the directory."
         )
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default="never",
+            help="fit: auto (the directory's run, if any), never, or a checkpoint.",
+        )
+        parser.add_argument(
+            "--resume_changed", type=bool, default=False, help="fit: goes on under a changed configuration."
+        )
+        parser.add_argument(
+            "--checkpoint_every", type=PositiveInt, default=500, help="fit: steps from one checkpoint to the next."
+        )
+        parser.add_argument(
+            "--max_restarts", type=int, default=100, help="fit: how often a job goes back into SLURM's queue."
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Not as Lightning, which lets a checkpoint's settings replace those given, silently; see `_checkpoint`."""
@@ -84,19 +119,25 @@ class RunCLI(LightningCLI):
         usual = Path("runs", str(self._get(self.config, "task")), self.model.backbone_config.slug, f"seed{seed}")
         given = self._get(self.config, "run_dir")
         self.run_dir = Path(given) if given else usual
-        # A run that goes on must not lose the rows of its first part: Lightning's CSVLogger starts its file anew.
         log = str(self.subcommand)
-        if self._resumes:
-            log += f"-{len(list((self.run_dir / 'csv').glob('fit*'))) + 1}"
-        extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
-        if self.subcommand != "fit":
+        extra: dict[str, Any] = {"default_root_dir": str(self.run_dir), "plugins": [SafeCheckpointIO()]}
+        if SLURMEnvironment.detect():
+            # Lightning's own requeues from within the signal, which has torn checkpoints.
+            extra["plugins"].append(SLURMEnvironment(auto_requeue=False))
+        if self.subcommand == "fit":
+            self._settle_resume()
+        else:
             extra["enable_checkpointing"] = False
+        step = self.resumed[1]["step"] if self.resumed else 0
         if self.subcommand == "predict":
             extra["logger"] = False
         elif self._get(self.config_init, "trainer").get("logger") is None:
             extra["logger"] = [
-                CSVLogger(self.run_dir / "csv", name=log, version=""),
-                TensorBoardLogger(self.run_dir / "tensorboard", name=log, version="", default_hp_metric=False),
+                MetricsCSV(self.run_dir / "csv" / log),
+                # Of what a killed run wrote after its last checkpoint, TensorBoard shows nothing.
+                TensorBoardLogger(
+                    self.run_dir / "tensorboard", name=log, version="", default_hp_metric=False, purge_step=step
+                ),
             ]
         return super().instantiate_trainer(**{**kwargs, **extra})
 
@@ -113,18 +154,22 @@ class RunCLI(LightningCLI):
         config["enable_model_summary"] = False  # Announcement says it
         if self.subcommand == "fit":
             folder = self.run_dir / "checkpoints"
-            common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
+            every, seed = self._get(self.config, "checkpoint_every"), self._get(self.config, "seed_everything")
+            # First of all: what the others log of a step belongs behind its checkpoint.
+            limit = self._get(self.config, "max_restarts")
+            requeue = functools.partial(starts.requeue, self.run_dir, max_restarts=limit)
+            callbacks.insert(0, ExactResume(folder, every, seed, self.resolved, say, requeue))
             callbacks += [
                 Announcement(),
                 PlotPredictions(),
                 ModelCheckpoint(
+                    dirpath=folder,
                     filename="best",
                     monitor=task.monitor,
                     mode=task.monitor_mode,
                     save_on_train_epoch_end=False,
-                    **common,
+                    enable_version_counter=False,
                 ),
-                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
             ]
             if config.get("logger") is not False:
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -132,44 +177,113 @@ class RunCLI(LightningCLI):
             callbacks.append(WritePredictions(self.run_dir / "predictions"))
         return super()._instantiate_trainer(config, callbacks)
 
-    @property
-    def _resumes(self) -> bool:
-        """Whether a fit goes on with the run that its directory holds."""
-        given = self._get(self.config, "ckpt_path")
-        if self.subcommand != "fit" or not given:
-            return False
-        return given in ("last", "best") or Path(given).resolve().is_relative_to(self.run_dir.resolve())
+    def _settle_resume(self) -> None:
+        """Which checkpoint a fit goes on from, if any; the run's directory is this fit's alone from here on.
 
-    def _prepare_directory(self) -> None:
-        """Refuses a directory with a run in it, unless to go on with that run, or removes it where asked to."""
-        if any((self.run_dir / "checkpoints").glob("*.ckpt")) and not self._resumes:
-            if not self._get(self.config, "overwrite"):
+        Raises:
+            UsageError: Where the directory holds a run that this fit is not to go on with, or another fit writes there.
+            DataError: Where the checkpoint is damaged or of another run: what differs.
+        """
+        given, folder = str(self._get(self.config, "resume")), self.run_dir / "checkpoints"
+        if self._get(self.config, "ckpt_path"):
+            raise UsageError("fit takes no --ckpt_path: it goes on with --resume auto, or with --resume FILE")
+        self._claim_directory()
+        if self._get(self.config, "overwrite"):
+            if given != "never":
+                raise UsageError(
+                    f"--overwrite true removes what --resume {given} would go on with: take one of the two"
+                )
+            if first_rank():
+                self._remove_run()
+            return
+        if given == "never":
+            if any(folder.glob("*.ckpt")):
                 raise UsageError(
                     f"{self.run_dir} holds a run already.\n"
-                    "  Go on from its end: --ckpt_path last. Another directory: --run_dir DIR.\n"
+                    "  Go on with it: --resume auto. Another directory: --run_dir DIR.\n"
                     "  Start afresh and lose the old one: --overwrite true."
                 )
-            for part in ("checkpoints", "csv", "tensorboard", "pictures", "predictions", "test_results"):
-                shutil.rmtree(self.run_dir / part, ignore_errors=True)
-            (self.run_dir / "test.json").unlink(missing_ok=True)
+            return
+        path = newest_checkpoint(folder, say) if given == "auto" else Path(given)
+        if path is None:
+            return
+        content = read_checkpoint(path)
+        if RUN not in content:
+            raise DataError(f"{path} holds weights for test and predict, but is not a point to go on from")
+        self._refuse_changes(path, content[RUN]["config"])
+        self.resumed = (path, content[RUN])
+
+    def _refuse_changes(self, path: Path, before: dict[str, Any]) -> None:
+        changed = [
+            (key, old, new) for key, old, new in changes(before, self.resolved) if not key.startswith(_FREE_TO_CHANGE)
+        ]
+        shown = [f"  {key}: {old!r} before, {new!r} now" for key, old, new in changed]
+        if changed and not self._get(self.config, "resume_changed"):
+            more = [f"  and {len(shown) - 2} more"] if len(shown) > 2 else []
+            raise UsageError(
+                "\n".join([f"{path} was written under another configuration:", *shown[:2], *more])
+                + "\n  Go on all the same: --resume_changed true."
+            )
+        if changed:
+            say("\n".join(["going on under a changed configuration, no longer the same run:", *shown]))
+
+    def _claim_directory(self) -> None:
+        """One fit at a time; the claim ends with the process, however it ends."""
+        if not first_rank():
+            return
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._claim = FileLock(self.run_dir / ".lock", timeout=0)
+            self._claim.acquire()
+        except Timeout:
+            raise UsageError(
+                f"another fit is writing into {self.run_dir}: wait for it, or take another directory (--run_dir DIR)"
+            ) from None
         except OSError as error:
             raise DataError(f"{self.run_dir}: cannot be written ({error.strerror})") from None
+
+    def _remove_run(self) -> None:
+        for part in ("checkpoints", "csv", "tensorboard", "pictures", "predictions", "test_results"):
+            shutil.rmtree(self.run_dir / part, ignore_errors=True)
+        for path in (self.run_dir / "test.json", *self.run_dir.glob("config*.yaml")):
+            path.unlink(missing_ok=True)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The configuration with everything resolved, as plain data."""
+        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
+        plain: dict[str, Any] = yaml.safe_load(text)
+        return plain
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Looks at the data before anything is written, where it need not be made or fetched first."""
         assert isinstance(self.datamodule, SISDataModule)
         if not self.datamodule.to_be_made:
             self.datamodule.setup(subcommand)
-        super()._run_subcommand(subcommand)
+        if self.resumed and self.resumed[1]["point"] == "end" and not self._get(self.config, "resume_changed"):
+            say(f"{self.run_dir} is finished: {self.resumed[1]['step']:,} steps, {self.resumed[0]}")
+            return
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if subcommand == "fit" and first_rank():
+                how = error.signal.name if isinstance(error, Stopped) else type(error).__name__
+                known = starts.read_starts(self.run_dir)
+                if known and known[-1]["how"] is None:  # a requeue has said so already
+                    starts.end(self.run_dir, how)
+            raise
+        if subcommand == "fit" and first_rank():
+            starts.end(self.run_dir, "finished")
 
     def before_fit(self) -> None:
-        """Makes the run's directory, and keeps the resolved configuration in it: rank 0 alone."""
+        """Keeps the resolved configuration of every start: `config.yaml` of the first, `config-2.yaml` and so on."""
         if self.trainer.is_global_zero:
-            self._prepare_directory()
-            text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
-            write_text(self.run_dir / "config.yaml", text)
+            earlier = len(list(self.run_dir.glob("config*.yaml"))) if self.resumed else 0
+            name = f"config-{earlier + 1}.yaml" if earlier else "config.yaml"
+            write_text(self.run_dir / name, yaml.safe_dump(self.resolved, sort_keys=False))
+            if not self.resumed:
+                (self.run_dir / "starts.json").unlink(missing_ok=True)
+            starts.begin(self.run_dir, self.resumed[1]["step"] if self.resumed else 0)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Settles which checkpoint is meant, and that it fits."""
@@ -186,8 +300,8 @@ class RunCLI(LightningCLI):
         Raises:
             DataError: Where it is missing, unreadable, or of another network: the settings that differ.
         """
-        if given is None and self.subcommand == "fit":
-            return None
+        if self.subcommand == "fit":
+            return str(self.resumed[0]) if self.resumed else None
         folder = self.run_dir / "checkpoints"
         path = folder / f"{given or 'last'}.ckpt" if given in (None, "last", "best") else Path(str(given))
         if not path.is_file():
@@ -250,6 +364,27 @@ class RunCLI(LightningCLI):
             return
         said = "".join(f"; {label}: {text}" for label, text in data.notes.items())
         console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {identity} data{said}")
+
+
+def first_rank() -> bool:
+    """Whether this process speaks and writes for all."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+def say(text: str) -> None:
+    """Prints for people, once for all devices."""
+    if first_rank():
+        console.print(text)
+
+
+def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys, dotted, whose values differ, with both."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{prefix}.{key}" if prefix else str(key)
+            yield from changes(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield prefix, before, now
 
 
 def _differences(

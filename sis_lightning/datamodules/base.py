@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -165,6 +166,12 @@ class _Augmented(Dataset[Sample]):
             return self.transform(sample)
 
 
+def _ignore_signals(_: int) -> None:
+    """A cluster's signals go to workers too: they are for the run to answer, which still needs its workers then."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def sample_seed(*parts: int) -> int:
     """Mixes numbers such as (seed, epoch, index) into one seed of 63 bits."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -184,6 +191,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         world_size: All devices.
         groups: A number for each sample: batches then hold samples of one group, but for the last one or two.
         batch_size: Of those batches, over all devices.
+        start: Epoch to begin with, and how many of its samples (over all devices) are done with already.
     """
 
     def __init__(
@@ -194,10 +202,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         world_size: int = 1,
         groups: Sequence[int] | None = None,
         batch_size: int = 1,
+        start: tuple[int, int] = (0, 0),
     ) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
         self.groups, self.batch_size = groups, batch_size
-        self.epoch = 0
+        # Known from the beginning: Lightning draws from a loader before it sets the epoch.
+        self.start, self.epoch = start, start[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the permutation."""
@@ -211,7 +221,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = torch.randperm(self.length, generator=generator)
         if self.groups is not None:
             order = self._by_group(order, generator)
-        for index in order.tolist()[self.rank : len(self) * self.world_size : self.world_size]:
+        done = self.start[1] if self.epoch == self.start[0] else 0
+        for index in order.tolist()[done + self.rank : len(self) * self.world_size : self.world_size]:
             yield self.epoch, index
 
     def _by_group(self, order: Tensor, generator: torch.Generator) -> Tensor:
@@ -301,6 +312,8 @@ class SISDataModule(LightningDataModule, ABC):
         self.predict_path = Path(predict_path) if predict_path else None
         self.synthetic, self.download = synthetic, download
         self.sources: dict[str, Source] = {}
+        #: Epoch, and batches of it that are done: where training begins.
+        self.position = (0, 0)
         #: What a reader of the run should know of the data, by a short label.
         self.notes: dict[str, str] = {}
 
@@ -416,8 +429,21 @@ class SISDataModule(LightningDataModule, ABC):
                 f"  Set --data.batch_size {len(source)} or smaller."
             )
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        sampler = EpochSampler(len(source), seed, rank, world, source.groups(), self.batch_size)
+        epoch, batches = self.position
+        start = (epoch, batches * self.batch_size)
+        sampler = EpochSampler(len(source), seed, rank, world, source.groups(), self.batch_size, start)
         return self._loader(_Augmented(source, self.train_transform, seed), sampler, per_device)
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches are done: what a resumed run needs to go on with the next sample."""
+        if self.trainer is None:
+            return {}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return {"epoch": self.trainer.current_epoch, "batches": progress.current.completed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on from there."""
+        self.position = (state_dict["epoch"], state_dict["batches"])
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Every image of the val split once, over all devices."""
@@ -474,6 +500,7 @@ class SISDataModule(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             drop_last=training,
             persistent_workers=training and workers > 0,
+            worker_init_fn=_ignore_signals,
             # Its own: a loader otherwise draws from the global generator, and so from what the model is to draw.
             generator=torch.Generator().manual_seed(0),
         )

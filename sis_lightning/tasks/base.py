@@ -233,8 +233,9 @@ class BaseTask(LightningModule, ABC):
         return loss
 
     def _not_finite(self, what: str) -> DataError:
-        written = [callback.best_model_path for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
-        saved = next((path for path in reversed(written) if path), "none was written yet")
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        saved = next((path for callback in callbacks if (path := getattr(callback, "last_good", None))), None)
+        saved = saved or "none was written yet"
         return DataError(
             f"not finite at step {self.global_step} (epoch {self.current_epoch}): {what}\n"
             f"  last good checkpoint: {saved}\n"

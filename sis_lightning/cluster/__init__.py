@@ -1,0 +1,1 @@
+"""Runs that survive a cluster: safe checkpoints, exact resume, SLURM."""

@@ -1,0 +1,242 @@
+"""Exact resume: a run that was killed goes on as if it had not been.
+
+A checkpoint is taken at one of two points, at which all that came before is done with: before a training batch, or
+before a validation. What Lightning counts is then put back at the same point, whatever its own restart made of it;
+the data goes on from the next sample (`EpochSampler.start`), and every step draws from a seed of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.loop import _Loop
+
+from sis_lightning.cluster.checkpoints import RUN, Checkpoint, sync_folder
+from sis_lightning.cluster.logs import MetricsCSV
+from sis_lightning.cluster.signals import StopRequest
+from sis_lightning.datamodules.base import sample_seed
+from sis_lightning.errors import UserError
+
+
+class Stopped(UserError):  # noqa: N818 - as KeyboardInterrupt, it is no error
+    """The run was asked to stop, saved, and can be gone on with; exits as if the signal had killed it."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal.Signals(number)
+        self.exit_code = 128 + number  # type: ignore[misc]
+
+
+class ExactResume(Callback):
+    """Takes checkpoints that a run goes on from to the bit, and stops on signals.
+
+    Files: `step-N.ckpt` (the newest `keep`), and `last.ckpt`, which is the newest of them, or the run's end.
+
+    Attributes:
+        last_good: The newest file that is surely whole.
+
+    Args:
+        folder: Where checkpoints lie.
+        every: Steps between checkpoints; one is taken before each validation too.
+        seed: Of the run.
+        config: Resolved, as plain data: kept in each checkpoint.
+        report: Gets lines for people, on rank 0.
+        requeue: Puts the job back into its cluster's queue, given the step; returns what it did, for people.
+        keep: How many `step-N.ckpt` stay; at least 2.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        seed: int,
+        config: dict[str, Any],
+        report: Callable[[str], None],
+        requeue: Callable[[int], str],
+        keep: int = 2,
+    ) -> None:
+        self.folder, self.every, self.seed, self.config = folder, every, seed, config
+        self.report, self.requeue, self.keep = report, requeue, max(2, keep)
+        self.request = StopRequest()
+        self._point = ""
+        self._resumed: dict[str, Any] | None = None
+        self._saved_at = -1
+        self.last_good: Path | None = None
+
+    # What Lightning calls, in the order of a run.
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint) -> None:
+        """Readies the return to the very point at which the checkpoint was taken."""
+        if trainer.state.fn != "fit":
+            return
+        run = checkpoint[RUN]
+        if run["point"] == "end":
+            trainer.datamodule.position = (run["epoch"], 0)  # type: ignore[attr-defined]
+        else:
+            self._resumed = run
+        self._saved_at = run["batches"]
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.resume(run["csv_rows"])
+        if run["world_size"] != trainer.world_size:
+            self.report(
+                f"taken on {run['world_size']} device(s), gone on with on {trainer.world_size}: from the same sample, "
+                "but no longer bit-identical"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the signals from Lightning."""
+        self.request.listen()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before a batch: returns to the checkpoint's point, or takes one; then seeds the step."""
+        self._return(trainer, "batch")
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.ready - 1
+        # In mid-accumulation there are gradients that no checkpoint holds.
+        if done % trainer.accumulate_grad_batches == 0:
+            number = self._agreed(trainer)
+            due = trainer.global_step % self.every == 0 and progress.total.ready > 1
+            if number or due:
+                self._save(trainer, "batch")
+            if number:
+                self._stop(trainer, number)
+        self._seed(progress.total.ready - 1, trainer.global_rank)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a validation: it can take longer than a cluster waits after its signal."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._return(trainer, "validation")
+        if not trainer.fit_loop._should_accumulate():
+            self._save(trainer, "validation")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Nothing is lost by stopping here: the checkpoint was taken before the validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.request.number:
+            self._stop(trainer, self.request.number)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The end of the schedule: `last.ckpt`, which `test` takes."""
+        self._point = "end"
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self.last_good = self.folder / "last.ckpt"
+        self._point = ""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        self.request.deafen()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self.request.deafen()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint) -> None:
+        """Adds what a resume needs; makes Lightning's state one that it restarts from without skipping or repeating.
+
+        Other checkpoints, such as `best.ckpt`, are not taken at a point that can be gone on from.
+        """
+        if not self._point:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        for logger in trainer.loggers:
+            logger.save()
+        csv = [logger.rows for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+        checkpoint[RUN] = {
+            "point": self._point,
+            "progress": trainer.fit_loop.state_dict(),
+            "batches": progress.total.completed,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "world_size": trainer.world_size,
+            "csv_rows": csv[0] if csv else 0,
+            "config": self.config,
+        }
+        batches = loops["epoch_loop.batch_progress"]
+        if self._point == "batch":
+            for part in ("total", "current"):
+                batches[part] = dict.fromkeys(batches[part], batches[part]["completed"])
+            # Else the epoch would count as done before its last batch.
+            batches["is_last_batch"] = False
+        if self._point == "validation":
+            # As Lightning writes a validation's first batch, on which it starts the validation over.
+            validation = loops["epoch_loop.val_loop.batch_progress"]
+            count = validation["total"]["completed"]
+            validation["total"] = {"ready": count + 1, "started": count + 1, "processed": count, "completed": count}
+            validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+    # How it is done.
+
+    def _return(self, trainer: Trainer, point: str) -> None:
+        """At the first point after a resume: all counts as they were."""
+        if self._resumed is None:
+            return
+        assert self._resumed["point"] == point, (self._resumed["point"], point)
+        state = self._resumed["progress"]
+        _put_back(trainer.fit_loop, state)
+        self._resumed = None
+
+    def _save(self, trainer: Trainer, point: str) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        batches = progress.total.completed
+        if batches == self._saved_at and point == "batch":
+            return
+        path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
+        self._point = point
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            self._point = ""
+        self._saved_at, self.last_good = batches, path
+        if trainer.is_global_zero:
+            link = self.folder / ".last.ckpt.partial"
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)
+                link.replace(self.folder / "last.ckpt")
+            except OSError:  # a file system without hard links: the step's file is enough to go on from
+                link.unlink(missing_ok=True)
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink(missing_ok=True)
+            sync_folder(self.folder)
+
+    def _agreed(self, trainer: Trainer) -> int:
+        """The signal that any device got; the same on all."""
+        if trainer.world_size == 1:
+            return self.request.number
+        number = torch.tensor(self.request.number, device=trainer.strategy.root_device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        what = f"stopped by {signal.Signals(number).name} at step {trainer.global_step:,}; saved {self.last_good}."
+        then = "The same command with --resume auto goes on from there."
+        if number == signal.SIGUSR1 and trainer.is_global_zero:
+            then = self.requeue(trainer.global_step)
+        raise Stopped(number, f"{what}\n  {then}")
+
+    def _seed(self, batch: int, rank: int) -> None:
+        seed = sample_seed(self.seed, batch, rank)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+
+def _put_back(loop: _Loop, state: dict[str, Any], prefix: str = "") -> None:
+    """Loads the counts of a loop and of all within it, without the restart that Lightning makes of it."""
+    loop._load_from_state_dict(state.copy(), prefix)
+    for name, inner in vars(loop).items():
+        if isinstance(inner, _Loop):
+            _put_back(inner, state, f"{prefix}{name}.")

@@ -1,0 +1,49 @@
+"""Signals that ask a run to stop, from the first moment of the process on. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+#: SIGTERM: a scheduler wants the process gone; SIGINT: its user; SIGUSR1: SLURM, some time before the limit.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_early: list[int] = []
+
+
+def remember_early() -> None:
+    """Keeps a SIGUSR1 that comes while torch is being imported, instead of dying of it."""
+    _early.clear()
+    signal.signal(signal.SIGUSR1, lambda number, _: _early.append(number))
+
+
+class StopRequest:
+    """Remembers the first signal that asks to stop; SIGINT a second time stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Answers signals from here on, in this process alone: not in workers that are forked from it."""
+        if _early:
+            self.number = _early.pop()
+        for number in STOPPING:
+            self._before.setdefault(number, signal.getsignal(number))
+            signal.signal(number, self._answer)
+
+    def deafen(self) -> None:
+        """Puts back what answered before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        if self.number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
