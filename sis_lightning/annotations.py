@@ -67,6 +67,7 @@ class Annotations:
         keypoints: (N, 17, 3) x, y, v, where they were asked for.
         defects: What is wrong.
         dropped: How many objects were left out, by reason.
+        annotated: False where the file has no annotations at all, as of COCO's test sets.
     """
 
     source: Path
@@ -82,6 +83,7 @@ class Annotations:
     keypoints: NDArray[np.float64] | None = None
     defects: list[Defect] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    annotated: bool = True
 
     def __post_init__(self) -> None:
         order = np.argsort(self.image, kind="stable")
@@ -125,7 +127,21 @@ class Annotations:
             None if self.keypoints is None else self.keypoints[objects],
             self.defects,
             self.dropped,
+            self.annotated,
         )
+
+    def keep_class(self, name: str) -> None:
+        """Leaves out all other classes.
+
+        Raises:
+            DataError: Where there is no such class.
+        """
+        if name not in self.class_names:
+            raise DataError(f"{self.source}: no category '{name}' among its {len(self.class_names)}")
+        label = self.class_names.index(name)
+        self._select(self.labels == label)
+        self.labels = np.zeros_like(self.labels)
+        self.class_names, self.category_ids = (name,), (self.category_ids[label],)
 
     def drop(self, which: NDArray[np.bool_], reason: str) -> None:
         """Leaves objects out."""
@@ -203,6 +219,7 @@ def read_coco(path: Path, pictures: Path, *, keypoints: bool = False) -> Annotat
         np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=np.bool_)[sound],
         None if joints is None else joints[sound],
         defects,
+        annotated="annotations" in content,
     )
 
 

@@ -159,7 +159,9 @@ class ProgressLines(Callback):
         self.pace.pause()
         value = trainer.callback_metrics.get(getattr(pl_module, "monitor", ""))
         if trainer.is_global_zero and not trainer.sanity_checking and value is not None:
-            console.print(f"validation at step {trainer.global_step}: {pl_module.monitor} {float(value):.4f}")
+            boxes = trainer.datamodule.notes.get("person boxes")  # type: ignore[attr-defined]
+            said = f" (person boxes: {boxes})" if boxes else ""
+            console.print(f"validation at step {trainer.global_step}: {pl_module.monitor} {float(value):.4f}{said}")
 
 
 def progress() -> Callback:

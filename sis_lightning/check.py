@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sis_lightning.datamodules import Sample, SISDataModule, Source
+from sis_lightning.datamodules import AnnotatedDataModule, Sample, SISDataModule, Source
 from sis_lightning.datamodules.base import Split
 from sis_lightning.errors import DataError
 
@@ -33,6 +33,7 @@ class Census:
         sizes: Width and height of each decoded image.
         classes: Objects (images, for classification and segmentation) of each class.
         areas: Of each box, in px².
+        notes: What training leaves out, and so on.
         defects: What is wrong, as text with file and entry.
     """
 
@@ -41,6 +42,7 @@ class Census:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     classes: Counter[str] = field(default_factory=Counter)
     areas: list[float] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
     defects: list[str] = field(default_factory=list)
 
 
@@ -66,6 +68,12 @@ def take_census(data: SISDataModule, *, pictures: bool = True) -> Iterator[Censu
             continue
         seen.append(fingerprint)
         census.defects += [str(defect) for defect in source.defects]
+        census.notes, data.notes = dict(data.notes), {}
+        if isinstance(data, AnnotatedDataModule) and split != "train":
+            try:
+                data.truth(split)  # what scores may be stricter than what trains
+            except DataError as error:
+                census.defects.append(f"cannot be scored: {error}")
         if pictures:
             _walk(source, census, data)
         else:
@@ -118,6 +126,8 @@ def to_text(census: Census) -> str:
         small, large = int((areas < _SMALL).sum()), int((areas >= _LARGE).sum())
         parts = f"{small:,} small, {len(areas) - small - large:,} medium, {large:,} large (32², 96² px)"
         table.add_row("objects", f"{len(areas):,}: {parts}")
+    for label, note in census.notes.items():
+        table.add_row(label, note)
     if census.classes:
         counted = ", ".join(f"{name} {count:,}" for name, count in census.classes.most_common())
         table.add_row(f"{len(census.classes)} classes", counted)

@@ -99,13 +99,15 @@ def _run_help(command: str) -> str:
 
 {RUN_COMMANDS[command]}. Later files lie over earlier ones, options over all files.
 
-  --config FILE               tasks: {", ".join(config_names("tasks"))}; overlays: configs/demo
+  --config FILE               tasks: {", ".join(config_names("tasks"))}; overlays: configs/demo, configs/overfit
   --model.backbone NAME       {", ".join(config_names("configs/backbones"))}
   --model.backbone.operator   conv, basic, interactive1, interactive2, recurrent1, recurrent2
   --model.backbone.steps T    of the recurrent operators
   --data.root DIR             where the data set lies
   --data.batch_size N         images a step, over all devices together
   --data.predict_path PATH    pictures for predict
+  --data.person_boxes FILE    keypoints: a detector's boxes instead of the ground truth's
+  --model.backbone_weights F  fit: starts from the backbone of another task's checkpoint, or a published one
   --trainer NAME              {", ".join(config_names("configs/trainers"))}
   --trainer.max_steps N       or any other of Lightning's Trainer
   --seed_everything N         also names the run's directory

@@ -1,5 +1,8 @@
 """From a person in an image to heatmaps of a crop, and back: the geometry of Simple Baselines (Xiao et al. 2018).
 
+It differs from the authors' code in two things: a crop is mirrored in itself, not in the image, which moves it by a
+pixel; and ground-truth boxes are not shortened by a pixel first.
+
 Coordinates of joints are pixel indices, as in COCO's files. Every change of coordinates is one affine matrix (2, 3),
 so that what was done to a crop, mirroring included, is undone by its inverse.
 """
@@ -141,7 +144,7 @@ class HeatmapCodec:
         return heatmaps * weights[..., None, None], weights
 
     def decode(self, heatmaps: Tensor, to_image: Tensor) -> Tensor:
-        """Finds each heatmap's maximum, and goes a quarter of a pixel towards the larger neighbour.
+        """Finds each heatmap's maximum, and goes a quarter of a pixel towards the larger neighbour (none: 0, 0).
 
         Args:
             heatmaps: (N, 17, h, w).
@@ -153,7 +156,7 @@ class HeatmapCodec:
         count, joints, height, width = heatmaps.shape
         scores, places = heatmaps.reshape(count, joints, -1).max(dim=-1)
         column, row = places % width, places // width
-        inner = (column > 0) & (column < width - 1) & (row > 0) & (row < height - 1)
+        inner = (column > 1) & (column < width - 1) & (row > 1) & (row < height - 1)
         flat = heatmaps.reshape(count, joints, -1)
 
         def slope(step: int) -> Tensor:
@@ -163,6 +166,7 @@ class HeatmapCodec:
             return torch.sign(after - before)[..., 0] * inner
 
         points = torch.stack([column + 0.25 * slope(1), row + 0.25 * slope(width)], dim=-1) * self.stride
+        points = points * (scores > 0)[..., None]
         points = points.to(to_image.dtype) @ to_image[:, :, :2].transpose(1, 2) + to_image[:, None, :, 2]
         return torch.cat([points, scores[..., None].to(points.dtype)], dim=-1)
 

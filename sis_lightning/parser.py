@@ -49,7 +49,8 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if literal := re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", text):
         known = [choice.strip(" '") for choice in literal.group(1).split(",")]
         value = literal.group(2)
-        return f"{key} is {value}, must be one of {', '.join(known)}; {nearest(value, known)}"
+        hint = nearest(value, known)
+        return f"{key} is {value}, must be one of {', '.join(known)}" + (f"; {hint}" if hint.startswith("did") else "")
     if attribute := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
         module, name = attribute.groups()
         return f"{key}: {module} has no '{name}'; {nearest(name, dir(import_module(module)))}"

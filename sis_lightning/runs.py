@@ -63,6 +63,7 @@ _EXPECTED_WARNINGS = (
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*The dirpath has changed from .* therefore `best_model_score`.*",
     r".*isinstance\(treespec, LeafSpec\).*",
+    r".*The `srun` command is available on your system but is not used.*",
 )
 
 # What of a configuration changes nothing in a run's result, or is said when it does.
@@ -352,7 +353,7 @@ class RunCLI(LightningCLI):
             # JSON has no NaN: a class that occurs nowhere has no IoU.
             "metrics": {key: value if isfinite(value) else None for key, value in metrics.items()},
             "data": {
-                **{"root": str(data.root), "identity": identity, "images": len(data.sources["test"])},
+                **{"root": str(data.root), "identity": identity, "images": getattr(self.model, "tested_images", 0)},
                 **data.notes,
             },
             "checkpoint": str(self.trainer.ckpt_path),

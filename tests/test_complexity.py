@@ -52,7 +52,7 @@ def test_the_table_labels_macs_and_takes_an_operator(command):
     assert "64×64" in result.out
 
 
-SIZES = {"cls": (32, 32), "seg": (96, 96), "det": (128, 128), "kpt": (128, 96)}
+SIZES = {"cls": (32, 32), "seg": (96, 96), "det": (96, 96), "kpt": (128, 96)}
 
 
 @pytest.mark.parametrize("task", config_names("tasks"))

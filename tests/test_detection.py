@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
@@ -91,7 +92,7 @@ def test_images_are_normalised_and_resized_once(synthetic):
     data.setup("fit")
     task = detection(num_classes=80, min_size=96, max_size=96).eval()
     seen = []
-    task.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    task.backbone.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     raw = data.sources["val"][0]["image"]
     task(data.on_after_batch_transfer({"image": [raw]}, 0)["image"])
     scale = 96 / max(raw.shape[1:])
@@ -123,18 +124,49 @@ def test_norms_of_pyramid_and_head(norm):
     assert len(task.eval()([torch.randn(3, 64, 64)])) == 1
 
 
-def test_frozen_norms_are_of_loaded_weights_alone(tmp_path):
+def test_frozen_norms_are_of_loaded_weights_alone(synthetic, tmp_path):
     with pytest.raises(UsageError, match=r"freeze_norm.*\n.*without any norm"):
         detection(freeze_norm=True)
     with pytest.raises(UsageError, match="frozen norm on weights drawn at random"):
         backbone_config("sis50", norm="frozen_bn")
-    task = detection(freeze_norm=True, backbone_weights=str(tmp_path / "some.ckpt")).train()
-    before = {key: value.clone() for key, value in task.backbone.state_dict().items() if "running" in key}
-    sum(task.training_loss(batch(1, 2)).values()).backward()
-    assert all(torch.equal(task.backbone.state_dict()[key], value) for key, value in before.items())
-    norms = [module for module in task.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert all(norm.weight.grad is None for norm in norms)
-    assert task.model.backbone.fpn.layer_blocks[0][1].training
+    weights = tmp_path / "some.ckpt"
+    given = detection(num_classes=80)
+    torch.save({"state_dict": given.state_dict()}, weights)
+    task = detection(num_classes=80, freeze_norm=True, backbone_weights=str(weights))
+    data = COCODetectionDataModule(str(synthetic), batch_size=2, num_workers=0, limit=4)
+    run = Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=1,
+        limit_val_batches=1,
+    )
+    run.fit(task, data)  # two epochs, each with a validation
+    norms = {name: part for name, part in task.backbone.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    loaded = given.backbone.state_dict()
+    for name, norm in norms.items():
+        for key, value in norm.state_dict().items():
+            assert torch.equal(value, loaded[f"{name}.{key}"]), (name, key)
+    assert task.model.backbone.fpn.layer_blocks[0][1].running_mean.abs().max() > 0
+    assert not torch.equal(task.backbone.stem.conv.weight, loaded["stem.conv.weight"])
+
+
+def test_boxes_stay_float32_in_mixed_precision():
+    torch.manual_seed(0)
+    task = detection(min_size=96, max_size=1400, detector={"box_score_thresh": 0.0}).eval()
+    proposals = []
+    task.model.roi_heads.register_forward_pre_hook(lambda module, inputs: proposals.extend(inputs[1]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = task([torch.randn(3, 96, 1400)])
+    for boxes in (proposals[0], found["boxes"]):
+        assert boxes.dtype == torch.float32
+        inner = boxes[(boxes > 600) & (boxes < 1390)]
+        assert len(inner) > 20
+        assert (inner != inner.bfloat16().float()).float().mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -153,6 +185,23 @@ def test_frozen_norms_are_of_loaded_weights_alone(tmp_path):
 def test_settings_that_cannot_be(arguments, words):
     with pytest.raises(UsageError, match=words):
         detection(**arguments)
+
+
+@pytest.mark.parametrize("size", [(3, 900), (900, 2), (1, 1)])
+def test_slivers_of_pictures(size):
+    (found,) = detection().eval()([torch.randn(3, *size)])
+    assert found["boxes"].shape[1] == 4
+    assert (found["boxes"][:, 2] <= size[1]).all()
+    assert (found["boxes"][:, 3] <= size[0]).all()
+
+
+def test_stages_above_the_last_level_are_neither_run_nor_trained():
+    task = detection(levels=("c2", "c3"), anchor_sizes=(8, 16, 32))
+    task.backbone.stages[2].register_forward_hook(lambda *_: pytest.fail("stage 3 was run"))
+    sum(task.training_loss(batch(2, 1)).values()).backward()
+    without = {name.split(".")[3] for name, weight in task.named_parameters() if weight.grad is None}
+    assert without == {"stage3", "stage4"}
+    assert all(not weight.requires_grad for weight in task.backbone.stages[3].parameters())
 
 
 # data
@@ -237,6 +286,9 @@ def test_voc_years_and_splits_are_joined(synthetic):
     only = VOCDetectionDataModule(str(devkit), train_splits=["2012/train"], test_splits=["2012/val"], limit=3)
     only.setup("fit")
     assert (len(only.sources["train"]), len(only.sources["val"])) == (3, 3)
+    overlapping = VOCDetectionDataModule(str(devkit), train_splits=["2012/train", "2012/trainval"])
+    trainval = (devkit / "VOC2012" / "ImageSets" / "Main" / "trainval.txt").read_text().split()
+    assert len(overlapping.source("train")) == len(trainval)
     for bad in ([], ["2012"], ["2012/"], ["trainval"]):
         with pytest.raises(UsageError, match="YEAR/SPLIT"):
             VOCDetectionDataModule(str(synthetic), train_splits=bad)
@@ -258,7 +310,7 @@ def test_a_whole_run_on_coco(command, small, synthetic, tmp_path):
     test = command("test", *options, "--model.detector.box_score_thresh", 0.0)
     assert test.code == 0, test.err
     record = json.loads((RUN / "test.json").read_text())
-    results = RUN / "test_results" / "instances_val2017_results.json"
+    results = RUN / "test_results" / "detections_val2017_sis-lightning_results.json"
     rows = json.loads(results.read_text())
     assert {row["image_id"] for row in rows} <= {20, 21, 22, 23, 24}
     # The results file, scored by itself, gives the figures of the test.
@@ -301,7 +353,7 @@ def test_a_split_without_annotations_gives_results_for_the_server(command, small
     assert command("fit", *options).code == 0
     test = command("test", *options, "--data.root", root, "--data.test_split", "test-dev2017")
     assert test.code == 0, test.err
-    assert (RUN / "test_results" / "instances_test-dev2017_results.json").is_file()
+    assert (RUN / "test_results" / "detections_test-dev2017_sis-lightning_results.json").is_file()
     assert "no annotations" in test.out
     assert json.loads((RUN / "test.json").read_text())["metrics"] == {}
 
@@ -316,11 +368,10 @@ def test_a_whole_run_on_voc(command, small, synthetic):
     assert test.code == 0, test.err
     metrics = json.loads((run / "test.json").read_text())["metrics"]
     home = synthetic / "VOCdevkit" / "VOC2007"
-    assert (run / "test_results" / "comp4_det_test_person.txt").is_file()
+    assert (run / "test_results" / "VOC2007" / "Main" / "comp4_det_test_person.txt").is_file()
+    results = run / "test_results" / "VOC2007" / "Main"
     for kind in ("voc07", "voc12"):
-        score = command(
-            "evaluate", "--type", kind, "--truth", home, "--split", "test", "--results", run / "test_results", "--json"
-        )
+        score = command("evaluate", "--type", kind, "--truth", home, "--split", "test", "--results", results, "--json")
         assert score.code == 0, score.err
         figures = json.loads(score.out)["metrics"]
         key = f"AP50_{kind}"

@@ -166,7 +166,7 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     assert test.code == 0, test.err
     record = json.loads((RUN / "test.json").read_text())
     assert record["data"]["person boxes"] == "ground truth"
-    results = RUN / "test_results" / "person_keypoints_val2017_results.json"
+    results = RUN / "test_results" / "person_keypoints_val2017_sis-lightning_results.json"
     truth = synthetic / "coco" / "annotations" / "person_keypoints_val2017.json"
     again = command("evaluate", "--type", "keypoints", "--truth", truth, "--results", results, "--json")
     assert again.code == 0, again.err
@@ -202,6 +202,17 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
         with Image.open(RUN / "predictions" / row["picture"]) as picture:
             assert max(picture.size) >= 480
 
+    # The predictions of our own detection go by the pictures' names.
+    names = {image["id"]: Path(image["file_name"]).stem for image in raw["images"]}
+    own = [
+        {"name": names[row["image_id"]], "objects": [{"class": "person", "score": 0.9, "box": [0, 0, 60, 60]}]}
+        for row in raw["annotations"]
+    ]
+    Path("own.json").write_text(json.dumps(own))
+    again = command("test", *options, "--data.person_boxes", "own.json")
+    assert again.code == 0, again.err
+    assert len(json.loads(results.read_text())) >= len({row["image_id"] for row in raw["annotations"]})
+
     # Anyone's pictures, whole or in the boxes that our own detection's predict found.
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (50, 37), "red").save(tmp_path / "photos" / "a.jpg")
@@ -219,6 +230,42 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     assert boxed.code == 0, boxed.err
     table = json.loads((RUN / "predictions" / "predictions.json").read_text())
     assert [row["found"] for row in table] == [0, 2]
+
+
+def test_people_of_another_number_and_a_split_without_annotations(command, small, synthetic, tmp_path):
+    root = tmp_path / "own"
+    shutil.copytree(synthetic / "coco", root / "coco")
+    for split in ("train2017", "val2017"):
+        path = root / "coco" / "annotations" / f"person_keypoints_{split}.json"
+        content = json.loads(path.read_text())
+        content["categories"][0]["id"] = 7
+        for row in content["annotations"]:
+            row["category_id"] = 7
+        path.write_text(json.dumps(content))
+    options = [*small("kpt_coco", steps=1), "--data.root", root]
+    assert command("fit", *options).code == 0
+    assert command("test", *options).code == 0
+    results = RUN / "test_results" / "person_keypoints_val2017_sis-lightning_results.json"
+    assert {row["category_id"] for row in json.loads(results.read_text())} == {7}
+    score = command("evaluate", "--type", "keypoints", "--truth", path, "--results", results)
+    assert score.code == 0, score.err
+
+    # COCO's test-dev: all categories, no annotations.
+    content = json.loads((synthetic / "coco" / "annotations" / "instances_val2017.json").read_text())
+    del content["annotations"]
+    (root / "coco" / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
+    (root / "coco" / "test2017").symlink_to(root / "coco" / "val2017")
+    options += ["--data.test_split", "test-dev2017"]
+    refused = command("test", *options)
+    assert refused.code == 2
+    assert "--data.person_boxes" in refused.err
+    box = {"category_id": 1, "bbox": [5, 5, 30, 40], "score": 0.9}
+    Path("boxes.json").write_text(json.dumps([{**box, "image_id": image["id"]} for image in content["images"]]))
+    test = command("test", *options, "--data.person_boxes", "boxes.json")
+    assert test.code == 0, test.err
+    assert "no annotations to score against" in test.out
+    results = RUN / "test_results" / "person_keypoints_test-dev2017_sis-lightning_results.json"
+    assert len(json.loads(results.read_text())) == len(content["images"])
 
 
 def without_people(content):
@@ -260,9 +307,13 @@ def test_nobody_to_find_gives_defined_figures(command, small, synthetic, tmp_pat
         ({"annotations": []}, "a list of objects with image_id"),
         ([{"image_id": 1}], "entry 0 is not a detection"),
         ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3], "score": 1}], "entry 0 is not a detection"),
-        ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 0, 3], "score": 1}], "entry 0: a box of no area"),
+        ([{"image_id": [1], "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}], "entry 0 is not a detection"),
+        ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": "high"}], "entry 0 is not a detection"),
         ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, "x"], "score": 1}], "entry 0 is not a detection"),
-        ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": float("nan")}], "entry 0: a box"),
+        (
+            [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": float("nan")}],
+            "entry 0 is not a detection",
+        ),
         ([{"name": "a", "objects": [{"class": "person"}]}], "entry 0 is not a detection"),
     ],
 )
@@ -272,6 +323,15 @@ def test_boxes_that_are_wrong(tmp_path, content, words):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(DataError, match=words):
         read_person_boxes(path)
+
+
+def test_boxes_of_no_area_and_of_others_are_left_out(tmp_path):
+    path = tmp_path / "boxes.json"
+    good = {"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.5}
+    rows = [good, {**good, "bbox": [1, 2, 0, 4]}, {**good, "category_id": 1}, {**good, "score": 0.1}]
+    path.write_text(json.dumps(rows))
+    people, dropped = read_person_boxes(path, 0.2, category=7)
+    assert (people[1].tolist(), dropped) == ([[1, 2, 4, 6, 0.5]], 1)
 
 
 def test_boxes_of_another_split(command, small, synthetic):

@@ -107,7 +107,7 @@ def test_joints_in_a_real_detectors_boxes(command, shared, tmp_path):
     run = Path("runs/kpt_coco/res2net14-4w4s-basic-8ch/seed0")
     record = json.loads((run / "test.json").read_text())
     assert "test_coco_det_AP_H_56.json" in record["data"]["person boxes"]
-    results = json.loads((run / "test_results" / "person_keypoints_val2017_results.json").read_text())
+    results = json.loads((run / "test_results" / "person_keypoints_val2017_sis-lightning_results.json").read_text())
     boxes = json.loads((source / "test_coco_det_AP_H_56.json").read_text())
     assert 0 < len(results) <= len(boxes)
     assert {row["image_id"] for row in results} == {row["image_id"] for row in boxes}

@@ -41,7 +41,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
+def norm_layer(kind: str, channels: int) -> nn.Module:
+    """Batch norm (`bn`), batch norm over all devices (`syncbn`) or group norm (`gn`)."""
     if kind == "gn":
         return group_norm(channels)
     return nn.SyncBatchNorm(channels) if kind == "syncbn" else nn.BatchNorm2d(channels)
@@ -60,7 +61,7 @@ class Stem(nn.Module):
         self.stride = 2 if imagenet else 1
         k = 7 if imagenet else 3
         self.conv = nn.Conv2d(3, config.channels, k, self.stride, k // 2, bias=False)
-        self.norm = _norm(config.norm, config.channels)
+        self.norm = norm_layer(config.norm, config.channels)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class Split(nn.Module):
             )
             for _ in range(convolved)
         )
-        self.norms = nn.ModuleList(_norm(config.norm, self.width) for _ in range(convolved))
+        self.norms = nn.ModuleList(norm_layer(config.norm, self.width) for _ in range(convolved))
         self.relu = nn.ReLU(inplace=True)
         pooled = first and convolved < config.scale
         self.pool = nn.AvgPool2d(3, stride, padding=1) if pooled else nn.Identity()
@@ -122,11 +123,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         inner, outputs = config.scale * config.split_width(stage), 4 * config.channels * 2 ** (stage - 1)
         self.reduce = _conv1x1(inputs, inner)
-        self.reduce_norm = _norm(config.norm, inner)
+        self.reduce_norm = norm_layer(config.norm, inner)
         self.split = Split(config, stage, first=first, stride=stride, dilation=dilation)
         self.expand = _conv1x1(inner, outputs)
-        self.expand_norm = _norm(config.norm, outputs)
-        shortcut = [_conv1x1(inputs, outputs, stride), _norm(config.norm, outputs)] if first else []
+        self.expand_norm = norm_layer(config.norm, outputs)
+        shortcut = [_conv1x1(inputs, outputs, stride), norm_layer(config.norm, outputs)] if first else []
         self.shortcut = nn.Sequential(*shortcut)
         self.relu = nn.ReLU(inplace=True)
 
@@ -203,14 +204,16 @@ class Backbone(nn.Module):
         """Stage 1, 2, … in order."""
         return [self.get_submodule(f"stage{stage}") for stage in range(1, len(self.config.blocks) + 1)]
 
-    def pyramid(self, x: Tensor) -> dict[str, Tensor]:
-        """As `forward`, with the stem's map before pooling as `c1`."""
+    def pyramid(self, x: Tensor, last: str = "") -> dict[str, Tensor]:
+        """As `forward`, with the stem's map before pooling as `c1`; stages behind map `last` are not run."""
         y = self.stem(x)
         maps = {"c1": y}
         y = self.pool(y)
         for name, stage in zip(self.feature_info, self.stages, strict=True):
             y = stage(y)
             maps[name] = y
+            if name == last:
+                break
         return maps
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -29,6 +30,28 @@ _NORMS: dict[str, Callable[[int], nn.Module] | None] = {
 # What create_detector settles itself, from arguments of its own.
 _SETTLED = {"self", "backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs"}
 _SETTLED |= {"rpn_anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor"}
+
+
+# In mixed precision the heads put out bfloat16, whose step is 8 px from 1024 px on: what boxes are made of is float32.
+
+
+class _FloatAnchors(AnchorGenerator):  # type: ignore[misc]
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        shapes = [torch.empty(1, device=maps.device).expand(maps.shape) for maps in feature_maps]
+        anchors: list[Tensor] = super().forward(image_list, shapes)
+        return anchors
+
+
+class _FloatRPNHead(RPNHead):  # type: ignore[misc]
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [item.float() for item in logits], [item.float() for item in deltas]
+
+
+class _FloatPredictor(FastRCNNPredictor):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = super().forward(x)
+        return scores.float(), deltas.float()
 
 
 class PyramidBackbone(nn.Module):
@@ -52,12 +75,16 @@ class PyramidBackbone(nn.Module):
             if level not in info:
                 raise UsageError(f"model.levels: {backbone.slug} has no map '{level}', but {', '.join(info)}")
         self.levels, self.out_channels = list(levels), channels
+        # Stages above the last level are neither run nor trained, but keep their place among the weights.
+        self.last = max(levels)
+        for name, stage in zip(info, self.backbone.stages, strict=True):
+            stage.requires_grad_(name <= self.last)
         inputs = [info[level].channels for level in levels]
         self.fpn = FeaturePyramidNetwork(inputs, channels, LastLevelMaxPool(), _NORMS[norm])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) → the levels, each (N, channels, …), and `pool`, the last one at half the resolution."""
-        maps = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        maps = self.backbone.pyramid(x.contiguous(memory_format=torch.channels_last), self.last)
         pyramid: dict[str, Tensor] = self.fpn({level: maps[level] for level in self.levels})
         return pyramid
 
@@ -117,6 +144,7 @@ def create_detector(
         shape = (fpn_channels, resolution, resolution)
         head = FastRCNNConvFCHead(shape, [fpn_channels] * 4, [head_channels], _NORMS[head_norm])
     ratios = (0.5, 1.0, 2.0)
+    anchors = _FloatAnchors(tuple((size,) for size in anchor_sizes), (ratios,) * len(anchor_sizes))
     return FasterRCNN(
         body,
         min_size=min_size,
@@ -124,9 +152,10 @@ def create_detector(
         # The DataModule has normalised already.
         image_mean=[0.0, 0.0, 0.0],
         image_std=[1.0, 1.0, 1.0],
-        rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in anchor_sizes), (ratios,) * len(anchor_sizes)),
+        rpn_anchor_generator=anchors,
+        rpn_head=_FloatRPNHead(fpn_channels, len(ratios)),
         box_roi_pool=MultiScaleRoIAlign(list(levels), resolution, 2, canonical_scale=canonical_scale),
         box_head=head,
-        box_predictor=FastRCNNPredictor(head_channels, num_classes + 1),
+        box_predictor=_FloatPredictor(head_channels, num_classes + 1),
         **detector,
     )

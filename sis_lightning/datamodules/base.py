@@ -131,6 +131,11 @@ class FolderSource(Source):
             raise DataError(f"data.predict_path '{path}': no such file or folder")
         if not self.paths:
             raise DataError(f"data.predict_path '{path}': no pictures in it ({', '.join(IMAGE_ENDINGS)})")
+        for file in self.paths:  # before anything is done with the others
+            try:
+                Image.open(file).close()
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise DataError(f"{file}: not a picture ({error})") from None
         names = [path.relative_to(self.root).with_suffix("") for path in self.paths]
         often = Counter(names)
         # a.jpg beside a.png: their endings tell them apart.

@@ -25,7 +25,7 @@ from sis_lightning.metrics.voc import VOCTruth, write_comp4
 
 
 class AnnotatedSource(Source):
-    """Images with their objects: `image_id`, `boxes` (n, 4) x1, y1, x2, y2 in px, `labels` (n,) 1…K."""
+    """Images with their objects, less ignored ones: `image_id`, `boxes` (n, 4) in px, `labels` (n,) 1…K."""
 
     def __init__(self, annotations: Annotations) -> None:
         self.annotations, self.defects = annotations, annotations.defects
@@ -36,12 +36,13 @@ class AnnotatedSource(Source):
     def __getitem__(self, index: int) -> Sample:
         known = self.annotations
         objects = known.objects(index)
+        counted = ~known.ignored[objects]
         return {
             "image": self.read(index),
             "name": known.paths[index].stem,
             "image_id": known.image_ids[index],
-            "boxes": torch.from_numpy(known.boxes[objects]).float(),
-            "labels": torch.from_numpy(known.labels[objects]) + 1,
+            "boxes": torch.from_numpy(known.boxes[objects][counted]).float(),
+            "labels": torch.from_numpy(known.labels[objects][counted]) + 1,
         }
 
     def checks(self) -> Iterator[Callable[[], Sample]]:
@@ -102,6 +103,8 @@ class AnnotatedDataModule(SISDataModule):
         if split == "train":
             known.drop(known.ignored.copy(), self.ignored_name)
         self.class_names, self.category_ids = known.class_names, known.category_ids
+        if self.limit:
+            self.notes["limit"] = f"the first {self.limit} images with objects of each split"
         self._note_dropped(split, known)
         return known
 
@@ -193,7 +196,8 @@ class COCOFiles(AnnotatedDataModule):
 
     def write_results(self, rows: list[Row], folder: Path) -> Path:
         """COCO's results format, as its server wants it."""
-        path = folder / f"{self.task}_{self.splits['test']}_results.json"
+        kind = "person_keypoints" if self.kind == "keypoints" else "detections"
+        path = folder / f"{kind}_{self.splits['test']}_sis-lightning_results.json"
         write_text(path, json.dumps(rows))
         return path
 
@@ -297,14 +301,15 @@ class VOCDetectionDataModule(AnnotatedDataModule):
 
     def annotations(self, split: Split) -> Annotations:
         """Reads the XML of a split."""
-        homes = []
+        homes: dict[Path, dict[str, None]] = {}
         for name in self.train_splits if split == "train" else self.test_splits:
             year, _, part = name.partition("/")
             home = self.year(year)
             if not (home / "Annotations").is_dir():
                 raise DataError(self.missing(f"{home / 'Annotations'} does not exist"))
-            homes.append((home, list(voc_names(home, part))))
-        return read_voc(homes, self.names)
+            # Lists may overlap, as trainval does with train: each image counts once.
+            homes.setdefault(home, {}).update(dict.fromkeys(voc_names(home, part)))
+        return read_voc([(home, list(names)) for home, names in homes.items()], self.names)
 
     def train_transform(self, sample: Sample) -> Sample:
         """Horizontal flip."""
@@ -317,8 +322,13 @@ class VOCDetectionDataModule(AnnotatedDataModule):
         return self._truth
 
     def write_results(self, rows: list[Row], folder: Path) -> Path:
-        """One file a class, as the devkit and the server want them."""
-        write_comp4(rows, self.annotations("test"), folder, self.test_splits[0].partition("/")[2])
+        """`VOCYEAR/Main/comp4_det_SPLIT_CLASS.txt`, as the devkit and the server want them."""
+        truth = self.annotations("test")
+        for split in self.test_splits:
+            year, _, part = split.partition("/")
+            names = set(voc_names(self.year(year), part))
+            chosen = [row for row in rows if row["image_id"] in names]
+            write_comp4(chosen, truth, folder / f"VOC{year}" / "Main", part)
         return folder
 
     def how_to_get(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sis_lightning.annotations import Annotations
+from sis_lightning.annotations import Annotations, load_json
 from sis_lightning.datamodules.base import Batch, FolderSource, Sample, Source, Split
 from sis_lightning.datamodules.detection import AnnotatedSource, COCOFiles
 from sis_lightning.errors import DataError, UsageError
@@ -130,27 +130,48 @@ class COCOKeypointsDataModule(COCOFiles):
                 raise DataError(f"{known.source}: nobody in it has joints to learn from")
             return _PersonSource(known)
         if self.person_boxes is None:
+            if not known.annotated:
+                raise UsageError(
+                    f"{known.source} has no annotations, and so no boxes of people: give a detector's with\n"
+                    "  --data.person_boxes FILE"
+                )
             self.notes["person boxes"] = "ground truth"
             return _PeopleSource(known, None)
-        people = read_person_boxes(self.person_boxes, self.least_box_score)
-        unknown = [image for image in people if image not in set(known.image_ids)]
-        if len(unknown) == len(people):
+        people = self._read_boxes(known.category_ids[0])
+        # Our own detection's predictions go by the pictures' names.
+        ids = set(known.image_ids)
+        by_name = {path.stem: image for path, image in zip(known.paths, known.image_ids, strict=True)}
+        people = {image if image in ids else by_name.get(image, image): boxes for image, boxes in people.items()}
+        if people and not ids.intersection(people):
             raise DataError(
                 f"data.person_boxes {self.person_boxes}: none of its {len(people)} images is in {known.source},\n"
-                f"  such as {unknown[0] if unknown else 'none at all'}: are they of another split?"
+                f"  such as {next(iter(people))!r}: are they of another split?"
             )
-        count = sum(len(people.get(image, ())) for image in known.image_ids)
-        self.notes["person boxes"] = f"{self.person_boxes} ({count:,} of score ≥ {self.least_box_score:g})"
         return _PeopleSource(known, people)
+
+    def annotations(self, split: Split) -> Annotations:
+        """Reads the JSON of a split; of all categories there, people alone."""
+        known = super().annotations(split)
+        if len(known.class_names) != 1:
+            known.keep_class("person")
+        return known
+
+    def _read_boxes(self, category: int) -> dict[Any, Boxes]:
+        assert self.person_boxes is not None
+        people, dropped = read_person_boxes(self.person_boxes, self.least_box_score, category)
+        count = sum(len(boxes) for boxes in people.values())
+        left = f", {dropped:,} of no area left out" if dropped else ""
+        self.notes["person boxes"] = f"{self.person_boxes} ({count:,} of score ≥ {self.least_box_score:g}{left})"
+        return people
 
     def setup(self, stage: str) -> None:
         """Lists the splits; for a folder of pictures to predict on, reads the boxes by the pictures' names."""
         super().setup(stage)
         if stage == "predict" and self.predict_path:
-            self.notes["person boxes"] = str(self.person_boxes or "none: each picture is taken as one person")
+            self.notes["person boxes"] = "none: each picture is taken as one person"
             source = self.sources["predict"]
             if self.person_boxes and isinstance(source, FolderSource):
-                people = read_person_boxes(self.person_boxes, self.least_box_score)
+                people = self._read_boxes(1)
                 # COCO's files are named by their numbers.
                 keys = {name: int(name) if name.isdecimal() and name not in people else name for name in source.names}
                 self.named_boxes = {name: people[key] for name, key in keys.items() if key in people}
@@ -209,46 +230,53 @@ class COCOKeypointsDataModule(COCOFiles):
     @property
     def eval_batch_size(self) -> int:
         """Images, of some people each: a training batch's number of them would fill memory."""
-        return min(self.batch_size, 16)
+        return min(self.batch_size, 16 * self._ranks()[1])
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Crops alone: whole images are only drawn on, and what is decoded with stays exact, on the CPU."""
+        stay = {key: value for key, value in batch.items() if "crops" in batch and key != "crops"}
+        move = {key: value for key, value in batch.items() if key not in stay}
+        moved: Batch = super().transfer_batch_to_device(move, device, dataloader_idx)
+        return {**stay, **moved}
 
 
-def read_person_boxes(path: Path, least_score: float = 0.0) -> dict[Any, Boxes]:
+def read_person_boxes(path: Path, least_score: float = 0.0, category: int = 1) -> tuple[dict[Any, Boxes], int]:
     """Reads people's boxes by image.
 
     Args:
-        path: JSON: results in COCO's format, of which category 1 is taken, or our detection's `predictions.json`, of
-            which class `person` is taken.
+        path: JSON: results in COCO's format, or our detection's `predictions.json`, of which class `person` is taken
+            (those that it shows: `model.shown_score`).
         least_score: Boxes below it are left out.
+        category: COCO's number of people.
 
     Returns:
-        For each `image_id`, or name of a picture, boxes (P, 5) x1, y1, x2, y2, score.
+        For each `image_id`, or name of a picture, boxes (P, 5) x1, y1, x2, y2, score; and how many of no area there
+        were besides.
 
     Raises:
-        DataError: Where the file is missing or of neither format, or a box is not finite or has no area: which one.
+        DataError: Where the file is missing or of neither format, or a box is not finite numbers: which one.
     """
-    try:
-        rows = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"data.person_boxes '{path}' does not exist") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
+    rows = load_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: not a detector's results: a list of objects with image_id, category_id, bbox, score")
     people: dict[Any, list[list[float]]] = {}
+    dropped = 0
     for place, row in enumerate(rows):
         try:
             if "objects" in row:
-                image: Any = row["name"]
+                image: Any = str(row["name"])
                 boxes = [[*item["box"], item["score"]] for item in row["objects"] if item["class"] == "person"]
             else:
                 image, (x, y, width, height) = row["image_id"], row["bbox"]
-                boxes = [[x, y, x + width, y + height, row["score"]]] if row["category_id"] == 1 else []
-            sound = all(
-                len(box) == 5 and box[0] < box[2] and box[1] < box[3] and np.isfinite(box).all() for box in boxes
-            )
+                boxes = [[x, y, x + width, y + height, row["score"]]] if row["category_id"] == category else []
+            found = people.setdefault(image, [])
+            numbers = [box for box in boxes if len(box) == 5 and all(map(math.isfinite, box))]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: entry {place} is not a detection ({type(error).__name__}: {error})") from None
-        if not sound:
-            raise DataError(f"{path}: entry {place}: a box of no area, or not finite")
-        people.setdefault(image, []).extend(box for box in boxes if box[4] >= least_score)
-    return {image: np.array(boxes, dtype=np.float64).reshape(-1, 5) for image, boxes in people.items()}
+        if len(numbers) < len(boxes):
+            raise DataError(f"{path}: entry {place} is not a detection: its box and score are not five finite numbers")
+        # Detectors write boxes of no area now and then.
+        areas = [box for box in numbers if box[0] < box[2] and box[1] < box[3]]
+        dropped += len(numbers) - len(areas)
+        found += [box for box in areas if box[4] >= least_score]
+    return {image: np.array(boxes, dtype=np.float64).reshape(-1, 5) for image, boxes in people.items()}, dropped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -22,7 +22,7 @@ class GatheredScores(Metric):
     """Collects result rows on every device; `compute` scores them once, each image once, the same on all devices.
 
     Attributes:
-        truth: To be set before `compute`.
+        truth: Gives what to score against; to be set before `compute`, and called where the scoring is done.
         rows: All devices' rows after `compute`, on rank 0.
     """
 
@@ -30,7 +30,7 @@ class GatheredScores(Metric):
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
-        self.truth: Truth | None = None
+        self.truth: Callable[[], Truth] | None = None
         self.rows: list[Row] = []
         self._rows_of: dict[Any, list[Row]] = {}
 
@@ -59,7 +59,7 @@ class GatheredScores(Metric):
             merged = {image: rows for part in parts for image, rows in part.items()}
             self.rows = [row for image in merged for row in merged[image]]
             try:
-                answer = [self.truth.score(self.rows, set(merged))]
+                answer = [self.truth().score(self.rows, set(merged))]
             except Exception as error:
                 if not shared:
                     raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,8 +14,15 @@ from lightning.pytorch import LightningModule
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR
-from torchmetrics import Metric, MetricCollection
+from torch.optim.lr_scheduler import (
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+)
+from torchmetrics import Metric, MetricCollection, SumMetric
 
 from sis_lightning.backbones import Backbone, BackboneConfig, backbone_config, load_backbone_weights
 from sis_lightning.datamodules import Batch, SISDataModule
@@ -24,6 +32,19 @@ from sis_lightning.metrics.gathered import GatheredScores
 OptimizerCallable = Callable[[Iterable[Tensor]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 Outputs = list[dict[str, Any]]
+
+
+def enlarge(image: Tensor) -> tuple[Tensor, int, float]:
+    """Readies an image (3, H, W) of 0…1 for drawing.
+
+    Returns:
+        It as uint8, by whole pixels enlarged so that its longer side has at least 480; by how much; and by how much
+        lines and letters should be larger than on 640 px.
+    """
+    picture = (255 * image).round().to(torch.uint8)
+    times = -(-480 // max(picture.shape[1:]))
+    picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    return picture, times, max(1.0, max(picture.shape[1:]) / 640)
 
 
 class BaseTask(LightningModule, ABC):
@@ -91,6 +112,7 @@ class BaseTask(LightningModule, ABC):
         # Convolutions are quicker on it, on CPUs and GPUs alike; the DataModule sends images in the same layout.
         self.model = model.to(memory_format=torch.channels_last)
         self.val_metrics, self.test_metrics = metrics.clone(), metrics.clone()
+        self.tested = SumMetric()
         self.save_hyperparameters()
         # Only plain data loads with weights_only=True; from the command line it is plain already.
         plain = {
@@ -169,7 +191,7 @@ class BaseTask(LightningModule, ABC):
             )
         if isinstance(data, SISDataModule) and data.class_names:
             self.name_classes(data.class_names)
-        if stage == "fit" and self.backbone_weights:
+        if stage == "fit" and self.backbone_weights and not self.trainer.ckpt_path:  # a checkpoint has its own
             load_backbone_weights(self.backbone, Path(self.backbone_weights))
 
     @property
@@ -192,9 +214,15 @@ class BaseTask(LightningModule, ABC):
             self._check_horizon(scheduler)
             schedulers.append({"scheduler": scheduler, "interval": self.lr_interval})
         if self.warmup_steps:
-            if any(isinstance(entry["scheduler"], OneCycleLR) for entry in schedulers):
-                raise UsageError("model.warmup_steps: OneCycleLR has a warm-up of its own (pct_start): leave it at 0")
-            # Both multiply the rate that they find, so that they go together.
+            for entry in schedulers:
+                if isinstance(entry["scheduler"], OneCycleLR):
+                    raise UsageError(
+                        "model.warmup_steps: OneCycleLR has a warm-up of its own (pct_start): leave it at 0"
+                    )
+                # Others multiply the rate that they find, as the warm-up does, so that they go together.
+                if isinstance(entry["scheduler"], LambdaLR | CyclicLR | CosineAnnealingWarmRestarts):
+                    kind = type(entry["scheduler"]).__name__
+                    raise UsageError(f"model.warmup_steps: {kind} sets the rate anew at each step: leave it at 0")
             warmup = LinearLR(optimizer, self.warmup_start, total_iters=self.warmup_steps)
             schedulers.append({"scheduler": warmup, "interval": "step"})
         return [optimizer], schedulers
@@ -248,24 +276,27 @@ class BaseTask(LightningModule, ABC):
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Outputs]:
         """Updates the test metrics."""
+        self.tested.update(len(batch["name"]))
         return {"outputs": self.evaluate(batch, self.test_metrics)}
 
     def on_validation_epoch_start(self) -> None:
         """Says what the split is scored against, where that is an annotation file."""
         if isinstance(self.val_metrics, GatheredScores):
-            self.val_metrics.truth = self.data.truth("val")
+            self.val_metrics.truth = functools.partial(self.data.truth, "val")
 
     def on_test_epoch_start(self) -> None:
         """As for validation."""
         if isinstance(self.test_metrics, GatheredScores):
-            self.test_metrics.truth = self.data.truth("test")
+            self.test_metrics.truth = functools.partial(self.data.truth, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Computes the val metrics once over the split."""
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Computes the test metrics once over the split."""
+        """Computes the test metrics once over the split; `tested_images` is how many it saw."""
+        self.tested_images = int(self.tested.compute())
+        self.tested.reset()
         self._log_metrics("test", self.test_metrics)
 
     def _log_metrics(self, split: str, metrics: Metric | MetricCollection) -> None:

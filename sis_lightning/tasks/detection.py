@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib import colormaps, get_data_path
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
+from torchvision.ops import clip_boxes_to_image
 from torchvision.utils import draw_bounding_boxes
 
 from sis_lightning.backbones import BackboneConfig, create_detector
@@ -19,7 +20,7 @@ from sis_lightning.backbones.detection import Norm
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.metrics.gathered import GatheredScores, Row
-from sis_lightning.tasks.base import BaseTask, Outputs
+from sis_lightning.tasks.base import BaseTask, Outputs, enlarge
 
 
 class DetectionTask(BaseTask):
@@ -78,7 +79,7 @@ class DetectionTask(BaseTask):
                 "model.freeze_norm keeps the statistics of model.backbone_weights, but none are given:\n"
                 "  on weights drawn at random it would leave the backbone without any norm."
             )
-        self.freeze_norm, self.shown_score = freeze_norm, shown_score
+        self.freeze_norm, self.shown_score, self.max_size = freeze_norm, shown_score, max_size
         model = create_detector(
             self.backbone_config,
             num_classes,
@@ -96,18 +97,30 @@ class DetectionTask(BaseTask):
         self.proposals: int = model.rpn._post_nms_top_n["testing"]
         self.finish(model, GatheredScores())
 
-    def train(self, mode: bool = True) -> DetectionTask:
-        """Frozen norms stay in evaluation."""
-        super().train(mode)
-        for module in self.backbone.modules() if self.freeze_norm else ():
-            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-                module.eval().requires_grad_(False)
-        return self
+        for norm in self._frozen():
+            norm.requires_grad_(False)
+
+    def _frozen(self) -> list[nn.Module]:
+        norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+        return [part for part in self.backbone.modules() if self.freeze_norm and isinstance(part, norms)]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Frozen norms stay in evaluation, whatever a validation put them back to."""
+        for norm in self._frozen():
+            norm.eval()
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Normalised images (3, H, W) → for each `boxes` (n, 4) in its px, `labels` (n,) 1…K, `scores` (n,)."""
-        found: list[dict[str, Tensor]] = self.model(list(images))
+        found: list[dict[str, Tensor]] = self.model([self._broadened(image) for image in images])
+        for image, output in zip(images, found, strict=True):
+            output["boxes"] = clip_boxes_to_image(output["boxes"], image.shape[1:])
         return found
+
+    def _broadened(self, image: Tensor) -> Tensor:
+        """An image so thin that resizing would leave a sliver of it, padded with the mean colour."""
+        height, width = image.shape[1:]
+        least = -(-32 * max(height, width) // self.max_size)
+        return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
 
     def countable(self, image: Tensor) -> None:
         """All that multiplies weights for one image (1, 3, H, W): with as many proposals as testing keeps."""
@@ -123,7 +136,7 @@ class DetectionTask(BaseTask):
         targets = [
             {"boxes": boxes, "labels": labels} for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
         ]
-        losses: dict[str, Tensor] = self.model(list(batch["image"]), targets)
+        losses: dict[str, Tensor] = self.model([self._broadened(image) for image in batch["image"]], targets)
         return losses
 
     def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
@@ -133,12 +146,12 @@ class DetectionTask(BaseTask):
         rows: list[Row] = []
         ids = [item.item() if isinstance(item, Tensor) else item for item in batch["image_id"]]
         for image_id, output in zip(ids, outputs, strict=True):
-            boxes = output["boxes"].double().cpu()
+            boxes = output["boxes"].cpu().double()
             boxes[:, 2:] -= boxes[:, :2]
             rows += [
                 {"image_id": image_id, "category_id": numbers[label - 1], "bbox": box, "score": score}
                 for box, label, score in zip(
-                    boxes.tolist(), output["labels"].tolist(), output["scores"].double().tolist(), strict=True
+                    boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True
                 )
             ]
         metrics.update(rows, ids)
@@ -185,26 +198,27 @@ class DetectionTask(BaseTask):
 
     def _drawn(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
         """Boxes on an image (3, H, W) of 0…1, as uint8; small images are enlarged so that names can be read."""
-        picture = (255 * image).round().to(torch.uint8)
-        enlarged = -(-480 // max(picture.shape[1:]))
-        picture = picture.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
+        picture, enlarged, scale = enlarge(image)
+        if "scores" in objects:  # the surest on top
+            order = objects["scores"].argsort()
+            objects = {key: value[order] for key, value in objects.items()}
         labels = objects["labels"].tolist()
         if not labels:
             return picture
         names = [self.class_names[label - 1] for label in labels]
         if "scores" in objects:
             names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
-        palette = colormaps["tab20"]
-        colours = [tuple(int(255 * part) for part in palette(label % 20)[:3]) for label in labels]
+        palette = colormaps["tab10"]
+        colours = [tuple(int(255 * part) for part in palette(label % 10)[:3]) for label in labels]
         drawn: Tensor = draw_bounding_boxes(
             picture,
             objects["boxes"] * enlarged,
             names,
             colours,
-            width=3,
+            width=round(3 * scale),
             font=str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
-            font_size=20,
-            label_colors="black",
+            font_size=round(20 * scale),
+            label_colors="white",
             label_background_colors=colours,
             fill_labels=True,
         )

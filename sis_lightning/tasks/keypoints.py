@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -14,12 +15,13 @@ from torchmetrics import Metric, MetricCollection
 from torchvision.utils import draw_keypoints
 
 from sis_lightning.backbones import BackboneConfig, create_backbone
+from sis_lightning.backbones.body import norm_layer
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.heatmaps import HeatmapCodec, mirror, oks_nms, rescore
 from sis_lightning.layouts import COCO_JOINTS, COCO_SKELETON
 from sis_lightning.metrics.gathered import GatheredScores
-from sis_lightning.tasks.base import BaseTask, Outputs
+from sis_lightning.tasks.base import BaseTask, Outputs, enlarge
 
 _BONES = [(start - 1, end - 1) for start, end in COCO_SKELETON]
 
@@ -27,7 +29,7 @@ _BONES = [(start - 1, end - 1) for start, end in COCO_SKELETON]
 class PoseNet(nn.Module):
     """A backbone, deconvolutions on its last map, and a 1×1: (N, 3, H, W) → heatmaps (N, 17, H/s, W/s).
 
-    Each deconvolution (4×4, stride 2, batch norm, ReLU) halves the stride: three make 4 of 32.
+    Each deconvolution (4×4, stride 2, the backbone's kind of norm, ReLU) halves the stride: three make 4 of 32.
 
     Args:
         backbone: Its config.
@@ -44,7 +46,7 @@ class PoseNet(nn.Module):
         for outputs in deconv_channels:
             layers += [
                 nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(outputs),
+                norm_layer(backbone.norm, outputs),
                 nn.ReLU(inplace=True),
             ]
             inputs = outputs
@@ -128,11 +130,11 @@ class KeypointTask(BaseTask):
     def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
         """Collects the people of each image."""
         outputs = self.predict_step(batch)
-        rows = []
+        rows, category = [], self.data.category_ids[0]
         ids = [item.item() if isinstance(item, Tensor) else item for item in batch["image_id"]]
         for image_id, output in zip(ids, outputs, strict=True):
             for person, score in zip(output["keypoints"].flatten(1).tolist(), output["scores"].tolist(), strict=True):
-                rows.append({"image_id": image_id, "category_id": 1, "keypoints": person, "score": score})
+                rows.append({"image_id": image_id, "category_id": category, "keypoints": person, "score": score})
         metrics.update(rows, ids)
         return outputs
 
@@ -164,7 +166,7 @@ class KeypointTask(BaseTask):
         """`pictures/NAME.jpg` with skeletons; the row lists `people` with their joints by name."""
         path = folder / "pictures" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self._drawn(image, output["keypoints"]).permute(1, 2, 0).numpy()).save(path, quality=90)
+        Image.fromarray(self._drawn(image, self._shown(output)).permute(1, 2, 0).numpy()).save(path, quality=90)
         people = [
             {
                 "score": round(score, 4),
@@ -186,27 +188,33 @@ class KeypointTask(BaseTask):
         figure = Figure(figsize=(9, 4 * len(order)), layout="constrained")
         for row, index in zip(figure.subplots(len(order), 2, squeeze=False), order, strict=True):
             image = self.displayable(batch["image"][index])
-            truth, found = batch["true_joints"][index].cpu(), outputs[index]["keypoints"]
+            truth, found = batch["true_joints"][index].cpu(), self._shown(outputs[index])
             for axis, kind, people in zip(row, ("truth", "prediction"), (truth, found), strict=True):
                 axis.imshow(self._drawn(image, people).permute(1, 2, 0).numpy())
                 axis.set_title(f"{kind}: {len(people)}", fontsize=8)
                 axis.set_axis_off()
         return figure
 
+    def _shown(self, output: dict[str, Tensor]) -> Tensor:
+        people: Tensor = output["keypoints"][output["scores"] >= self.shown_score]
+        return people
+
     def _drawn(self, image: Tensor, people: Tensor) -> Tensor:
-        """Skeletons on an image (3, H, W) of 0…1, as uint8; joints below `shown_score` are left out."""
-        picture = (255 * image).round().to(torch.uint8)
-        enlarged = -(-480 // max(picture.shape[1:]))
-        picture = picture.repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
-        if not len(people):
-            return picture
-        drawn: Tensor = draw_keypoints(
-            picture,
-            people[..., :2] * enlarged,
-            connectivity=_BONES,
-            colors="orange",
-            radius=3,
-            width=2,
-            visibility=people[..., 2] > self.shown_score,
-        )
-        return drawn
+        """Skeletons on an image (3, H, W) of 0…1, as uint8, each in a colour of its own, the first on top.
+
+        Joints below `shown_score` are left out.
+        """
+        picture, enlarged, scale = enlarge(image)
+        palette = colormaps["tab10"]
+        for index in reversed(range(len(people))):
+            person = people[index : index + 1]
+            picture = draw_keypoints(
+                picture,
+                person[..., :2] * enlarged,
+                connectivity=_BONES,
+                colors=tuple(int(255 * part) for part in palette(index % 10)[:3]),
+                radius=round(4 * scale),
+                width=round(3 * scale),
+                visibility=person[..., 2] > self.shown_score,
+            )
+        return picture
