@@ -61,7 +61,13 @@ def test_every_data_set_is_complete_and_builds(data):
     content = load_layer(find_config(data, "datamodules"))
     module, _, name = content["class_path"].rpartition(".")
     built = getattr(import_module(module), name)
-    assert set(content["init_args"]) == set(inspect.signature(built).parameters)
+    known = {
+        key: parameter.kind
+        for cls in built.__mro__[:-1]
+        if "__init__" in vars(cls) and cls.__module__.startswith("sis_lightning")
+        for key, parameter in inspect.signature(cls).parameters.items()
+    }
+    assert set(content["init_args"]) == {key for key, kind in known.items() if kind != inspect.Parameter.VAR_KEYWORD}
     assert built(**content["init_args"]).batch_size == content["init_args"]["batch_size"]
 
 
@@ -76,6 +82,26 @@ def test_recipes_are_the_papers():
     assert (data["batch_size"], model["lr_batch_size"], cls["trainer"]["max_epochs"]) == (256, 256, 300)
     assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
     assert model["lr_scheduler"]["init_args"] == {"milestones": [150, 225], "gamma": 0.1}
+
+
+def test_recipes_of_boxes_and_joints_are_the_papers():
+    for name, classes in (("det_coco", 80), ("det_voc", 20)):
+        task = compose([f"tasks/{name}.yaml"])
+        model, data = task["model"]["init_args"], task["data"]["init_args"]
+        assert (data["batch_size"], model["lr_batch_size"], task["trainer"]["max_epochs"]) == (16, 16, 12)
+        assert model["optimizer"]["init_args"] == {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}
+        assert model["lr_scheduler"]["init_args"] == {"milestones": [8, 11], "gamma": 0.1}
+        assert (model["warmup_steps"], model["warmup_start"]) == (500, 0.001)
+        assert (model["min_size"], model["max_size"], model["num_classes"]) == (800, 1333, classes)
+        assert model["freeze_norm"] is False
+        assert model["backbone_weights"] is None
+    task = compose(["tasks/kpt_coco.yaml"])
+    model, data = task["model"]["init_args"], task["data"]["init_args"]
+    assert (data["batch_size"], data["input_size"], task["trainer"]["max_epochs"]) == (128, [256, 192], 140)
+    assert (data["rotation"], data["scale"], model["sigma"]) == (40, 0.3, 2.0)
+    assert model["deconv_channels"] == [256, 256, 256]
+    assert (model["optimizer"]["class_path"], model["optimizer"]["init_args"]) == ("torch.optim.Adam", {"lr": 1e-3})
+    assert model["lr_scheduler"]["init_args"] == {"milestones": [90, 120], "gamma": 0.1}
 
 
 def test_the_search_goes_from_here_over_the_path_to_the_package(tmp_path, monkeypatch):
