@@ -23,6 +23,8 @@ RUN_COMMANDS = {
 }
 COMMANDS = {
     **RUN_COMMANDS,
+    "submit": "hand a fit to SLURM: a script in its directory, and sbatch",
+    "status": "how runs fare: state, step, epoch, newest metric, restarts",
     "check-data": "count what a data set holds, and list everything that is wrong with it",
     "evaluate": "score a results file as COCO or VOC do",
     "complexity": "parameters and MACs of backbones and of whole models",
@@ -69,7 +71,14 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"there is no command '{command}': {nearest(command, COMMANDS)}")
     if command in RUN_COMMANDS:
         return _run(command, rest)
-    others = {"check-data": _check_data, "evaluate": _evaluate, "complexity": _complexity, "bench": _bench}
+    others = {
+        "submit": _submit,
+        "status": _status,
+        "check-data": _check_data,
+        "evaluate": _evaluate,
+        "complexity": _complexity,
+        "bench": _bench,
+    }
     return {**others, "synth": _synth}[command](rest)
 
 
@@ -257,6 +266,79 @@ def _complexity(arguments: list[str]) -> int:
         names = chosen.names or config_names("configs/backbones")
         rows = complexity.of_backbones(names, chosen.operator, chosen.size, chosen.num_classes)
     print(complexity.to_json(rows) if chosen.json else complexity.to_table(rows), end="")
+    return 0
+
+
+def _submit(arguments: list[str]) -> int:
+    """Writes a job's script and submits it."""
+    parser = _Parser(
+        prog="sis-lightning submit",
+        description=COMMANDS["submit"] + ". Further options are those of fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="as for fit")
+    parser.add_argument("--nodes", type=int, default=1, help="default %(default)s")
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="default %(default)s: on CPUs")
+    parser.add_argument("--tasks-per-node", type=int, help="processes (default: one a GPU, or one)")
+    parser.add_argument("--time", default="24:00:00", help="limit of one job; it goes on in the next (%(default)s)")
+    parser.add_argument("--array", metavar="seeds=0..4", help="a job for each seed")
+    parser.add_argument("--cluster", default="default", metavar="NAME", help="a file in configs/slurm (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="prints the script, and does no more")
+    chosen, options = parser.parse_known_args(arguments)
+    for key in ("nodes", "gpus_per_node", "tasks_per_node"):
+        value = getattr(chosen, key)
+        if value is not None and value < (key != "gpus_per_node"):
+            raise UsageError(f"--{key.replace('_', '-')} is {value}, must be at least {int(key != 'gpus_per_node')}")
+    from sis_lightning.cluster import slurm
+
+    cluster = slurm.read_cluster(chosen.cluster)
+    seeds = slurm.seeds_of(chosen.array) if chosen.array else None
+    tasks = chosen.tasks_per_node or chosen.gpus_per_node or 1
+    files = [f"--config={file}" for file in (*chosen.config, "configs/cluster.yaml")]
+    device = [f"--trainer.num_nodes={chosen.nodes}", f"--trainer.devices={tasks}"]
+    if tasks * chosen.nodes > 1 and not any(option.startswith("--trainer.strategy") for option in options):
+        device.append("--trainer.strategy=ddp")
+    if chosen.gpus_per_node:
+        device.insert(0, "--trainer=cluster")
+    given = [*files, *device, f"--max_restarts={cluster.max_restarts}", *options]
+    _check_torch()
+    from sis_lightning.runs import run
+
+    # Everything is resolved here, so that what is wrong is said now and not when the job starts.
+    cli = run(None, *resolve(given))
+    folder = cli.directory(None if seeds is None else "")
+    text = slurm.submit(
+        ["fit", *given, *([] if seeds is not None else [f"--run_dir={folder}"])],
+        folder,
+        cluster,
+        nodes=chosen.nodes,
+        gpus_per_node=chosen.gpus_per_node,
+        tasks_per_node=tasks,
+        time=chosen.time,
+        seeds=seeds,
+        dry_run=chosen.dry_run,
+    )
+    print(text, end="")
+    return 0
+
+
+def _status(arguments: list[str]) -> int:
+    """Lists runs."""
+    parser = _Parser(prog="sis-lightning status", description=COMMANDS["status"], allow_abbrev=False)
+    parser.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="default: runs")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    chosen = parser.parse_args(arguments)
+    from sis_lightning.cluster import slurm
+
+    rows = slurm.status([Path(folder) for folder in chosen.folders])
+    if chosen.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    widths = {key: max([len(key), *(len(str(row[key])) for row in rows)]) for key in (rows[0] if rows else [])}
+    for row in [{key: key for key in widths}, *rows] if rows else []:
+        print("  ".join(str(row[key] if row[key] is not None else "-").ljust(widths[key]) for key in widths).rstrip())
+    if not rows:
+        print("no runs below " + ", ".join(chosen.folders))
     return 0
 
 

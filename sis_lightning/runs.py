@@ -113,13 +113,19 @@ class RunCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Not as Lightning, which lets a checkpoint's settings replace those given, silently; see `_checkpoint`."""
 
+    def directory(self, seed: str | None = None) -> Path:
+        """The run's directory; for an empty `seed` that of all seeds together."""
+        assert isinstance(self.model, BaseTask)
+        given = self._get(self.config, "run_dir")
+        if given:
+            return Path(given)
+        last = f"seed{self._get(self.config, 'seed_everything')}" if seed is None else seed
+        return Path("runs", str(self._get(self.config, "task")), self.model.backbone_config.slug, last)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Settles the run's directory, then adds loggers and callbacks that lie in it."""
         assert isinstance(self.model, BaseTask)
-        seed = self._get(self.config, "seed_everything")
-        usual = Path("runs", str(self._get(self.config, "task")), self.model.backbone_config.slug, f"seed{seed}")
-        given = self._get(self.config, "run_dir")
-        self.run_dir = Path(given) if given else usual
+        self.run_dir = self.directory()
         log = str(self.subcommand)
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir), "plugins": [SafeCheckpointIO()]}
         if SLURMEnvironment.detect():

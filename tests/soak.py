@@ -131,24 +131,31 @@ def outcome(run: Path) -> dict[str, str]:
     }
 
 
-def undisturbed(task: str, root: Path, folder: Path) -> tuple[dict[str, str], float]:
+def undisturbed(task: str, root: Path, folder: Path, steps: int = 16) -> tuple[dict[str, str], float]:
     """A run that nobody kills: what comes out, and how long it takes."""
     run, began = folder / f"{task}-undisturbed", time.monotonic()
-    code = wait(start(options(task, root, run), folder / f"{task}.log"))
+    code = wait(start(options(task, root, run, steps), folder / f"{task}.log"))
     if code != 0:
         raise RuntimeError((folder / f"{task}.log").read_text()[-3000:])
     return outcome(run), time.monotonic() - began
 
 
 def tormented(
-    task: str, root: Path, folder: Path, kills: int, usual: float, rng: random.Random, signals: Sequence[int]
+    task: str,
+    root: Path,
+    folder: Path,
+    kills: int,
+    usual: float,
+    rng: random.Random,
+    signals: Sequence[int] = (signal.SIGKILL,),
+    steps: int = 16,
 ) -> tuple[dict[str, str], dict[str, int]]:
     """A run that is killed again and again until it has had its share, and then left to finish."""
     run, log = folder / f"{task}-{rng.randrange(10**9)}", folder / f"{task}-killed.log"
     counts = {"kills": 0, "starts": 0, "finished early": 0}
     while True:
         counts["starts"] += 1
-        child = start(options(task, root, run), log)
+        child = start(options(task, root, run, steps), log)
         if counts["kills"] >= kills:
             code = wait(child)
             if code != 0:
@@ -179,6 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--each", type=int, default=5, help="kills of one run")
+    parser.add_argument("--steps", type=int, default=16, help="of one run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/resume"))
     chosen = parser.parse_args()
@@ -189,11 +197,11 @@ def main() -> int:
         folder = Path(scratch)
         with contextlib.redirect_stdout(io.StringIO()):
             command_line(["synth", str(folder / "data"), "--images", "24", "--size", "64", "--min-object", "12"])
-        usual = {task: undisturbed(task, folder / "data", folder) for task in TASKS}
+        usual = {task: undisturbed(task, folder / "data", folder, chosen.steps) for task in TASKS}
         while total["kills"] < chosen.kills:
             for task in TASKS:
                 want, seconds = usual[task]
-                got, counts = tormented(task, folder / "data", folder, chosen.each, seconds, rng, [signal.SIGKILL])
+                got, counts = tormented(task, folder / "data", folder, chosen.each, seconds, rng, steps=chosen.steps)
                 for key, count in counts.items():
                     total[key] += count
                 total["runs"] += 1

@@ -1,0 +1,238 @@
+"""Jobs for SLURM: a script that a person can read, handed to `sbatch`; and how runs fare."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sis_lightning.cluster.starts import is_running, last_row, read_starts
+from sis_lightning.configs import find_config, load_layer
+from sis_lightning.errors import DataError, UsageError, nearest
+from sis_lightning.files import write_text
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a script needs to know of a cluster: a file in `configs/slurm/`.
+
+    Attributes:
+        partition: And `account`, `qos`, `constraint`: sbatch's; None for the cluster's default.
+        cpus_per_task: For the DataModule's workers.
+        mem: A node, such as `64G`.
+        modules: To load.
+        setup: Lines of shell before the run.
+        container: Put before python.
+        python: That sis-lightning is installed in.
+        signal_seconds: Before the time limit: saves, and puts the job back into the queue.
+        max_restarts: Of that kind.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus_per_task: int = 4
+    mem: str | None = None
+    modules: Sequence[str] = ()
+    setup: Sequence[str] = ()
+    container: str | None = None
+    python: str = "python"
+    signal_seconds: int = 120
+    max_restarts: int = 100
+
+
+def read_cluster(name: str) -> Cluster:
+    """A file in `configs/slurm/` by its name.
+
+    Raises:
+        UsageError: For a file that is not there, or keys that a cluster does not have.
+    """
+    path = find_config(name, "configs/slurm")
+    content = load_layer(path)
+    known = [field.name for field in fields(Cluster)]
+    for key in content:
+        if key not in known:
+            raise UsageError(f"{path}: a cluster has no '{key}': {nearest(key, known)}")
+    return Cluster(**content)
+
+
+def seeds_of(array: str) -> list[int]:
+    """The seeds of `seeds=0..4` or `seeds=0,2,7`.
+
+    Raises:
+        UsageError: For anything else.
+    """
+    key, _, text = array.partition("=")
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if key == "seeds" and span and int(span[1]) <= int(span[2]):
+        return list(range(int(span[1]), int(span[2]) + 1))
+    if key == "seeds" and re.fullmatch(r"\d+(,\d+)*", text):
+        return sorted({int(seed) for seed in text.split(",")})
+    raise UsageError(f"--array is '{array}', must be seeds=FIRST..LAST or seeds=A,B,C, such as seeds=0..4")
+
+
+def script(
+    cluster: Cluster,
+    command: Sequence[str],
+    *,
+    name: str,
+    log: Path,
+    nodes: int,
+    gpus_per_node: int,
+    tasks_per_node: int,
+    time: str,
+    seeds: Sequence[int] | None,
+) -> str:
+    """The text of a job's script.
+
+    Args:
+        cluster: Where it runs.
+        command: What follows `sis-lightning`.
+        name: Of the job.
+        log: Folder of its output.
+        nodes: How many.
+        gpus_per_node: Of each; 0 for none.
+        tasks_per_node: Processes of each node, one a device.
+        time: The limit, as sbatch takes it.
+        seeds: One element of an array for each; None for a single job.
+    """
+    options: dict[str, Any] = {
+        "job-name": name,
+        "nodes": nodes,
+        "ntasks-per-node": tasks_per_node,
+        "gpus-per-node": gpus_per_node or None,
+        "cpus-per-task": cluster.cpus_per_task,
+        "mem": cluster.mem,
+        "time": time,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "array": ",".join(map(str, seeds)) if seeds is not None else None,
+        "output": log / ("slurm-%A_%a.out" if seeds is not None else "slurm-%j.out"),
+        "open-mode": "append",
+        "signal": f"USR1@{cluster.signal_seconds}",
+    }
+    lines = ["#!/bin/bash", *(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None)]
+    lines += ["#SBATCH --requeue", "", "set -euo pipefail"]
+    lines += [f"module load {module}" for module in cluster.modules]
+    lines += [*cluster.setup, ""]
+    seed = ["--seed_everything=$SLURM_ARRAY_TASK_ID"] if seeds is not None else []
+    start = [*shlex.split(cluster.container or ""), cluster.python, "-m", "sis_lightning", *command]
+    lines += [
+        "# SLURM's signal before the time limit can come before Python is up: until then it is ignored.",
+        'srun --kill-on-bad-exit=1 bash -c \'trap "" USR1; exec "$@"\' - \\',
+        "  " + " \\\n  ".join([" ".join(map(shlex.quote, start)), *seed]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def sbatch(path: Path) -> str:
+    """Submits a script; returns the job's number.
+
+    Raises:
+        DataError: Where there is no SLURM, or it refuses: its own words.
+    """
+    try:
+        result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise DataError(f"there is no sbatch here; the script is in {path}") from None
+    if result.returncode:
+        raise DataError(f"sbatch refuses {path}: {result.stderr.strip()}")
+    return result.stdout.strip().partition(";")[0]
+
+
+def submit(
+    command: Sequence[str],
+    folder: Path,
+    cluster: Cluster,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    tasks_per_node: int,
+    time: str,
+    seeds: Sequence[int] | None,
+    dry_run: bool,
+) -> str:
+    """Writes a job's script into `folder` and submits it, or gives its text alone.
+
+    Returns:
+        The script for `dry_run`, else a line with the job's number.
+    """
+    shape = {"nodes": nodes, "gpus_per_node": gpus_per_node, "tasks_per_node": tasks_per_node, "time": time}
+    name = "-".join(folder.parts[-3:]) if folder.parts else "sis"
+    text = script(cluster, command, name=name, log=folder, seeds=seeds, **shape)  # type: ignore[arg-type]
+    if dry_run:
+        return text
+    path = folder / "job.sh"
+    write_text(path, text)
+    job = sbatch(path)
+    with (folder / "jobs.txt").open("a") as file:
+        file.write(f"{job}\n")
+    return f"job {job}: {path}\n"
+
+
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """What SLURM says of jobs: of those in the queue by squeue, of others by sacct; nothing where there is neither."""
+    found: dict[str, str] = {}
+    if not jobs:
+        return found
+    wanted = ",".join(sorted({job.partition("_")[0] for job in jobs}))
+    for line in (
+        ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={wanted}"],
+        ["squeue", "--noheader", "--array", "--format=%i|%T", f"--jobs={wanted}"],
+    ):
+        try:
+            result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=30)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            continue
+        for row in result.stdout.splitlines():
+            job, _, state = row.partition("|")
+            found[job] = state.partition(" ")[0].lower()
+    return found
+
+
+def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """How runs fare: each directory below `folders` that a fit has begun in or a job was submitted from.
+
+    Raises:
+        DataError: Where a folder does not exist.
+    """
+    runs: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such directory")
+        runs += sorted({path.parent for name in ("starts.json", "jobs.txt") for path in folder.rglob(name)})
+    begun = {run: read_starts(run) for run in runs}
+    submitted = {run: (run / "jobs.txt").read_text().split() if (run / "jobs.txt").is_file() else [] for run in runs}
+    said = states(
+        [job for run in runs for job in submitted[run]] + [s["job"] for r in runs for s in begun[r] if s["job"]]
+    )
+    rows = []
+    for run in runs:
+        starts = begun[run]
+        job = starts[-1]["job"] if starts else next(reversed(submitted[run]), None)
+        state = said.get(job or "")
+        if state in (None, "completed", "failed", "cancelled", "timeout", "node_fail", "requeued"):
+            ended = starts[-1]["how"] if starts else None
+            ours = "running" if is_running(run) else ended or ("killed" if starts else state or "submitted")
+            state = f"{ours} (SLURM: {state})" if state and not ours.startswith(state) else ours
+        newest = last_row(run)
+        metric = next((key for key in newest if key.startswith("val/")), None)
+        rows.append(
+            {
+                "run": str(run),
+                "state": state,
+                "job": job,
+                "step": int(newest["step"]) + 1 if "step" in newest else 0,
+                "epoch": int(float(newest.get("epoch", 0))),
+                "metric": f"{metric} {float(newest[metric]):.4f}" if metric else "",
+                "restarts": max(0, len(starts) - 1),
+            }
+        )
+    return rows
