@@ -31,9 +31,7 @@ demos: .venv/installed
 		options="--config tasks/$$task.yaml --config configs/demo.yaml --data.root data/demos --run_dir runs/demos/$$task"; \
 		$(BIN)/sis-lightning fit $$options --overwrite true && $(BIN)/sis-lightning test $$options || exit 1; \
 	done
-	@$(BIN)/python -c 'import json; [print(task, metric, json.load(open(f"runs/demos/{task}/test.json"))["metrics"][metric]) \
-		for task, metric in (("cls_cifar100", "test/top1"), ("seg_voc", "test/miou"), \
-		("det_voc", "test/AP50_voc07"), ("kpt_coco", "test/AP"))]'
+	$(BIN)/sis-lightning bench --runs $(addprefix runs/demos/,cls_cifar100 seg_voc det_voc kpt_coco) --name demos
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -98,6 +99,45 @@ def time_evaluators(images: int = 5000) -> Benchmark:
         note=f"faster-coco-eval scores {ratio:.1f} times as fast; the figures differ by at most {difference:.1g}.",
         machine=_machine(),
         versions={name: version(name) for name in (*evaluators, "numpy")},
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def collect_runs(folders: Sequence[Path], name: str) -> Benchmark:
+    """What runs that were tested measured, and how long they trained: from config.yaml to last.ckpt.
+
+    Args:
+        folders: Run directories.
+        name: Of the benchmark.
+
+    Raises:
+        DataError: For a directory without a test.
+    """
+    rows: list[dict[str, str | float]] = []
+    for folder in folders:
+        record, last = folder / "test.json", folder / "checkpoints" / "last.ckpt"
+        if not record.is_file() or not last.is_file():
+            raise DataError(f"{folder}: no run that was tested (test.json and checkpoints/last.ckpt)")
+        content = json.loads(record.read_bytes())
+        minutes = (last.stat().st_mtime - (folder / "config.yaml").stat().st_mtime) / 60
+        headline = content["headline"]
+        rows.append(
+            {
+                "run": folder.name,
+                "data": content["data"]["identity"],
+                "metric": headline.removeprefix("test/"),
+                "value": content["metrics"][headline],
+                "minutes of training": round(minutes, 1),
+            }
+        )
+    return Benchmark(
+        name=name,
+        title=f"Runs of {name}",
+        command=f"make {name}",
+        rows=rows,
+        note="Validations and checkpoints are part of the time.",
+        machine=_machine(),
+        versions={package: version(package) for package in ("torch", "torchvision", "lightning")},
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -397,14 +397,19 @@ def _bench(arguments: list[str]) -> int:
     """Times what is worth timing."""
     parser = _Parser(prog="sis-lightning bench", description=COMMANDS["bench"], allow_abbrev=False)
     parser.add_argument("--eval", action="store_true", help="pycocotools against faster-coco-eval")
+    parser.add_argument("--runs", nargs="+", metavar="DIR", help="what tested runs measured, and how long they trained")
+    parser.add_argument("--name", default="runs", help="of the file for --runs (default %(default)s)")
     parser.add_argument("--images", type=int, default=5000, help="of --eval (default %(default)s)")
     parser.add_argument("--out", default="results/benchmarks", help="folder to write into (default %(default)s)")
     chosen = parser.parse_args(arguments)
-    if not chosen.eval:
-        raise UsageError("what is to be timed? bench --eval")
+    if chosen.eval == bool(chosen.runs):
+        raise UsageError("what is to be timed? one of bench --eval, bench --runs DIR…")
     from sis_lightning import bench
 
-    result = bench.time_evaluators(chosen.images)
+    if chosen.runs:
+        result = bench.collect_runs([Path(folder) for folder in chosen.runs], chosen.name)
+    else:
+        result = bench.time_evaluators(chosen.images)
     bench.write(result, Path(chosen.out))
     print(bench.to_table(result), end="")
     return 0

@@ -355,7 +355,9 @@ class RunCLI(LightningCLI):
         scores = getattr(self.model, "test_metrics", None)
         if isinstance(scores, GatheredScores):
             console.print(f"results in {data.write_results(scores.rows, self.run_dir / 'test_results')}")
+        shown = str(getattr(self.model, "monitor", "")).replace("val/", "test/")
         record = {
+            "headline": shown,
             # JSON has no NaN: a class that occurs nowhere has no IoU.
             "metrics": {key: value if isfinite(value) else None for key, value in metrics.items()},
             "data": {
@@ -365,7 +367,6 @@ class RunCLI(LightningCLI):
             "checkpoint": str(self.trainer.ckpt_path),
         }
         write_text(self.run_dir / "test.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-        shown = str(getattr(self.model, "monitor", "")).replace("val/", "test/")
         if not metrics:
             console.print("no annotations to score against, so no figures: the results are for the data set's server")
             return
