@@ -63,6 +63,7 @@ _EXPECTED_WARNINGS = (
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*The dirpath has changed from .* therefore `best_model_score`.*",
     r".*isinstance\(treespec, LeafSpec\).*",
+    r".*your dataloader is not resumable.*",
     r".*The `srun` command is available on your system but is not used.*",
 )
 
@@ -132,6 +133,7 @@ class RunCLI(LightningCLI):
             # Lightning's own requeues from within the signal, which has torn checkpoints.
             extra["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if self.subcommand == "fit":
+            self._claim_directory()
             self._settle_resume()
         else:
             extra["enable_checkpointing"] = False
@@ -194,7 +196,6 @@ class RunCLI(LightningCLI):
         given, folder = str(self._get(self.config, "resume")), self.run_dir / "checkpoints"
         if self._get(self.config, "ckpt_path"):
             raise UsageError("fit takes no --ckpt_path: it goes on with --resume auto, or with --resume FILE")
-        self._claim_directory()
         if self._get(self.config, "overwrite"):
             if given != "never":
                 raise UsageError(
@@ -240,8 +241,7 @@ class RunCLI(LightningCLI):
             return
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._claim = FileLock(self.run_dir / ".lock", timeout=0)
-            self._claim.acquire()
+            _claims.acquire(self.run_dir / ".lock")
         except Timeout:
             raise UsageError(
                 f"another fit is writing into {self.run_dir}: wait for it, or take another directory (--run_dir DIR)"
@@ -278,6 +278,8 @@ class RunCLI(LightningCLI):
                 known = starts.read_starts(self.run_dir)
                 if known and known[-1]["how"] is None:  # a requeue has said so already
                     starts.end(self.run_dir, how)
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None  # Lightning makes an exit with code 1 of it
             raise
         if subcommand == "fit" and first_rank():
             starts.end(self.run_dir, "finished")
@@ -374,6 +376,25 @@ class RunCLI(LightningCLI):
         console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {identity} data{said}")
 
 
+class _Claims:
+    """The directories that this process has to itself, until `release` or its end."""
+
+    def __init__(self) -> None:
+        self._held: list[FileLock] = []
+
+    def acquire(self, path: Path) -> None:
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+        self._held.append(lock)
+
+    def release(self) -> None:
+        while self._held:
+            self._held.pop().release()
+
+
+_claims = _Claims()
+
+
 def first_rank() -> bool:
     """Whether this process speaks and writes for all."""
     return getattr(rank_zero_only, "rank", 0) in (0, None)
@@ -450,3 +471,5 @@ def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> R
         if cause is None:
             raise
         raise cause from error
+    finally:
+        _claims.release()

@@ -129,6 +129,7 @@ class ExactResume(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of the schedule: `last.ckpt`, which `test` takes."""
+        self.request.deafen()  # before Lightning, which signals were taken from, puts back what was there before it
         self._point = "end"
         trainer.save_checkpoint(self.folder / "last.ckpt")
         self.last_good = self.folder / "last.ckpt"
