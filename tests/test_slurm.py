@@ -98,7 +98,7 @@ def test_without_slurm_the_script_is_left(command, monkeypatch, tmp_path):
 
 
 def test_status_of_runs(command, small, tmp_path):
-    assert command("fit", *small("seg_voc", steps=3), "--run_dir", "runs/done").code == 0
+    assert command("fit", *small("seg_voc", steps=5), "--run_dir", "runs/done").code == 0
     for name, how in {"killed": None, "stopped": "SIGTERM"}.items():
         begin(tmp_path / "runs" / name, 0)
         if how:
@@ -112,7 +112,7 @@ def test_status_of_runs(command, small, tmp_path):
         "killed": "killed",
         "stopped": "SIGTERM",
     }
-    assert (rows["done"]["step"], rows["killed"]["restarts"]) == (3, 1)
+    assert (rows["done"]["step"], rows["killed"]["restarts"]) == (5, 1)
     assert rows["done"]["metric"].startswith("val/miou 0.")
     table = command("status", "runs")
     assert "finished" in table.out
@@ -302,7 +302,7 @@ def test_a_cancelled_job_has_saved_and_stays_away(submitted, tmp_path):
 
 @pytest.mark.slurm
 def test_a_job_that_fails_for_its_own_reason_is_not_requeued(submitted, tmp_path):
-    job, run = submitted("--data.root", tmp_path / "gone", steps=50)
+    job, run = submitted("--data.root", tmp_path / "gone", "--data.synthetic", "null", steps=50)
     wait_for(lambda: "failed" in state(job), 120, log(run))
     assert "does not exist" in log(run)()
     assert read_starts(run) == []
@@ -310,12 +310,12 @@ def test_a_job_that_fails_for_its_own_reason_is_not_requeued(submitted, tmp_path
 
 @pytest.mark.slurm
 def test_a_job_whose_process_is_killed_goes_on_when_submitted_again(submitted, tmp_path):
-    job, run = submitted(steps=300)
+    job, run = submitted(steps=1500)
     wait_for(lambda: steps_done(run) > 40, 120, log(run))
     for process in output("pgrep", "--full", f"--run_dir={run}").split():
         os.kill(int(process), signal.SIGKILL)
     wait_for(lambda: "failed" in state(job) or "completed" in state(job), 60, log(run))
-    submitted(steps=300)
+    submitted(steps=1500)
     wait_for(lambda: finished(run), 180, log(run))
     starts = read_starts(run)
     assert [start["how"] for start in starts] == [None, "finished"]

@@ -223,7 +223,7 @@ def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
             ours = "running" if is_running(run) else ended or ("killed" if starts else state or "submitted")
             state = f"{ours} (SLURM: {state})" if state and not ours.startswith(state) else ours
         newest = last_row(run)
-        metric = next((key for key in newest if key.startswith("val/")), None)
+        metric = next((key for key in sorted(newest) if key.startswith("val/") and key.count("/") == 1), None)
         rows.append(
             {
                 "run": str(run),
