@@ -325,12 +325,13 @@ def _submit(arguments: list[str]) -> int:
 def _status(arguments: list[str]) -> int:
     """Lists runs."""
     parser = _Parser(prog="sis-lightning status", description=COMMANDS["status"], allow_abbrev=False)
-    parser.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="default: runs")
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="default: runs")
     parser.add_argument("--json", action="store_true", help="for machines")
     chosen = parser.parse_args(arguments)
     from sis_lightning.cluster import slurm
 
-    rows = slurm.status([Path(folder) for folder in chosen.folders])
+    folders = [Path(folder) for folder in chosen.folders] or [path for path in [Path("runs")] if path.is_dir()]
+    rows = slurm.status(folders)
     if chosen.json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -338,7 +339,7 @@ def _status(arguments: list[str]) -> int:
     for row in [{key: key for key in widths}, *rows] if rows else []:
         print("  ".join(str(row[key] if row[key] is not None else "-").ljust(widths[key]) for key in widths).rstrip())
     if not rows:
-        print("no runs below " + ", ".join(chosen.folders))
+        print("no runs below " + (", ".join(chosen.folders) or "runs"))
     return 0
 
 

@@ -87,20 +87,6 @@ def test_a_whole_segmentation_run(command, tiny, synthetic, tmp_path):
     assert command("fit", *tiny, *schedule, "--overwrite", "true").code == 0
     assert not (RUN / "test.json").exists()
 
-    # It can also be gone on with; nothing of its logs is lost.
-    before = (RUN / "csv" / "fit" / "metrics.csv").read_text()
-    copy = shutil.copytree(RUN, tmp_path / "copy")
-    resumed = command("fit", *tiny, *schedule, "--trainer.max_steps", 6, "--ckpt_path", "last", "--run_dir", copy)
-    assert resumed.code == 0, resumed.err
-    assert (tmp_path / "copy" / "csv" / "fit" / "metrics.csv").read_text() == before
-    assert torch.load(tmp_path / "copy/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
-
-    again = command("fit", *tiny, *schedule, "--trainer.max_steps", 6, "--ckpt_path", "best", "--run_dir", copy)
-    assert again.code == 0, again.err
-    assert {path.name for path in (tmp_path / "copy" / "csv").iterdir()} == {"fit", "fit-2", "fit-3"}
-    # Not so with another run's checkpoint: that would write over this one.
-    assert command("fit", *tiny, "--ckpt_path", copy / "checkpoints" / "last.ckpt").code == 2
-
     # The resolved configuration alone repeats the run's test.
     repeat = command("test", "--config", RUN / "config.yaml")
     assert repeat.code == 0, repeat.err
@@ -191,7 +177,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert "the loss (cross_entropy" in result.err
     assert len(result.err.splitlines()) <= 5
     last = RUN / "checkpoints" / "last.ckpt"
-    assert f"{last}\n" in result.err
+    assert "last good checkpoint: " in result.err
+    assert "step-0" in result.err
     checkpoint = torch.load(last, weights_only=True)
     assert checkpoint["global_step"] > 0
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
@@ -212,7 +199,7 @@ def test_weights_that_are_not_finite_are_never_saved(command, tiny, monkeypatch)
     assert "not finite at step 8" in result.err
     assert "weights" in result.err
     last = RUN / "checkpoints" / "last.ckpt"
-    assert str(last) in result.err
+    assert "step-0000004.ckpt" in result.err
     checkpoint = torch.load(last, weights_only=True)
     assert checkpoint["global_step"] == 4
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
