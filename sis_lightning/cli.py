@@ -304,8 +304,11 @@ def _submit(arguments: list[str]) -> int:
     _check_torch()
     from sis_lightning.runs import run
 
-    # Everything is resolved here, so that what is wrong is said now and not when the job starts.
-    cli = run(None, *resolve(given))
+    # Everything is resolved here, so that what is wrong is said now and not when the job starts; a login node has no
+    # GPUs, so as if for one CPU.
+    here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+    neutral = [f"--trainer.{key}={value}" for key, value in {**here, "sync_batchnorm": "false"}.items()]
+    cli = run(None, *resolve([*given, *neutral]))
     folder = cli.directory(None if seeds is None else "")
     text = slurm.submit(
         ["fit", *given, *([] if seeds is not None else [f"--run_dir={folder}"])],

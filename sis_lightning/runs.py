@@ -12,6 +12,7 @@ runs/TASK/BACKBONE-OPERATOR/seedN/
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -240,8 +241,7 @@ class RunCLI(LightningCLI):
         if not first_rank():
             return
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            _claims.acquire(self.run_dir / ".lock")
+            _claims.acquire(self.run_dir)
         except Timeout:
             raise UsageError(
                 f"another fit is writing into {self.run_dir}: wait for it, or take another directory (--run_dir DIR)"
@@ -380,16 +380,24 @@ class _Claims:
     """The directories that this process has to itself, until `release` or its end."""
 
     def __init__(self) -> None:
-        self._held: list[FileLock] = []
+        self._held: list[tuple[FileLock, Path, list[Path]]] = []
 
-    def acquire(self, path: Path) -> None:
-        lock = FileLock(path, timeout=0)
+    def acquire(self, folder: Path) -> None:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
-        self._held.append(lock)
+        self._held.append((lock, folder, made))
 
     def release(self) -> None:
         while self._held:
-            self._held.pop().release()
+            lock, folder, made = self._held.pop()
+            lock.release()
+            if made and [path.name for path in folder.iterdir()] == [".lock"]:  # refused before anything was written
+                (folder / ".lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    for path in made:
+                        path.rmdir()
 
 
 _claims = _Claims()

@@ -348,7 +348,7 @@ def test_mistakes_are_named_with_the_nearest_right_word(command, arguments, code
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("subcommand", "path"), [("test", "last"), ("predict", "other.ckpt"), ("fit", "other.ckpt")])
+@pytest.mark.parametrize(("subcommand", "path"), [("test", "last"), ("predict", "other.ckpt")])
 def test_a_checkpoint_that_is_not_there(command, tiny, subcommand, path):
     result = command(subcommand, *tiny, "--ckpt_path", path)
     assert result.code == 1

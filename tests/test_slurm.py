@@ -219,6 +219,7 @@ def submitted(slurm, command, small, tmp_path) -> Callable[..., tuple[str, Path]
 
     def submit(*options: object, steps: int, run: str | None = "run") -> tuple[str, Path]:
         given = [*small("seg_voc", steps=steps), "--cluster", "here.yaml", "--checkpoint_every", 5]
+        given += ["--trainer.check_val_every_n_epoch", 50]  # each draws pictures
         given += ["--run_dir", tmp_path / run] if run else []
         result = command("submit", *given, *options)
         assert result.code == 0, result.err
@@ -243,7 +244,7 @@ def finished(folder: Path) -> bool:
 
 @pytest.mark.slurm
 def test_an_array_of_which_one_element_is_requeued(submitted, tmp_path):
-    job, runs = submitted("--array", "seeds=3,4", steps=300, run=None)
+    job, runs = submitted("--array", "seeds=3,4", steps=1500, run=None)
     folders = {seed: tmp_path / "runs" / "seg_voc" / "res2net14-4w4s-basic-8ch" / f"seed{seed}" for seed in (3, 4)}
     wait_for(lambda: all(steps_done(folder) > 20 for folder in folders.values()), 120, log(runs))
     output("scontrol", "requeue", f"{job}_4")
