@@ -244,7 +244,7 @@ def finished(folder: Path) -> bool:
 
 @pytest.mark.slurm
 def test_an_array_of_which_one_element_is_requeued(submitted, tmp_path):
-    job, runs = submitted("--array", "seeds=3,4", steps=1500, run=None)
+    job, runs = submitted("--array", "seeds=3,4", steps=800, run=None)
     folders = {seed: tmp_path / "runs" / "seg_voc" / "res2net14-4w4s-basic-8ch" / f"seed{seed}" for seed in (3, 4)}
     wait_for(lambda: all(steps_done(folder) > 20 for folder in folders.values()), 120, log(runs))
     output("scontrol", "requeue", f"{job}_4")
