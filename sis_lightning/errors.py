@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
 
 
 class UserError(Exception):
     """A mistake that its message tells the user how to mend."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
 
 class UsageError(UserError, ValueError):
     """A wrong argument, key, name or combination of settings: exit code 2."""
 
-    exit_code: ClassVar[int] = 2
+    exit_code = 2
 
 
 class DataError(UserError):

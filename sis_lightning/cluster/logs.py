@@ -17,19 +17,20 @@ from sis_lightning.files import write_text
 class MetricsCSV(Logger):
     """`metrics.csv`: a row for each call of `log_metrics`, a column for each metric.
 
+    A file that is there already begins anew, unless `resume` keeps its first rows.
+
     Args:
         folder: Where it lies.
-        keep: Of a file that is there already, the first so many rows stay; None for none.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = folder / "metrics.csv"
         self.columns = ["epoch", "step"]
         self.waiting: list[dict[str, Any]] = []
         self.rows = 0
         self._started = False
-        self._keep = keep or 0
+        self._keep = 0
 
     @property
     def name(self) -> str:

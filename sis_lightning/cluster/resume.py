@@ -33,7 +33,7 @@ class Stopped(UserError):  # noqa: N818 - as KeyboardInterrupt, it is no error
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
         self.signal = signal.Signals(number)
-        self.exit_code = 128 + number  # type: ignore[misc]
+        self.exit_code = 128 + number
 
 
 class ExactResume(Callback):

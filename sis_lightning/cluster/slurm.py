@@ -164,9 +164,18 @@ def submit(
     Returns:
         The script for `dry_run`, else a line with the job's number.
     """
-    shape = {"nodes": nodes, "gpus_per_node": gpus_per_node, "tasks_per_node": tasks_per_node, "time": time}
     name = "-".join(folder.parts[-3:]) if folder.parts else "sis"
-    text = script(cluster, command, name=name, log=folder, seeds=seeds, **shape)  # type: ignore[arg-type]
+    text = script(
+        cluster,
+        command,
+        name=name,
+        log=folder,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tasks_per_node=tasks_per_node,
+        time=time,
+        seeds=seeds,
+    )
     if dry_run:
         return text
     path = folder / "job.sh"

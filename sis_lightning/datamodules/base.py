@@ -30,6 +30,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.annotations import Defect
+from sis_lightning.cluster.signals import STOPPING
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import SYNTHETIC_MARKER
 from sis_lightning.metrics.gathered import Row, Truth
@@ -173,7 +174,7 @@ class _Augmented(Dataset[Sample]):
 
 def _ignore_signals(_: int) -> None:
     """A cluster's signals go to workers too: they are for the run to answer, which still needs its workers then."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
