@@ -12,20 +12,16 @@ runs/TASK/BACKBONE-OPERATOR/seedN/
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
-import shutil
 import warnings
-from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -43,8 +39,8 @@ from sis_lightning.callbacks import (
     console,
     progress,
 )
-from sis_lightning.cluster import starts
-from sis_lightning.cluster.checkpoints import RUN, SafeCheckpointIO, newest_checkpoint, read_checkpoint
+from sis_lightning.cluster import directory, starts
+from sis_lightning.cluster.checkpoints import SafeCheckpointIO
 from sis_lightning.cluster.logs import MetricsCSV
 from sis_lightning.cluster.resume import ExactResume, Stopped
 from sis_lightning.datamodules import SISDataModule
@@ -66,14 +62,6 @@ _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*your dataloader is not resumable.*",
     r".*The `srun` command is available on your system but is not used.*",
-)
-
-# What of a configuration changes nothing in a run's result, or is said when it does.
-_FREE_TO_CHANGE = (
-    *("resume", "overwrite", "run_dir", "checkpoint_every", "max_restarts", "ckpt_path", "task"),
-    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.enable_"),
-    *("data.init_args.num_workers", "data.init_args.root", "data.init_args.predict_path"),
-    *("data.init_args.download", "data.init_args.synthetic"),
 )
 
 
@@ -134,7 +122,6 @@ class RunCLI(LightningCLI):
             # Lightning's own requeues from within the signal, which has torn checkpoints.
             extra["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if self.subcommand == "fit":
-            self._claim_directory()
             self._settle_resume()
         else:
             extra["enable_checkpointing"] = False
@@ -191,69 +178,20 @@ class RunCLI(LightningCLI):
         """Which checkpoint a fit goes on from, if any; the run's directory is this fit's alone from here on.
 
         Raises:
-            UsageError: Where the directory holds a run that this fit is not to go on with, or another fit writes there.
-            DataError: Where the checkpoint is damaged or of another run: what differs.
+            UsageError, DataError: Of `claim` and `point_to_resume`.
         """
-        given, folder = str(self._get(self.config, "resume")), self.run_dir / "checkpoints"
+        resume, overwrite = str(self._get(self.config, "resume")), self._get(self.config, "overwrite")
         if self._get(self.config, "ckpt_path"):
             raise UsageError("fit takes no --ckpt_path: it goes on with --resume auto, or with --resume FILE")
-        if self._get(self.config, "overwrite"):
-            if given != "never":
-                raise UsageError(
-                    f"--overwrite true removes what --resume {given} would go on with: take one of the two"
-                )
-            if first_rank():
-                self._remove_run()
-            return
-        if given == "never":
-            if any(folder.glob("*.ckpt")):
-                raise UsageError(
-                    f"{self.run_dir} holds a run already.\n"
-                    "  Go on with it: --resume auto. Another directory: --run_dir DIR.\n"
-                    "  Start afresh and lose the old one: --overwrite true."
-                )
-            return
-        path = newest_checkpoint(folder, say) if given == "auto" else Path(given)
-        if path is None:
-            return
-        content = read_checkpoint(path)
-        if RUN not in content:
-            raise DataError(f"{path} holds weights for test and predict, but is not a point to go on from")
-        self._refuse_changes(path, content[RUN]["config"])
-        self.resumed = (path, content[RUN])
-
-    def _refuse_changes(self, path: Path, before: dict[str, Any]) -> None:
-        changed = [
-            (key, old, new) for key, old, new in changes(before, self.resolved) if not key.startswith(_FREE_TO_CHANGE)
-        ]
-        shown = [f"  {key}: {old!r} before, {new!r} now" for key, old, new in changed]
-        if changed and not self._get(self.config, "resume_changed"):
-            more = [f"  and {len(shown) - 2} more"] if len(shown) > 2 else []
-            raise UsageError(
-                "\n".join([f"{path} was written under another configuration:", *shown[:2], *more])
-                + "\n  Go on all the same: --resume_changed true."
-            )
-        if changed:
-            say("\n".join(["going on under a changed configuration, no longer the same run:", *shown]))
-
-    def _claim_directory(self) -> None:
-        """One fit at a time; the claim ends with the process, however it ends."""
-        if not first_rank():
-            return
-        try:
-            _claims.acquire(self.run_dir)
-        except Timeout:
-            raise UsageError(
-                f"another fit is writing into {self.run_dir}: wait for it, or take another directory (--run_dir DIR)"
-            ) from None
-        except OSError as error:
-            raise DataError(f"{self.run_dir}: cannot be written ({error.strerror})") from None
-
-    def _remove_run(self) -> None:
-        for part in ("checkpoints", "csv", "tensorboard", "pictures", "predictions", "test_results"):
-            shutil.rmtree(self.run_dir / part, ignore_errors=True)
-        for path in (self.run_dir / "test.json", *self.run_dir.glob("config*.yaml")):
-            path.unlink(missing_ok=True)
+        if overwrite and resume != "never":
+            raise UsageError(f"--overwrite true removes what --resume {resume} would go on with: take one of the two")
+        if first_rank():
+            directory.claim(self.run_dir)
+        if not overwrite:
+            changed = self._get(self.config, "resume_changed")
+            self.resumed = directory.point_to_resume(self.run_dir, resume, self.resolved, changed, say)
+        elif first_rank():
+            directory.remove_run(self.run_dir)
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -367,6 +305,7 @@ class RunCLI(LightningCLI):
                 **data.notes,
             },
             "checkpoint": str(self.trainer.ckpt_path),
+            "restarts": max(0, len(starts.read_starts(self.run_dir)) - 1),
         }
         write_text(self.run_dir / "test.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
         if not metrics:
@@ -374,33 +313,6 @@ class RunCLI(LightningCLI):
             return
         said = "".join(f"; {label}: {text}" for label, text in data.notes.items())
         console.print(f"{shown} {metrics.get(shown, float('nan')):.4f} on {identity} data{said}")
-
-
-class _Claims:
-    """The directories that this process has to itself, until `release` or its end."""
-
-    def __init__(self) -> None:
-        self._held: list[tuple[FileLock, Path, list[Path]]] = []
-
-    def acquire(self, folder: Path) -> None:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-        self._held.append((lock, folder, made))
-
-    def release(self) -> None:
-        while self._held:
-            lock, folder, made = self._held.pop()
-            lock.release()
-            if made and [path.name for path in folder.iterdir()] == [".lock"]:  # refused before anything was written
-                (folder / ".lock").unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    for path in made:
-                        path.rmdir()
-
-
-_claims = _Claims()
 
 
 def first_rank() -> bool:
@@ -412,16 +324,6 @@ def say(text: str) -> None:
     """Prints for people, once for all devices."""
     if first_rank():
         console.print(text)
-
-
-def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys, dotted, whose values differ, with both."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            inner = f"{prefix}.{key}" if prefix else str(key)
-            yield from changes(before.get(key), now.get(key), inner)
-    elif before != now:
-        yield prefix, before, now
 
 
 def _differences(
@@ -480,4 +382,4 @@ def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> R
             raise
         raise cause from error
     finally:
-        _claims.release()
+        directory.release()

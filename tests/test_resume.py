@@ -326,6 +326,40 @@ def test_a_full_disk_stops_a_run_with_a_reason(command, small, small_disk):
     assert "Traceback" not in result.err
 
 
+def test_a_read_only_run_directory(command, small, tmp_path, small_disk):
+    options = [*small("seg_voc", steps=4), "--run_dir", small_disk / "run", "--resume", "auto"]
+    (small_disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    result = command("fit", *options)
+    assert result.code == 1
+    assert f"{small_disk}/run: cannot be written (Read-only file system)" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(command, small, tmp_path):
+    options = [*small("seg_voc", steps=4), "--run_dir", "run"]
+    for number in (4, 3):
+        extra = ["--overwrite", "true", "--model.background_weight", f"0.{number}"]
+        assert command("fit", *options, *extra).code == 0
+    assert len(read_starts(tmp_path / "run")) == 1
+    assert [path.name for path in (tmp_path / "run").glob("config*.yaml")] == ["config.yaml"]
+    test = command("test", *options)
+    assert test.code == 0, test.err
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["restarts"] == 0
+
+
+def test_a_one_cycle_schedule_is_not_made_longer_by_a_resume(command, small, tmp_path):
+    options = [*small("cls_cifar100", steps=6), "--run_dir", "run", "--checkpoint_every", "1"]
+    one_cycle = ["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.1"]
+    cut = [*one_cycle, "--model.lr_scheduler.total_steps", 6]
+    assert command("fit", *options, *cut).code == 0
+    longer = [*one_cycle, "--model.lr_scheduler.total_steps", 9, "--trainer.max_steps", 9]
+    refused = command("fit", *options, *longer, "--resume", "auto", "--resume_changed", "true")
+    assert refused.code == 2, refused.out
+    assert "ends at step 6, the run at 9" in refused.err
+    assert "a checkpoint brings its own schedule" in refused.err
+
+
 def test_a_directory_that_cannot_be_written(command, small, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = command("fit", *small("seg_voc"), "--run_dir", "file/run")

@@ -243,6 +243,45 @@ def finished(folder: Path) -> bool:
 
 
 @pytest.mark.slurm
+def test_a_requeued_job_ends_as_one_that_nobody_touched(submitted, command, small, tmp_path):
+    steps = 3000
+    job, run = submitted("--time", "1", steps=steps)
+    # SLURM sends USR1 some time before the minute is over: saved, put back into the queue, and gone on with.
+    wait_for(lambda: any(start["how"] == "requeued" for start in read_starts(run)), 150, log(run))
+    wait_for(lambda: finished(run), 400, log(run))
+    starts = read_starts(run)
+    assert starts[0]["job"] == job
+    assert starts[1]["slurm_restarts"] == 1
+    assert starts[1]["from_step"] > 0
+    options = [*small("seg_voc", steps=steps), "--checkpoint_every", 5, "--trainer.check_val_every_n_epoch", 50]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "sis_lightning", "fit", *map(str, options), "--run_dir", "undisturbed"]
+    subprocess.run(line, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    one, other = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("run", "undisturbed")
+    )
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert (run / "csv/fit/metrics.csv").read_text() == (tmp_path / "undisturbed/csv/fit/metrics.csv").read_text()
+    rows = json.loads(command("status", "--json", run).out)
+    assert (rows[0]["state"], rows[0]["restarts"], rows[0]["step"]) == ("finished", len(starts) - 1, steps)
+
+
+@pytest.mark.slurm
+def test_a_job_whose_process_is_killed_goes_on_when_submitted_again(submitted, tmp_path):
+    job, run = submitted(steps=1500)
+    wait_for(lambda: steps_done(run) > 40, 120, log(run))
+    for process in output("pgrep", "--full", f"--run_dir={run}").split():
+        os.kill(int(process), signal.SIGKILL)
+    wait_for(lambda: "failed" in state(job) or "completed" in state(job), 60, log(run))
+    submitted(steps=1500)
+    wait_for(lambda: finished(run), 180, log(run))
+    starts = read_starts(run)
+    assert [start["how"] for start in starts] == [None, "finished"]
+    assert starts[1]["from_step"] >= 5
+
+
+@pytest.mark.slurm
 def test_an_array_of_which_one_element_is_requeued(submitted, tmp_path):
     job, runs = submitted("--array", "seeds=3,4", steps=800, run=None)
     folders = {seed: tmp_path / "runs" / "seg_voc" / "res2net14-4w4s-basic-8ch" / f"seed{seed}" for seed in (3, 4)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,7 @@ class ExactResume(Callback):
         self._point = ""
         self._resumed: dict[str, Any] | None = None
         self._saved_at = -1
+        self._asked: tuple[torch.Tensor, Any] | None = None
         self.last_good: Path | None = None
 
     # What Lightning calls, in the order of a run.
@@ -129,6 +131,8 @@ class ExactResume(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of the schedule: `last.ckpt`, which `test` takes."""
+        if self._asked is not None:
+            self._asked[1].wait()
         self.request.deafen()  # before Lightning, which signals were taken from, puts back what was there before it
         self._point = "end"
         trainer.save_checkpoint(self.folder / "last.ckpt")
@@ -207,8 +211,9 @@ class ExactResume(Callback):
             try:
                 os.link(path, link)
                 link.replace(self.folder / "last.ckpt")
-            except OSError:  # a file system without hard links: the step's file is enough to go on from
-                link.unlink(missing_ok=True)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+                link.replace(self.folder / "last.ckpt")
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink(missing_ok=True)
             sync_folder(self.folder)
@@ -217,9 +222,13 @@ class ExactResume(Callback):
         """The signal that any device got; the same on all."""
         if trainer.world_size == 1:
             return self.request.number
-        number = torch.tensor(self.request.number, device=trainer.strategy.root_device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+        # Asked now and read a step later, so that no GPU waits for it.
+        asked, number = self._asked, torch.tensor(self.request.number, device=trainer.strategy.root_device)
+        self._asked = number, dist.all_reduce(number, op=dist.ReduceOp.MAX, async_op=True)
+        if asked is None:
+            return 0
+        asked[1].wait()
+        return int(asked[0])
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         what = f"stopped by {signal.Signals(number).name} at step {trainer.global_step:,}; saved {self.last_good}."

@@ -227,6 +227,11 @@ class BaseTask(LightningModule, ABC):
             schedulers.append({"scheduler": warmup, "interval": "step"})
         return [optimizer], schedulers
 
+    def on_train_start(self) -> None:
+        """Once more, as a checkpoint brings the horizon of its own schedule."""
+        if self.make_lr_scheduler is not None and self.trainer.ckpt_path:
+            self._check_horizon(self.trainer.lr_scheduler_configs[0].scheduler)
+
     def _check_horizon(self, scheduler: LRScheduler) -> None:
         names = ("total_iters", "total_steps", "T_max")
         horizon = next((int(getattr(scheduler, name)) for name in names if hasattr(scheduler, name)), None)
@@ -236,7 +241,10 @@ class BaseTask(LightningModule, ABC):
         kind = type(scheduler).__name__
         text = f"the learning rate's schedule ({kind}) ends at {self.lr_interval} {horizon}, the run at {length}"
         if int(length or 0) > horizon and kind == "OneCycleLR":
-            raise UsageError(f"{text}, where it cannot go on: make model.lr_scheduler.init_args.total_steps {length}")
+            remedy = f"make model.lr_scheduler.init_args.total_steps {length}"
+            if self.trainer.ckpt_path:
+                remedy += ", and start anew: a checkpoint brings its own schedule"
+            raise UsageError(f"{text}, where it cannot go on: {remedy}")
         self.schedule_note = text
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
