@@ -408,12 +408,14 @@ def _bench(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.eval == bool(chosen.runs):
         raise UsageError("what is to be timed? one of bench --eval, bench --runs DIR…")
-    from sis_lightning import bench
+    from sis_lightning.bench import report
 
     if chosen.runs:
-        result = bench.collect_runs([Path(folder) for folder in chosen.runs], chosen.name)
+        result = report.collect_runs([Path(folder) for folder in chosen.runs], chosen.name)
     else:
-        result = bench.time_evaluators(chosen.images)
-    bench.write(result, Path(chosen.out))
-    print(bench.to_table(result), end="")
+        from sis_lightning.bench.evaluators import time_evaluators
+
+        result = time_evaluators(chosen.images)
+    report.write(result, Path(chosen.out))
+    print(report.to_table(result), end="")
     return 0

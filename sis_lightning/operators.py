@@ -17,7 +17,8 @@ name            paper        equations       output
 
 Every class has two forms of the same mathematics over the same state dict: `SISOperator.literal` follows the
 equations line by line and is the reference; `SISOperator.fast` does the same work in fewer passes over memory
-and is what `forward` runs. Stride lies on K1; dilation, groups and "same" padding are alike for all kernels.
+and is what `forward` runs. It has two halves, `prepare` (of the kernels alone, which a trained network needs once)
+and `parts` (of the image). Stride lies on K1; dilation, groups and "same" padding are alike for all kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class SISOperator(nn.Module):
     """A linear stand-in for one k×k convolution: (N, C_in, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉).
 
     A new operator subclasses this, names its kernels in `kernel_shapes`, writes its equations in `literal`, and is
-    registered with `register_operator`. `fast` is optional.
+    registered with `register_operator`. A fast form, `prepare` and `parts`, is optional.
 
     Args:
         in_channels: C_in, divisible by `groups`.
@@ -127,9 +128,11 @@ class SISOperator(nn.Module):
         """The paper's kernels in their literal layout, each (C_out, C_in / groups, k, k)."""
         return {kernel: self.get_parameter(kernel) for kernel in self.kernel_shapes()}
 
-    def convolve(self, x: Tensor, kernel: Tensor, *, stride: int = 1, groups: int | None = None) -> Tensor:
-        """``kernel * x`` with "same" padding and the operator's dilation."""
-        return F.conv2d(x, kernel, None, stride, self.padding, self.dilation, groups or self.groups)
+    def convolve(
+        self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int | None = None
+    ) -> Tensor:
+        """``kernel * x + bias`` with "same" padding and the operator's dilation."""
+        return F.conv2d(x, kernel, bias, stride, self.padding, self.dilation, groups or self.groups)
 
     def transform(self, x: Tensor) -> Tensor:
         """Y1 = K1 * X (eqs. 2, 8, 19): (N, C_in, H, W) → (N, C/2, H', W')."""
@@ -139,9 +142,28 @@ class SISOperator(nn.Module):
         """The paper's equations, line by line: the reference."""
         raise NotImplementedError
 
+    def prepare(self) -> dict[str, Tensor]:
+        """The kernels as `parts` convolves with them.
+
+        The one under `last`, if any, makes the last part and nothing else, so that what follows the operator channel by
+        channel, as a batch norm does, can be folded into it.
+        """
+        return self.kernels()
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """The output in pieces of channels, in order.
+
+        Args:
+            x: (N, C_in, H, W).
+            kernels: Of `prepare`.
+            bias: Of the convolution with `last`, where `prepare` has that.
+        """
+        return [self.literal(x)]
+
     def fast(self, x: Tensor) -> Tensor:
-        """The same function in fewer passes over memory."""
-        return self.literal(x)
+        """The same function as `literal` in fewer passes over memory."""
+        parts = self.parts(x, self.prepare())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C, H', W') by the fast form."""
@@ -208,6 +230,14 @@ class Conv(SISOperator):
         """Eq. 1."""
         return self.convolve(x, self.K, stride=self.stride)
 
+    def prepare(self) -> dict[str, Tensor]:
+        """K alone."""
+        return {"last": self.K}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """As the equation."""
+        return [self.convolve(x, kernels["last"], bias, stride=self.stride)]
+
 
 @register_operator("basic")
 class Basic(SISOperator):
@@ -225,6 +255,16 @@ class Basic(SISOperator):
         Y3 = self.convolve(Y2, self.K3)
         return torch.cat([Y1, Y2, Y3], dim=1)
 
+    def prepare(self) -> dict[str, Tensor]:
+        """The paper's kernels."""
+        return {"K1": self.K1, "K2": self.K2, "last": self.K3}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """As the equations: they waste nothing."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        Y2 = self.convolve(Y1, kernels["K2"])
+        return [Y1, Y2, self.convolve(Y2, kernels["last"], bias)]
+
 
 @register_operator("interactive1")
 class Interactive1(SISOperator):
@@ -238,22 +278,35 @@ class Interactive1(SISOperator):
         Y112, Y122 = self.convolve(A + B, self.K2), self.convolve(A + B, self.K3)
         return torch.cat([Y1, Y112, Y122], dim=1)
 
-    def fast(self, x: Tensor) -> Tensor:
-        """A + B is one convolution of the whole Y1 with K2 and K3 side by side: no adds, no copied halves."""
+    def prepare(self) -> dict[str, Tensor]:
+        """K2 and K3 side by side, and one above the other."""
         if self.groups > 1:
             # A group's channels of Y11 and Y12 do not lie side by side.
-            return self.literal(x)
-        Y1 = self.transform(x)
-        S = self.convolve(Y1, torch.cat([self.K2, self.K3], dim=1))
-        return torch.cat([Y1, self.convolve(S, torch.cat([self.K2, self.K3]))], dim=1)
+            return {**self.kernels(), "last": self.K3}
+        return {"K1": self.K1, "sum": torch.cat([self.K2, self.K3], dim=1), "last": torch.cat([self.K2, self.K3])}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """S = A + B is one convolution of the whole Y1: no adds, no copied halves."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        if "sum" in kernels:
+            S = self.convolve(Y1, kernels["sum"])
+            return [Y1, self.convolve(S, kernels["last"], bias)]
+        Y11, Y12 = Y1.chunk(2, dim=1)
+        S = self.convolve(Y11, kernels["K2"]) + self.convolve(Y12, kernels["K3"])
+        return [Y1, self.convolve(S, kernels["K2"]), self.convolve(S, kernels["last"], bias)]
 
 
 class _TwoPaths(SISOperator):
     """Operators whose paths Y11 → K2 and Y12 → K3 run as the two halves of one grouped convolution."""
 
-    def both(self, y: Tensor, kernels: Tensor) -> Tensor:
+    def prepare(self) -> dict[str, Tensor]:
+        """K2 above K3; as `last` once more, for what is folded into that alone."""
+        K23 = torch.cat([self.K2, self.K3])
+        return {"K1": self.K1, "K23": K23, "last": K23}
+
+    def both(self, y: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
         """[K2 * y1, K3 * y2] for y = [y1, y2] and kernels = [K2; K3]."""
-        return self.convolve(y, kernels, groups=2 * self.groups)
+        return self.convolve(y, kernels, bias, groups=2 * self.groups)
 
 
 @register_operator("interactive2")
@@ -268,13 +321,12 @@ class Interactive2(_TwoPaths):
         Y112, Y122 = self.convolve(A + Y12, self.K2), self.convolve(Y11 + B, self.K3)
         return torch.cat([Y1, Y112, Y122], dim=1)
 
-    def fast(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
         """Both paths at once; crossing them is adding Y1 with its halves swapped."""
-        K23 = torch.cat([self.K2, self.K3])
-        Y1 = self.transform(x)
-        AB = self.both(Y1, K23)
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        AB = self.both(Y1, kernels["K23"])
         swapped = Y1.roll(self.out_channels // 4, dims=1)
-        return torch.cat([Y1, self.both(AB + swapped, K23)], dim=1)
+        return [Y1, self.both(AB + swapped, kernels["last"], bias)]
 
 
 class _Recurrent(_TwoPaths):
@@ -303,14 +355,18 @@ class Recurrent1(_Recurrent):
             h, g = self.convolve(h + Y11, self.K2), self.convolve(g + Y12, self.K3)
         return torch.cat([Y1, h, g], dim=1)
 
-    def fast(self, x: Tensor) -> Tensor:
+    def prepare(self) -> dict[str, Tensor]:
+        """K + δ too."""
+        kernels = super().prepare()
+        return {**kernels, "first": self.plus_identity(kernels["K23"], 1)}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
         """With u_t = h_t + Y1: u_1 = (K + δ) * Y1, u_t = K * u_{t-1} + Y1, and h_T = K * u_{T-1}."""
-        K23 = torch.cat([self.K2, self.K3])
-        Y1 = self.transform(x)
-        u = Y1 if self.steps == 1 else self.both(Y1, self.plus_identity(K23, 1))
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        u = Y1 if self.steps == 1 else self.both(Y1, kernels["first"])
         for _ in range(2, self.steps):
-            u = self.both(u, K23) + Y1
-        return torch.cat([Y1, self.both(u, K23)], dim=1)
+            u = self.both(u, kernels["K23"]) + Y1
+        return [Y1, self.both(u, kernels["last"], bias)]
 
 
 @register_operator("recurrent2")
@@ -328,15 +384,28 @@ class Recurrent2(_Recurrent):
             sum_h, sum_g = sum_h + h, sum_g + g
         return torch.cat([Y1, sum_h, sum_g], dim=1)
 
-    def fast(self, x: Tensor) -> Tensor:
-        """With s_t = h_1 + … + h_t: s_t = K * s_{t-1} + t · h_1, so s_2 = (K + 2δ) * h_1 in one pass."""
+    def prepare(self) -> dict[str, Tensor]:
+        """For T = 2, the paper's, the last convolution is one with K + 2δ."""
         K23 = torch.cat([self.K2, self.K3])
-        Y1 = self.transform(x)
-        first = self.both(Y1, K23)
-        total = first if self.steps == 1 else self.both(first, self.plus_identity(K23, 2))
+        if self.steps == 1:
+            return {"K1": self.K1, "last": K23}
+        second = self.plus_identity(K23, 2)
+        if self.steps == 2:
+            return {"K1": self.K1, "K23": K23, "last": second}
+        return {"K1": self.K1, "K23": K23, "second": second}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """With s_t = h_1 + … + h_t: s_t = K * s_{t-1} + t · h_1, so s_2 = (K + 2δ) * h_1 in one pass."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        if self.steps == 1:
+            return [Y1, self.both(Y1, kernels["last"], bias)]
+        first = self.both(Y1, kernels["K23"])
+        if self.steps == 2:
+            return [Y1, self.both(first, kernels["last"], bias)]
+        total = self.both(first, kernels["second"])
         for step in range(3, self.steps + 1):
-            total = self.both(total, K23) + step * first
-        return torch.cat([Y1, total], dim=1)
+            total = self.both(total, kernels["K23"]) + step * first
+        return [Y1, total]
 
 
 def create_operator(

@@ -244,7 +244,7 @@ def finished(folder: Path) -> bool:
 
 @pytest.mark.slurm
 def test_a_requeued_job_ends_as_one_that_nobody_touched(submitted, command, small, tmp_path):
-    steps = 3000
+    steps = 1200
     job, run = submitted("--time", "1", steps=steps)
     # SLURM sends USR1 some time before the minute is over: saved, put back into the queue, and gone on with.
     wait_for(lambda: any(start["how"] == "requeued" for start in read_starts(run)), 150, log(run))
@@ -271,7 +271,9 @@ def test_a_requeued_job_ends_as_one_that_nobody_touched(submitted, command, smal
 def test_a_job_whose_process_is_killed_goes_on_when_submitted_again(submitted, tmp_path):
     job, run = submitted(steps=1500)
     wait_for(lambda: steps_done(run) > 40, 120, log(run))
-    for process in output("pgrep", "--full", f"--run_dir={run}").split():
+    processes = output("pgrep", "--full", f"^{sys.executable} -m sis_lightning fit .*--run_dir={run}").split()
+    assert processes
+    for process in processes:
         os.kill(int(process), signal.SIGKILL)
     wait_for(lambda: "failed" in state(job) or "completed" in state(job), 60, log(run))
     submitted(steps=1500)

@@ -1,0 +1,246 @@
+"""Throughput and memory of networks, ours and others', in turns."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sis_lightning.backbones import create_classifier
+from sis_lightning.bench.paired import Timing, take_turns
+from sis_lightning.bench.report import Benchmark, benchmark
+from sis_lightning.deploy import deploy
+from sis_lightning.errors import UsageError, nearest
+
+Mode = Literal["train", "inference"]
+_TREATMENTS = ("deploy", "compile", "graphs", "nchw")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network, and how it is run: `sis50:interactive2+deploy+compile`, `timm:res2net50_26w_4s`.
+
+    Attributes:
+        text: As it was asked for.
+        source: `ours`, `torchvision` or `timm`.
+        name: A backbone of `configs/backbones/`, or the library's name.
+        operator: Ours alone, in place of the file's.
+        treatments: `deploy` (folds batch norms; of theirs with torch.fx), `compile`, `graphs` (compiled, with CUDA
+            graphs), `nchw` (the layout, instead of channels_last).
+    """
+
+    text: str
+    source: str
+    name: str
+    operator: str | None
+    treatments: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Contender:
+        """From its short form.
+
+        Raises:
+            UsageError: For an unknown treatment.
+        """
+        head, *treatments = text.split("+")
+        for treatment in treatments:
+            if treatment not in _TREATMENTS:
+                raise UsageError(f"{text}: no treatment '{treatment}': {nearest(treatment, _TREATMENTS)}")
+        prefix, colon, rest = head.partition(":")
+        if colon and prefix in ("torchvision", "timm"):
+            return cls(text, prefix, rest, None, tuple(treatments))
+        return cls(text, "ours", prefix, rest or None, tuple(treatments))
+
+    def build(self, mode: Mode, classes: int = 1000) -> nn.Module:
+        """The classifier, (N, 3, H, W) → (N, classes), with fresh weights.
+
+        Raises:
+            UsageError: For a name that its library does not have, or a treatment that does not suit.
+        """
+        if self.source == "ours":
+            model: nn.Module = create_classifier(
+                self.name, classes, **({"operator": self.operator} if self.operator else {})
+            )
+        else:
+            model = _peer(self.source, self.name, classes)
+        model.train(mode == "train")
+        if "deploy" in self.treatments:
+            if mode == "train":
+                raise UsageError(f"{self.text}: a deployed network cannot be trained: --mode inference")
+            if self.source == "ours":
+                model = deploy(model, inplace=True)
+            else:
+                from torch.fx.experimental.optimization import fuse
+
+                model = fuse(model)
+        return model
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """channels_last unless told otherwise."""
+        return torch.contiguous_format if "nchw" in self.treatments else torch.channels_last
+
+
+def _peer(source: str, name: str, classes: int) -> nn.Module:
+    try:
+        if source == "torchvision":
+            from torchvision.models import get_model
+
+            model: nn.Module = get_model(name, weights=None, num_classes=classes)
+        else:
+            import timm
+
+            model = timm.create_model(name, pretrained=False, num_classes=classes)
+    except ImportError:
+        raise UsageError(f'{source} is not installed: pip install "sis-lightning[bench]"') from None
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{source}:{name}: {error}") from None
+    return model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all contenders have in common.
+
+    Attributes:
+        mode: A training step (forward, cross-entropy, backward, SGD) or a forward pass.
+        batch: Images.
+        size: Their side in px.
+        precision: `32` or `bf16` (autocast).
+        device: `cpu` or `cuda`.
+    """
+
+    mode: Mode = "train"
+    batch: int = 8
+    size: int = 224
+    precision: Literal["32", "bf16"] = "32"
+    device: str = "cpu"
+
+
+def work(contender: Contender, settings: Settings) -> Callable[[], object]:
+    """One step of a contender, ready to be timed."""
+    torch.manual_seed(0)
+    device = torch.device(settings.device)
+    model = contender.build(settings.mode).to(device=device, memory_format=contender.layout)  # type: ignore[call-overload]
+    if {"compile", "graphs"} & {*contender.treatments}:
+        model = torch.compile(model, mode="reduce-overhead" if "graphs" in contender.treatments else None)
+    images = torch.randn(settings.batch, 3, settings.size, settings.size, device=device)
+    images = images.contiguous(memory_format=contender.layout)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    if settings.mode == "inference":
+
+        def infer() -> Tensor:
+            with torch.inference_mode(), autocast:
+                logits: Tensor = model(images)
+                return logits
+
+        return infer
+    labels = torch.randint(1000, (settings.batch,), device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with autocast:
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return train
+
+
+def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, seconds: float = 1.0) -> Benchmark:
+    """The first network against each of the others.
+
+    Args:
+        names: Contenders in their short form.
+        settings: The same for all.
+        rounds: Turns of each.
+        seconds: Of a turn.
+
+    Raises:
+        UsageError: For what cannot be built.
+    """
+    contenders = [Contender.parse(name) for name in names]
+    works = [work(contender, settings) for contender in contenders]
+    on_gpu = settings.device.startswith("cuda")
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+    timings = take_turns(works, rounds=rounds, seconds=seconds, warmup=5 if on_gpu else 2, wait=wait)
+    del works
+    rows: list[dict[str, str | float]] = []
+    claims = []
+    for contender, timing in zip(contenders, timings, strict=True):
+        row = _row(contender, timing, settings)
+        if timing is not timings[0]:
+            ratio = timings[0].faster_than(timing)
+            row["first / this"] = str(ratio)
+            claims.append(f"{contenders[0].text} is {_said(ratio.verdict)} {contender.text} ({ratio}).")
+        rows.append(row)
+    what = {"train": "training steps", "inference": "inference"}[settings.mode]
+    command = f"sis-lightning bench {' '.join(names)} " + " ".join(
+        f"--{key} {value}" for key, value in asdict(settings).items()
+    )
+    where = f" on {torch.cuda.get_device_name()}" if on_gpu else f", {torch.get_num_threads()} threads"
+    slug = "-vs-".join(text.replace(":", "_") for text in names)
+    return benchmark(
+        name=f"models-{settings.device.partition(':')[0]}-{settings.mode}-{settings.precision}-{slug}",
+        title=f"{what.capitalize()}, {settings.batch} images of {settings.size} px, {settings.precision}{where}",
+        command=command,
+        rows=rows,
+        note="Ratios of images a second, paired: median (its 95 % interval). " + " ".join(claims),
+        packages=("torch", *sorted({c.source for c in contenders} - {"ours"})),
+    )
+
+
+def _said(verdict: str) -> str:
+    return {"faster": "faster than", "slower": "slower than"}.get(verdict, "not shown to be faster or slower than")
+
+
+def _row(contender: Contender, timing: Timing, settings: Settings) -> dict[str, str | float]:
+    peak = peak_memory(contender, settings)
+    return {
+        "network": contender.text,
+        "images/s": settings.batch / median(timing.wall),
+        "CPU ms an image": 1000 * median(timing.cpu) / settings.batch,
+        "peak MB": peak / 1e6 if peak is not None else "unknown",
+        "first / this": "",
+    }
+
+
+def peak_memory(contender: Contender, settings: Settings) -> float | None:
+    """Bytes that two steps need at most, weights included: of the GPU; on a CPU of a process of its own, by Linux."""
+    if settings.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step = work(contender, settings)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_of_process, contender, settings).result()
+
+
+def _peak_of_process(contender: Contender, settings: Settings) -> float | None:
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")  # the peak becomes what is resident now
+        before = _kilobytes(status, "VmHWM")
+        step = work(contender, settings)
+        for _ in range(2):
+            step()
+        return 1024.0 * (_kilobytes(status, "VmHWM") - before)
+    except OSError:  # not Linux
+        return None
+
+
+def _kilobytes(status: Path, key: str) -> int:
+    fields: dict[str, Any] = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return int(fields[key].split()[0])

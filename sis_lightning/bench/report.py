@@ -1,0 +1,152 @@
+"""What a benchmark measured, kept with the machine that it is of."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sis_lightning.errors import DataError
+from sis_lightning.files import write_text
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one benchmark measured.
+
+    Attributes:
+        name: Of its file.
+        title: What was timed on what.
+        command: Repeats it.
+        rows: Of its table; all have the same keys.
+        note: What else was found.
+        machine: Processor, cores, operating system and Python.
+        versions: Of the packages that matter.
+        date: UTC.
+    """
+
+    name: str
+    title: str
+    command: str
+    rows: list[dict[str, str | float]]
+    note: str
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    date: str
+
+
+def benchmark(
+    name: str, title: str, command: str, rows: list[dict[str, str | float]], note: str, packages: Sequence[str]
+) -> Benchmark:
+    """What was measured here and now.
+
+    Args:
+        name: Of its file.
+        title: What was timed on what.
+        command: Repeats it.
+        rows: Of its table; all have the same keys.
+        note: What else was found.
+        packages: Whose versions matter.
+    """
+    versions = {package: version(package) for package in packages}
+    return Benchmark(
+        name, title, command, rows, note, _machine(), versions, datetime.now(UTC).isoformat(timespec="seconds")
+    )
+
+
+def collect_runs(folders: Sequence[Path], name: str) -> Benchmark:
+    """What runs that were tested measured, and how long they trained: from config.yaml to last.ckpt.
+
+    Args:
+        folders: Run directories.
+        name: Of the benchmark.
+
+    Raises:
+        DataError: For a directory without a test.
+    """
+    rows: list[dict[str, str | float]] = []
+    for folder in folders:
+        record, last = folder / "test.json", folder / "checkpoints" / "last.ckpt"
+        if not record.is_file() or not last.is_file():
+            raise DataError(f"{folder}: no run that was tested (test.json and checkpoints/last.ckpt)")
+        content = json.loads(record.read_bytes())
+        minutes = (last.stat().st_mtime - (folder / "config.yaml").stat().st_mtime) / 60
+        headline = content["headline"]
+        rows.append(
+            {
+                "run": folder.name,
+                "data": content["data"]["identity"],
+                "metric": headline.removeprefix("test/"),
+                "value": content["metrics"][headline],
+                "minutes of training": round(minutes, 1),
+            }
+        )
+    note = "Validations and checkpoints are part of the time."
+    return benchmark(name, f"Runs of {name}", f"make {name}", rows, note, ("torch", "torchvision", "lightning"))
+
+
+def _machine() -> dict[str, str | int]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not on Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    # The cores that this process may use, not those of the machine.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def write(benchmark: Benchmark, folder: Path) -> None:
+    """Writes `NAME.json`, and `README.md` anew from all benchmarks of the folder."""
+    text = json.dumps(asdict(benchmark), indent=2, ensure_ascii=False)
+    write_text(folder / f"{benchmark.name}.json", text + "\n")
+    sections = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            sections.append(_to_markdown(Benchmark(**json.loads(path.read_bytes()))))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} is not the result of a benchmark ({error}); the folder is for these alone"
+            ) from None
+    write_text(
+        folder / "README.md", "\n".join(["# Benchmarks\n", "Made by `sis-lightning bench`; do not edit.\n", *sections])
+    )
+
+
+def _to_markdown(benchmark: Benchmark) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in {**benchmark.machine, **benchmark.versions}.items())
+    headings = list(benchmark.rows[0])
+    lines = [f"## {benchmark.title}", "", f"`{benchmark.command}`, {benchmark.date}; {machine}", ""]
+    lines += ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(_shown(value) for value in row.values()) + " |" for row in benchmark.rows]
+    return "\n".join([*lines, "", benchmark.note, ""])
+
+
+def to_table(benchmark: Benchmark) -> str:
+    """A table for people."""
+    table = Table(title=benchmark.title, caption=benchmark.note, title_justify="left", caption_justify="left")
+    for heading, value in benchmark.rows[0].items():
+        table.add_column(heading, justify="left" if isinstance(value, str) else "right")
+    for row in benchmark.rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    text = io.StringIO()
+    Console(file=text, width=120).print(table)
+    return text.getvalue()
+
+
+def _shown(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
