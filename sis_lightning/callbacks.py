@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from sis_lightning.datamodules import Batch
+from sis_lightning.deploy import deploy
 from sis_lightning.errors import UsageError
 from sis_lightning.files import write_text
 from sis_lightning.tasks import BaseTask
@@ -59,6 +60,15 @@ class Announcement(Callback):
             **({"note": task.schedule_note} if task.schedule_note else {}),
         }.items():
             console.print(f"[bold]{label:>13}[/]  {text}", markup=True)
+
+
+class Deploy(Callback):
+    """Turns the network into its inference form once the checkpoint's weights are in it."""
+
+    def _deploy(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        deploy(pl_module, inplace=True)
+
+    on_validation_start = on_test_start = on_predict_start = _deploy
 
 
 def _millions(module: nn.Module) -> str:

@@ -8,12 +8,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sis_lightning import __version__
 from sis_lightning.configs import compose, config_names, load_named
 from sis_lightning.errors import UsageError, UserError, nearest
+
+if TYPE_CHECKING:
+    from sis_lightning.bench.report import Benchmark
 
 RUN_COMMANDS = {
     "fit": "train, and validate while training",
@@ -27,6 +31,7 @@ COMMANDS = {
     "status": "how runs fare: state, step, epoch, newest metric, restarts",
     "check-data": "count what a data set holds, and list everything that is wrong with it",
     "evaluate": "score a results file as COCO or VOC do",
+    "export": "write a trained network as ONNX or pt2, and verify the file",
     "complexity": "parameters and MACs of backbones and of whole models",
     "bench": "time what is worth timing",
     "synth": "write small data sets in the real formats",
@@ -76,6 +81,7 @@ def _dispatch(arguments: list[str]) -> int:
         "status": _status,
         "check-data": _check_data,
         "evaluate": _evaluate,
+        "export": _export,
         "complexity": _complexity,
         "bench": _bench,
     }
@@ -397,25 +403,103 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _measured(chosen: argparse.Namespace) -> Benchmark:
+    """What `bench` was asked for."""
+    if chosen.runs:
+        from sis_lightning.bench.report import collect_runs
+
+        return collect_runs([Path(folder) for folder in chosen.runs], chosen.name or "runs")
+    if chosen.eval:
+        from sis_lightning.bench.evaluators import time_evaluators
+
+        return time_evaluators(chosen.images)
+    _check_torch()
+    from sis_lightning.malloc import keep_freed_memory
+
+    keep_freed_memory()
+    if chosen.operators:
+        from sis_lightning.bench.operators import time_operators
+
+        return time_operators(batch=chosen.batch, device=chosen.device, rounds=chosen.rounds, seconds=chosen.seconds)
+    if chosen.data or chosen.loop:
+        from sis_lightning.bench.pipeline import time_data, time_loop
+
+        return time_data() if chosen.data else time_loop(chosen.rounds)
+    from sis_lightning.bench.models import Settings, time_models
+
+    settings = Settings(chosen.mode, chosen.batch, chosen.size, chosen.precision, chosen.device)
+    return time_models(chosen.networks, settings, rounds=chosen.rounds, seconds=chosen.seconds)
+
+
+def _export(arguments: list[str]) -> int:
+    """Writes a network as a file."""
+    parser = _Parser(
+        prog="sis-lightning export",
+        description=COMMANDS["export"] + ". Further options are those of fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt", default="last", metavar="FILE", help="last (default), best, or a checkpoint")
+    parser.add_argument("-c", "--config", action="append", metavar="FILE", help="default: of the checkpoint's run")
+    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="default %(default)s")
+    parser.add_argument("--out", metavar="FILE", help="default: model.FORMAT in the run's directory")
+    chosen, options = parser.parse_known_args(arguments)
+    files = chosen.config
+    if not files:
+        files = [str(Path(chosen.ckpt).parent.parent / "config.yaml")]
+        if not Path(files[0]).is_file():
+            raise UsageError("which network? --ckpt RUN/checkpoints/last.ckpt, or --config tasks/NAME.yaml as for fit")
+    _check_torch()
+    from sis_lightning.export import export
+
+    layers, rest = resolve([*(f"--config={file}" for file in files), *options])
+    done = export(layers, rest, chosen.ckpt, chosen.format, Path(chosen.out) if chosen.out else None)
+    shapes = ", ".join("×".join(map(str, shape)) for shape in done.shapes)
+    print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, verified with images {shapes}")
+    print(f"largest difference from the network {done.difference:.1g} of the largest output")
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     """Times what is worth timing."""
-    parser = _Parser(prog="sis-lightning bench", description=COMMANDS["bench"], allow_abbrev=False)
+    parser = _Parser(
+        prog="sis-lightning bench",
+        description=COMMANDS["bench"] + ". Networks: BACKBONE[:OPERATOR], torchvision:NAME, timm:NAME; each with "
+        "+deploy, +compile, +graphs, +nchw as wanted. The first is compared with each of the others.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="such as sis50+deploy timm:res2net50_26w_4s")
+    models = parser.add_argument_group("networks")
+    models.add_argument("--mode", choices=("train", "inference"), default="train", help="default %(default)s")
+    models.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
+    models.add_argument("--size", type=int, default=224, help="px (default %(default)s)")
+    models.add_argument("--precision", choices=("32", "bf16"), default="32", help="default %(default)s")
+    models.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    models.add_argument("--rounds", type=int, default=11, help="turns of each (default %(default)s)")
+    models.add_argument("--seconds", type=float, default=1.0, help="of a turn (default %(default)s)")
+    parser.add_argument("--operators", action="store_true", help="fast forms against the equations, and against conv")
+    parser.add_argument("--data", action="store_true", help="images/s of every DataModule against what its model needs")
+    parser.add_argument("--loop", action="store_true", help="fit of the segmentation demo against a bare PyTorch loop")
     parser.add_argument("--eval", action="store_true", help="pycocotools against faster-coco-eval")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="what tested runs measured, and how long they trained")
-    parser.add_argument("--name", default="runs", help="of the file for --runs (default %(default)s)")
+    parser.add_argument("--name", help="of the file")
     parser.add_argument("--images", type=int, default=5000, help="of --eval (default %(default)s)")
     parser.add_argument("--out", default="results/benchmarks", help="folder to write into (default %(default)s)")
     chosen = parser.parse_args(arguments)
-    if chosen.eval == bool(chosen.runs):
-        raise UsageError("what is to be timed? one of bench --eval, bench --runs DIR…")
+    kinds = {"networks": chosen.networks, "runs": chosen.runs}
+    kinds |= {key: getattr(chosen, key) for key in ("operators", "data", "loop", "eval")}
+    if sum(map(bool, kinds.values())) != 1:
+        raise UsageError(
+            "what is to be timed? one of bench NETWORK…, --operators, --data, --loop, --eval, --runs DIR…\n"
+            "  such as: sis-lightning bench sis50 timm:res2net50_26w_4s"
+        )
+    for key in ("batch", "size", "rounds"):
+        if getattr(chosen, key) < 1:
+            raise UsageError(f"--{key} is {getattr(chosen, key)}, must be at least 1")
     from sis_lightning.bench import report
 
-    if chosen.runs:
-        result = report.collect_runs([Path(folder) for folder in chosen.runs], chosen.name)
-    else:
-        from sis_lightning.bench.evaluators import time_evaluators
-
-        result = time_evaluators(chosen.images)
+    result = _measured(chosen)
+    if chosen.name:
+        result = replace(result, name=chosen.name)
     report.write(result, Path(chosen.out))
     print(report.to_table(result), end="")
     return 0

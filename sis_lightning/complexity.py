@@ -139,20 +139,26 @@ def of_backbones(
     return rows
 
 
+def image_shape(cli: Any) -> tuple[int, int]:
+    """Height and width of the images that a run trains on; of boxes, the largest."""
+    arguments = {**cli.config["model"]["init_args"], **cli.config["data"]["init_args"]}
+    if "input_size" in arguments:
+        height, width = arguments["input_size"]
+        return height, width
+    if "min_size" in arguments:
+        # Images are padded to a multiple of 32.
+        return -(-arguments["min_size"] // 32) * 32, -(-arguments["max_size"] // 32) * 32
+    side = arguments.get("crop_size") or arguments.get("image_size") or 32
+    return side, side
+
+
 def of_run(layers: dict[str, Any], options: list[str], size: int | None = None) -> list[Complexity]:
     """Counts the model of a run, at the size that it trains on (boxes: the largest) unless `size` is given."""
     from sis_lightning.runs import run
 
     cli = run(None, layers, options)
     task: Any = cli.model
-    arguments = {**cli.config["model"]["init_args"], **cli.config["data"]["init_args"]}
-    side = size or arguments.get("crop_size") or arguments.get("image_size") or 32
-    shape: tuple[int, int] = (side, side)
-    if not size and "input_size" in arguments:
-        shape = tuple(arguments["input_size"])
-    elif not size and "min_size" in arguments:
-        # Images are padded to a multiple of 32.
-        shape = (-(-arguments["min_size"] // 32) * 32, -(-arguments["max_size"] // 32) * 32)
+    shape = (size, size) if size else image_shape(cli)
     kind = type(task).__name__.removesuffix("Task").lower()
     return [measure(layers.get("task", "run"), kind, task, task.backbone, task.backbone_config.slug, shape)]
 

@@ -98,11 +98,12 @@ def convolve(
         plain = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         plain = plain if add is None else plain.add_(add)
         return plain.relu_() if relu else plain
-    version, packed = _packed.get(weight, (None, None))
-    if version != weight._version:
+    known, packed = _packed.get(weight, (None, None))
+    version = -1 if weight.is_inference() else weight._version
+    if known != version:
         pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         packed = pack(weight.to_mkldnn(), *place, x.shape)
-        _packed[weight] = (weight._version, packed)
+        _packed[weight] = (version, packed)
     last = "relu" if relu else "none"
     if add is None:
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *place, last, [], "")
@@ -123,7 +124,8 @@ def _fuses(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and backend.is_available()
         and backend.enabled
-        and not (torch.compiler.is_compiling() or x.requires_grad or torch.is_autocast_enabled("cpu"))
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+        and not (x.requires_grad or torch.is_autocast_enabled("cpu"))
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )
 
@@ -278,7 +280,7 @@ class DeployedSplit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, scale · width, H, W) → (N, scale · width, ⌈H/stride⌉, ⌈W/stride⌉), in place of x where they are alike."""
-        if not self.writes or torch.compiler.is_compiling() or x.requires_grad:
+        if not self.writes or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad:  # type: ignore[attr-defined, no-untyped-call]
             # A compiler fuses the writes itself, and other norms than batch norm see an operator's whole output.
             return self._concatenate(x)
         splits = torch.split(x, self.width, dim=1)

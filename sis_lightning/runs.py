@@ -33,6 +33,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sis_lightning.callbacks import (
     Announcement,
+    Deploy,
     PlotPredictions,
     ProgressBar,
     WritePredictions,
@@ -46,6 +47,7 @@ from sis_lightning.cluster.resume import ExactResume, Stopped
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import write_text
+from sis_lightning.malloc import keep_freed_memory
 from sis_lightning.metrics.gathered import GatheredScores
 from sis_lightning.parser import Parser, without_marks
 from sis_lightning.tasks import BaseTask
@@ -97,11 +99,14 @@ class RunCLI(LightningCLI):
             "--checkpoint_every", type=PositiveInt, default=500, help="fit: steps from one checkpoint to the next."
         )
         parser.add_argument(
+            "--deploy", type=bool, default=False, help="validate, test, predict: by the network's inference form."
+        )
+        parser.add_argument(
             "--max_restarts", type=int, default=100, help="fit: how often a job goes back into SLURM's queue."
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Not as Lightning, which lets a checkpoint's settings replace those given, silently; see `_checkpoint`."""
+        """Not as Lightning, which lets a checkpoint's settings replace those given, silently; see `checkpoint`."""
 
     def directory(self, seed: str | None = None) -> Path:
         """The run's directory; for an empty `seed` that of all seeds together."""
@@ -170,6 +175,8 @@ class RunCLI(LightningCLI):
             ]
             if config.get("logger") is not False:
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
+        elif self._get(self.config, "deploy"):
+            callbacks.append(Deploy())
         if self.subcommand == "predict":
             callbacks.append(WritePredictions(self.run_dir / "predictions"))
         return super()._instantiate_trainer(config, callbacks)
@@ -235,21 +242,25 @@ class RunCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Settles which checkpoint is meant, and that it fits."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        kwargs["ckpt_path"] = self._checkpoint(kwargs.get("ckpt_path"))
+        if subcommand == "fit":
+            kwargs["ckpt_path"] = str(self.resumed[0]) if self.resumed else None
+        else:
+            kwargs["ckpt_path"] = self.checkpoint(kwargs.get("ckpt_path"))
         kwargs["weights_only"] = True
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # they are on disk; of ten thousand photographs they would fill memory
         return kwargs
 
-    def _checkpoint(self, given: str | None) -> str | None:
-        """The checkpoint of a command: for `fit` none unless given, else `last.ckpt` of the run.
+    def checkpoint(self, given: str | None) -> str:
+        """The checkpoint whose weights a command takes.
+
+        Args:
+            given: `last` (of the run; also for None), `best`, or a file.
 
         Raises:
             DataError: Where it is missing, unreadable, or of another network: the settings that differ.
         """
-        if self.subcommand == "fit":
-            return str(self.resumed[0]) if self.resumed else None
-        folder = self.run_dir / "checkpoints"
+        folder = self.directory() / "checkpoints"
         path = folder / f"{given or 'last'}.ckpt" if given in (None, "last", "best") else Path(str(given))
         if not path.is_file():
             raise DataError(
@@ -280,8 +291,7 @@ class RunCLI(LightningCLI):
                 f"{path} is of another network: {len(other)} of its weights are missing, unknown or of another shape,\n"
                 f"  such as {other[0]}. Give the options that it was trained with."
             )
-        if self.trainer.is_global_zero:
-            console.print(f"checkpoint {path}, step {content['global_step']:,}")
+        say(f"checkpoint {path}, step {content['global_step']:,}")
         return str(path)
 
     def after_test(self) -> None:
@@ -355,7 +365,10 @@ def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> R
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    keep_freed_memory()
     command = [subcommand] if subcommand else []
+    if subcommand is None:  # what a run's config.yaml holds of its subcommand alone
+        layers = {key: value for key, value in layers.items() if key not in ("ckpt_path", "weights_only", "verbose")}
     try:
         return RunCLI(
             BaseTask,

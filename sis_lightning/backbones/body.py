@@ -222,6 +222,10 @@ class Backbone(nn.Module):
         del maps["c1"]
         return maps
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles what all else calls, `pyramid`, by `torch.compile` with its arguments; the keys stay as they are."""
+        self.pyramid = torch.compile(type(self).pyramid.__get__(self), *args, **kwargs)  # type: ignore[method-assign]
+
     def describe(self) -> str:
         """One line for people: which stages hold the operator, which a plain conv and why."""
         parts = []

@@ -15,7 +15,7 @@ from sis_lightning.errors import DataError, UsageError
 
 # What of a configuration changes nothing in a run's result, or is said when it does.
 _FREE_TO_CHANGE = (
-    *("resume", "overwrite", "run_dir", "checkpoint_every", "max_restarts", "ckpt_path", "task"),
+    *("resume", "overwrite", "run_dir", "checkpoint_every", "max_restarts", "ckpt_path", "task", "deploy"),
     *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.enable_"),
     *("data.init_args.num_workers", "data.init_args.root", "data.init_args.predict_path"),
     *("data.init_args.download", "data.init_args.synthetic"),

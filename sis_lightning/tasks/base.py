@@ -47,6 +47,29 @@ def enlarge(image: Tensor) -> tuple[Tensor, int, float]:
     return picture, times, max(1.0, max(picture.shape[1:]) / 640)
 
 
+@dataclasses.dataclass(frozen=True)
+class Exportable:
+    """A task's network as a file can hold it.
+
+    Attributes:
+        module: Maps `image` to the outputs.
+        shape: Of an image that it takes.
+        multiples: Which axes may have other sizes, and of what these must be multiples.
+        input: What an image is, beyond its colours.
+        preprocessing: What comes before it, beyond normalising.
+        outputs: Name and meaning of each, in order.
+        traced: Why its course depends on its values, if it does: `torch.export` cannot follow it then.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    multiples: dict[int, int]
+    input: dict[str, str]
+    preprocessing: str
+    outputs: dict[str, str]
+    traced: str = ""
+
+
 class BaseTask(LightningModule, ABC):
     """A network on one of our backbones, with its loss, metrics and pictures.
 
@@ -63,6 +86,8 @@ class BaseTask(LightningModule, ABC):
         warmup_start: Share of the learning rate at the first step of the warm-up.
         backbone_weights: A checkpoint of any task on the same backbone, or a state dict of torchvision's or timm's,
             that a fit starts from; None: from scratch.
+        compile_mode: Of `torch.compile` for the backbone: `default`, `reduce-overhead` (CUDA graphs),
+            `max-autotune`; None: as it is written. Minutes at the start for a quicker step.
 
     Raises:
         UsageError: Where data and task do not fit, or the batch is too small for batch norm.
@@ -75,7 +100,7 @@ class BaseTask(LightningModule, ABC):
     #: Settings in which a checkpoint may differ from the run that takes it: they change neither weights nor meaning.
     free_settings: ClassVar[frozenset[str]] = frozenset(
         {"optimizer", "lr_scheduler", "lr_interval", "lr_batch_size", "warmup_steps", "warmup_start"}
-        | {"backbone_weights"}
+        | {"backbone_weights", "compile_mode"}
     )
     model: nn.Module
 
@@ -90,6 +115,7 @@ class BaseTask(LightningModule, ABC):
         warmup_steps: int = 0,
         warmup_start: float = 0.001,
         backbone_weights: str | None = None,
+        compile_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
     ) -> None:
         super().__init__()
         self.backbone_config = backbone_config(backbone)
@@ -104,7 +130,7 @@ class BaseTask(LightningModule, ABC):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.lr_interval, self.lr_batch_size = lr_interval, lr_batch_size
         self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
-        self.backbone_weights = backbone_weights
+        self.backbone_weights, self.compile_mode = backbone_weights, compile_mode
         self.schedule_note = ""
 
     def finish(self, model: nn.Module, metrics: Metric | MetricCollection) -> None:
@@ -165,6 +191,10 @@ class BaseTask(LightningModule, ABC):
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
         """Draws the first images of a batch: what was seen, what is true, what is predicted."""
 
+    @abstractmethod
+    def exportable(self, height: int, width: int) -> Exportable:
+        """The network for `sis-lightning export`, with images of such a size as an example."""
+
     def name_classes(self, names: Sequence[str]) -> None:
         """Takes the names of the classes: from the data, or from a checkpoint where the data has none."""
         self.class_names = list(names)
@@ -191,6 +221,8 @@ class BaseTask(LightningModule, ABC):
             )
         if isinstance(data, SISDataModule) and data.class_names:
             self.name_classes(data.class_names)
+        if self.compile_mode:
+            self.backbone.compile(mode=self.compile_mode)
         if stage == "fit" and self.backbone_weights and not self.trainer.ckpt_path:  # a checkpoint has its own
             load_backbone_weights(self.backbone, Path(self.backbone_weights))
 

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sis_lightning.backbones import BackboneConfig, create_classifier
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
-from sis_lightning.tasks.base import BaseTask, Outputs
+from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
 
 
 class TopKAccuracy(MulticlassAccuracy):
@@ -62,6 +62,18 @@ class ClassificationTask(BaseTask):
         """Normalised (N, 3, H, W) → logits (N, num_classes)."""
         logits: Tensor = self.model(images)
         return logits
+
+    def exportable(self, height: int, width: int) -> Exportable:
+        """Logits of any number of images of any size."""
+        return Exportable(
+            module=self.model,
+            shape=(2, 3, height, width),
+            multiples={0: 1, 2: 1, 3: 1},
+            input={"shape": "(N, 3, H, W)"},
+            preprocessing=f"{height}×{width} as in training (CIFAR as it is; photographs: the shorter side to 8/7 of "
+            "that, then its centre)",
+            outputs={"logits": "(N, classes); softmax gives probabilities"},
+        )
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the batch."""

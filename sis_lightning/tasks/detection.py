@@ -20,7 +20,18 @@ from sis_lightning.backbones.detection import Norm
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.metrics.gathered import GatheredScores, Row
-from sis_lightning.tasks.base import BaseTask, Outputs, enlarge
+from sis_lightning.tasks.base import BaseTask, Exportable, Outputs, enlarge
+
+
+class _OneImage(nn.Module):
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+        self.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.detector([image])[0]
+        return found["boxes"], found["labels"], found["scores"]
 
 
 class DetectionTask(BaseTask):
@@ -121,6 +132,22 @@ class DetectionTask(BaseTask):
         height, width = image.shape[1:]
         least = -(-32 * max(height, width) // self.max_size)
         return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
+
+    def exportable(self, height: int, width: int) -> Exportable:
+        """The boxes of one image of any size; resizing is within."""
+        return Exportable(
+            module=_OneImage(self.model),
+            shape=(3, height, width),
+            multiples={1: 1, 2: 1},
+            input={"shape": "(3, H, W), one image"},
+            preprocessing="the image at its own size",
+            outputs={
+                "boxes": "(objects, 4), x0 y0 x1 y1 in px of the image",
+                "labels": "(objects,), 1 is the first of the classes",
+                "scores": "(objects,), 0…1, falling",
+            },
+            traced="how many boxes torchvision's detector keeps depends on the image",
+        )
 
     def countable(self, image: Tensor) -> None:
         """All that multiplies weights for one image (1, 3, H, W): with as many proposals as testing keeps."""

@@ -19,7 +19,7 @@ from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.layouts import VOID, voc_palette
 from sis_lightning.metrics.segmentation import DatasetIoU
-from sis_lightning.tasks.base import BaseTask, Outputs
+from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
 
 
 class SegmentationTask(BaseTask):
@@ -83,6 +83,18 @@ class SegmentationTask(BaseTask):
         """The metrics name their figures too."""
         super().name_classes(names)
         self.val_metrics.class_names = self.test_metrics.class_names = self.class_names
+
+    def exportable(self, height: int, width: int) -> Exportable:
+        """Logits of every pixel; sides must divide by the encoder's stride."""
+        divisor = int(self.model.get_submodule("encoder").output_stride)  # type: ignore[arg-type]
+        return Exportable(
+            module=self.model,
+            shape=(2, 3, -(-height // divisor) * divisor, -(-width // divisor) * divisor),
+            multiples={0: 1, 2: divisor, 3: divisor},
+            input={"shape": f"(N, 3, H, W), H and W multiples of {divisor}"},
+            preprocessing="the image at its own size, then padded below and to the right with 0",
+            outputs={"logits": "(N, classes, H, W); the largest is the class of a pixel; cut the padding off"},
+        )
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted cross-entropy over all pixels that are not void; 0 where all are."""

@@ -1,0 +1,182 @@
+"""The path around the network: what its data costs, and what the Trainer adds to a bare loop."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sis_lightning.bench.paired import Timing
+from sis_lightning.bench.report import Benchmark, benchmark
+from sis_lightning.cli import resolve
+from sis_lightning.configs import config_names
+from sis_lightning.datamodules import Batch, SISDataModule
+from sis_lightning.runs import run
+from sis_lightning.synthetic import write_synthetic
+from sis_lightning.tasks import BaseTask
+
+_PACKAGES = ("torch", "torchvision", "lightning")
+
+
+def _parts(options: list[str]) -> tuple[BaseTask, SISDataModule]:
+    """Network and data of a run, ready to train."""
+    cli = run(None, *resolve(options))
+    task, data = cli.model, cli.datamodule
+    assert isinstance(task, BaseTask)
+    assert isinstance(data, SISDataModule)
+    data.setup("fit")
+    return task.train(), data
+
+
+def _batches(data: SISDataModule) -> Iterator[Batch]:
+    while True:
+        yield from data.train_dataloader()
+
+
+def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
+    """Decoding and augmenting of every task's recipe on one core, against the network that it feeds on this machine.
+
+    The pictures are synthetic, 500 px wide (CIFAR's 32), in the real formats; batches are those of the recipe, the
+    network's of 2.
+
+    Args:
+        seconds: Of loading.
+        steps: Of training.
+    """
+    rows: list[dict[str, str | float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            write_synthetic(Path(folder), images=64, size=500)
+        for task_name in config_names("tasks"):
+            options = [f"--config=tasks/{task_name}.yaml", f"--data.root={folder}", "--data.num_workers=0"]
+            options += ["--data.synthetic=null", "--data.download=false", "--trainer.logger=false"]
+            task, data = _parts([*options, "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.batch_size=16"])
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            loader, images = _batches(data), 0
+            next(loader)
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < seconds:
+                images += len(next(loader)["name"])
+            loading = images / (time.perf_counter() - begun)
+            torch.set_num_threads(threads)
+            data.batch_size = 2
+            step = _bare_step(task, data)
+            step()
+            begun = time.perf_counter()
+            for _ in range(steps):
+                step()
+            training = 2 * steps / (time.perf_counter() - begun)
+            rows.append(
+                {
+                    "task": task_name,
+                    "backbone": task.backbone_config.slug,
+                    "images/s a core": loading,
+                    f"training images/s on {threads} threads": training,
+                    "cores that feed 100 images/s": 100 / loading,
+                }
+            )
+    return benchmark(
+        name="data",
+        title="Decoding and augmenting on one core, and the training that it feeds",
+        command="sis-lightning bench --data",
+        rows=rows,
+        note="Synthetic pictures of 500 px (CIFAR's 32) in the real formats; recipes of tasks/*.yaml.",
+        packages=_PACKAGES,
+    )
+
+
+def _bare_step(task: BaseTask, data: SISDataModule) -> Any:
+    """One training step as plain PyTorch would write it."""
+    optimizers, _ = _optimizers(task)
+    batches = _batches(data)
+
+    def step() -> None:
+        batch = data.on_after_batch_transfer(next(batches), 0)
+        loss = torch.stack(list(task.training_loss(batch).values())).sum()
+        optimizers.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizers.step()
+
+    return step
+
+
+def _optimizers(task: BaseTask) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = task.make_optimizer(task.parameters())
+    return optimizer, task.make_lr_scheduler(optimizer) if task.make_lr_scheduler else None
+
+
+class StepClock(Callback):
+    """Measures the steps of a fit between two batches."""
+
+    #: Of the newest fit: seconds by the clock, and of the processor.
+    newest: tuple[float, float] = (0.0, 0.0)
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts at batch `first`, ends at batch `last`."""
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
+        if done == self.first:
+            self.began = time.perf_counter(), time.process_time()
+        if done == self.last:
+            wall, cpu = self.began
+            StepClock.newest = time.perf_counter() - wall, time.process_time() - cpu
+
+
+def time_loop(rounds: int = 6, steps: int = 60, warmup: int = 10) -> Benchmark:
+    """`fit` of the segmentation demo, with all its callbacks and logs, against the same steps in a bare loop.
+
+    Validations and checkpoints are left out: a bare loop has none.
+
+    Args:
+        rounds: Turns of each.
+        steps: Of a turn.
+        warmup: Steps before them.
+    """
+    fit, bare = Timing([], []), Timing([], [])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        write_synthetic(Path(folder, "data"), images=1000, size=96, kinds=["voc"], min_object=16)
+        options = ["--config=tasks/seg_voc.yaml", "--config=configs/demo.yaml", f"--data.root={folder}/data"]
+        options += ["--data.num_workers=0", f"--trainer.max_steps={warmup + steps + 1}"]
+        options += [f"--model.lr_scheduler.init_args.total_steps={warmup + steps + 1}"]
+        task, data = _parts(options)
+        step = _bare_step(task, data)
+        for turn in range(rounds):
+            for _ in range(warmup):
+                step()
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                step()
+            bare.wall.append(time.perf_counter() - wall)
+            bare.cpu.append(time.process_time() - cpu)
+            clock = '[{"class_path": "sis_lightning.bench.pipeline.StepClock", "init_args": '
+            clock += f'{{"first": {warmup}, "last": {warmup + steps}}}}}]'
+            own = [f"--run_dir={folder}/run{turn}", f"--trainer.callbacks={clock}"]
+            run("fit", *resolve([*options, *own, "--trainer.limit_val_batches=0"]))
+            fit.wall.append(StepClock.newest[0])
+            fit.cpu.append(StepClock.newest[1])
+    images = steps * data.batch_size
+    rows: list[dict[str, str | float]] = [
+        {"loop": name, "images/s": images / sorted(t.wall)[len(t.wall) // 2], "time / bare loop": str(ratio)}
+        for name, t, ratio in (
+            ("bare", bare, bare.faster_than(bare)),
+            ("sis-lightning fit", fit, bare.faster_than(fit)),
+        )
+    ]
+    return benchmark(
+        name="loop",
+        title="A step of the segmentation demo, without validations and checkpoints",
+        command=f"sis-lightning bench --loop --rounds {rounds}",
+        rows=rows,
+        note="Ratios of the time, paired: median (its 95 % interval).",
+        packages=_PACKAGES,
+    )
