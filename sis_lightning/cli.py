@@ -409,6 +409,10 @@ def _measured(chosen: argparse.Namespace) -> Benchmark:
         from sis_lightning.bench.report import collect_runs
 
         return collect_runs([Path(folder) for folder in chosen.runs], chosen.name or "runs")
+    if chosen.start:
+        from sis_lightning.bench.report import time_start
+
+        return time_start()
     if chosen.eval:
         from sis_lightning.bench.evaluators import time_evaluators
 
@@ -479,6 +483,7 @@ def _bench(arguments: list[str]) -> int:
     parser.add_argument("--operators", action="store_true", help="fast forms against the equations, and against conv")
     parser.add_argument("--data", action="store_true", help="images/s of every DataModule against what its model needs")
     parser.add_argument("--loop", action="store_true", help="fit of the segmentation demo against a bare PyTorch loop")
+    parser.add_argument("--start", action="store_true", help="commands that compute nothing")
     parser.add_argument("--eval", action="store_true", help="pycocotools against faster-coco-eval")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="what tested runs measured, and how long they trained")
     parser.add_argument("--name", help="of the file")
@@ -486,10 +491,10 @@ def _bench(arguments: list[str]) -> int:
     parser.add_argument("--out", default="results/benchmarks", help="folder to write into (default %(default)s)")
     chosen = parser.parse_args(arguments)
     kinds = {"networks": chosen.networks, "runs": chosen.runs}
-    kinds |= {key: getattr(chosen, key) for key in ("operators", "data", "loop", "eval")}
+    kinds |= {key: getattr(chosen, key) for key in ("operators", "data", "loop", "eval", "start")}
     if sum(map(bool, kinds.values())) != 1:
         raise UsageError(
-            "what is to be timed? one of bench NETWORK…, --operators, --data, --loop, --eval, --runs DIR…\n"
+            "what is to be timed? one of bench NETWORK…, --operators, --data, --loop, --eval, --start, --runs DIR…\n"
             "  such as: sis-lightning bench sis50 timm:res2net50_26w_4s"
         )
     for key in ("batch", "size", "rounds"):

@@ -356,7 +356,7 @@ def test_missing_files(command, tmp_path):
 
 def test_neither_torch_nor_the_other_library_is_imported():
     script = (
-        "import sys; from sis_lightning.cli import main; import sis_lightning.evaluate, sis_lightning.bench;"
+        "import sys; from sis_lightning.cli import main; import sis_lightning.evaluate, sis_lightning.bench.evaluators;"
         "from sis_lightning.metrics.coco import COCOTruth; COCOTruth({'images': [], 'categories': []}, 'bbox');"
         "print(*{'torch', 'matplotlib', 'faster_coco_eval'} & set(sys.modules))"
     )
@@ -662,31 +662,3 @@ def test_bad_voc_files_are_named(command, voc_folders, case):
     assert len(result.err.splitlines()) <= 5
     for word in words:
         assert word in result.err, (word, result.err)
-
-
-# bench
-
-
-def test_bench_keeps_its_figures_and_the_others(command, tmp_path):
-    # The tables of other benchmarks in the folder stay in its README.
-    first = command("bench", "--eval", "--images", "2", "--out", "kept")
-    assert first.code == 0, first.err
-    result = json.loads((tmp_path / "kept" / "coco_eval.json").read_text())
-    assert [row["evaluator"] for row in result["rows"]] == list(EVALUATORS)
-    assert result["rows"][0]["AP"] == pytest.approx(result["rows"][1]["AP"], abs=1e-12)
-    assert result["machine"]["cores"] >= 1
-    assert result["command"] == "sis-lightning bench --eval --images 2"
-    other = {**result, "name": "other", "title": "Something else"}
-    (tmp_path / "kept" / "other.json").write_text(json.dumps(other))
-    assert command("bench", "--eval", "--images", "1", "--out", "kept").code == 0
-    readme = (tmp_path / "kept" / "README.md").read_text()
-    assert "## Something else" in readme
-    assert "| faster-coco-eval |" in readme
-    assert "1 images × 80 classes × 36 boxes" in readme
-
-    assert command("bench").code == 2
-    assert command("bench", "--eval", "--images", "0").code == 2
-    (tmp_path / "kept" / "other.json").write_text("{}")
-    spoilt = command("bench", "--eval", "--images", "1", "--out", "kept")
-    assert spoilt.code == 1
-    assert "other.json is not the result of a benchmark" in spoilt.err

@@ -177,11 +177,15 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
     claims = []
     for contender, timing in zip(contenders, timings, strict=True):
         row = _row(contender, timing, settings)
-        if timing is not timings[0]:
-            ratio = timings[0].faster_than(timing)
-            row["first / this"] = str(ratio)
-            claims.append(f"{contenders[0].text} is {_said(ratio.verdict)} {contender.text} ({ratio}).")
         rows.append(row)
+        if timing is timings[0]:
+            continue
+        ratio = timings[0].faster_than(timing)
+        row["first / this"] = str(ratio)
+        row["CPU time, first / this"] = median(timings[0].cpu) / median(timing.cpu)
+        peaks = [entry["peak MB"] for entry in (rows[0], row)]
+        row["peak memory, first / this"] = float(peaks[0]) / float(peaks[1]) if "unknown" not in peaks else "unknown"
+        claims.append(f"{contenders[0].text} is {_said(ratio.verdict)} {contender.text} ({ratio}).")
     what = {"train": "training steps", "inference": "inference"}[settings.mode]
     command = f"sis-lightning bench {' '.join(names)} " + " ".join(
         f"--{key} {value}" for key, value in asdict(settings).items()
@@ -210,6 +214,8 @@ def _row(contender: Contender, timing: Timing, settings: Settings) -> dict[str, 
         "CPU ms an image": 1000 * median(timing.cpu) / settings.batch,
         "peak MB": peak / 1e6 if peak is not None else "unknown",
         "first / this": "",
+        "CPU time, first / this": "",
+        "peak memory, first / this": "",
     }
 
 

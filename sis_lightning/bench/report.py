@@ -6,12 +6,16 @@ import io
 import json
 import os
 import platform
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +67,23 @@ def benchmark(
     )
 
 
+def time_start(rounds: int = 11) -> Benchmark:
+    """How long commands take that compute nothing: whole processes, by the clock.
+
+    Args:
+        rounds: Starts of each, after one that warms the disk's cache.
+    """
+    rows: list[dict[str, str | float]] = []
+    for arguments in (["--help"], ["--version"]):
+        taken = []
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "sis_lightning", *arguments], check=True, capture_output=True)
+            taken.append(time.perf_counter() - begun)
+        rows.append({"command": " ".join(arguments), "seconds": round(sorted(taken[1:])[rounds // 2], 3)})
+    return benchmark("start", "Commands that compute nothing", "sis-lightning bench --start", rows, "Medians.", ())
+
+
 def collect_runs(folders: Sequence[Path], name: str) -> Benchmark:
     """What runs that were tested measured, and how long they trained: from config.yaml to last.ckpt.
 
@@ -110,21 +131,72 @@ def _machine() -> dict[str, str | int]:
     }
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a benchmark is to reach: an entry of the folder's `targets.yaml`.
+
+    Attributes:
+        what: For people.
+        benchmark: Name of its file, without ending.
+        row: Values by which its rows are found; the worst of them counts.
+        column: Where the value stands; of an interval its median counts.
+        at_least: Or `at_most`: the bound.
+        note: Why it was missed, or how else to read it.
+    """
+
+    what: str
+    benchmark: str
+    row: dict[str, str | int | list[str | int]]
+    column: str
+    at_least: float | None = None
+    at_most: float | None = None
+    note: str = ""
+
+    def cells(self, known: dict[str, Benchmark]) -> list[str]:
+        """What, bound, measured, and whether reached."""
+        bound = f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+        if self.benchmark not in known:
+            return [self.what, bound, "not measured yet", "", self.note]
+        rows = [
+            row
+            for row in known[self.benchmark].rows
+            if all(row[key] in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in self.row.items())
+        ]
+        if not rows:
+            raise DataError(f"targets.yaml: {self.benchmark}.json has no row {self.row}")
+        values = {str(row[self.column]): float(str(row[self.column]).split()[0]) for row in rows}
+        worst = (min if self.at_least is not None else max)(values, key=lambda text: values[text])
+        limit = self.at_least if self.at_least is not None else self.at_most
+        assert limit is not None
+        reached = values[worst] >= limit if self.at_least is not None else values[worst] <= limit
+        return [self.what, bound, worst, "reached" if reached else "missed", self.note]
+
+
+def _targets(folder: Path, known: dict[str, Benchmark]) -> list[str]:
+    path = folder / "targets.yaml"
+    if not path.is_file():
+        return []
+    rows = [Target(**entry).cells(known) for entry in yaml.safe_load(path.read_text())]
+    lines = ["## Targets", "", "| what | target | measured | | |", "|---|---|---|---|---|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
 def write(benchmark: Benchmark, folder: Path) -> None:
-    """Writes `NAME.json`, and `README.md` anew from all benchmarks of the folder."""
+    """Writes `NAME.json`, and `README.md` anew from all benchmarks and targets of the folder."""
     text = json.dumps(asdict(benchmark), indent=2, ensure_ascii=False)
     write_text(folder / f"{benchmark.name}.json", text + "\n")
     sections = []
+    known = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            sections.append(_to_markdown(Benchmark(**json.loads(path.read_bytes()))))
+            one = known[path.stem] = Benchmark(**json.loads(path.read_bytes()))
+            sections.append(_to_markdown(one))
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{path} is not the result of a benchmark ({error}); the folder is for these alone"
             ) from None
-    write_text(
-        folder / "README.md", "\n".join(["# Benchmarks\n", "Made by `sis-lightning bench`; do not edit.\n", *sections])
-    )
+    head = ["# Benchmarks\n", "Made by `sis-lightning bench`; do not edit.\n"]
+    write_text(folder / "README.md", "\n".join([*head, *_targets(folder, known), *sections]))
 
 
 def _to_markdown(benchmark: Benchmark) -> str:

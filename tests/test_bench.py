@@ -1,0 +1,131 @@
+"""Benchmarks: what their ratios claim, and that every command measures and keeps what it says."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sis_lightning.bench.models import Contender, Settings, peak_memory
+from sis_lightning.bench.paired import Ratio, take_turns
+from sis_lightning.errors import UsageError
+
+
+@pytest.mark.parametrize("rounds", [6, 11, 20])
+def test_the_interval_holds_the_median_in_95_of_100_cases(rounds):
+    rng = np.random.default_rng(rounds)
+    ratios = [Ratio.of(rng.lognormal(0.3, 0.4, rounds)) for _ in range(2000)]
+    share = np.mean([ratio.low <= np.exp(0.3) <= ratio.high for ratio in ratios])
+    assert share > 0.94
+    # And is no wider than it needs to be: one value further in, it would hold it too seldom.
+    assert np.mean([ratio.high - ratio.low for ratio in ratios]) < {6: 1.7, 11: 1.3, 20: 0.8}[rounds]
+
+
+@given(st.lists(st.floats(0.5, 2), min_size=1, max_size=30))
+def test_a_spread_that_covers_1_is_no_win(ratios):
+    ratio = Ratio.of(ratios)
+    assert min(ratios) <= ratio.low <= ratio.median <= ratio.high <= max(ratios)
+    assert ratio.verdict == ("faster" if ratio.low > 1 else "slower" if ratio.high < 1 else "no difference shown")
+
+
+def test_turns_tell_the_faster_one():
+    calls: list[str] = []
+
+    def work(name: str, seconds: float):
+        def sleep() -> None:
+            calls.append(name)
+            time.sleep(seconds)
+
+        return sleep
+
+    quick, slow = take_turns([work("quick", 0.001), work("slow", 0.003)], rounds=6, seconds=0.006, warmup=1)
+    assert quick.faster_than(slow).verdict == "faster"
+    assert slow.faster_than(quick).verdict == "slower"
+    assert len(quick.wall) == len(slow.cpu) == 6
+    # Neither always follows the other.
+    order = "".join(name[0] for name in calls)
+    assert "qs" in order
+    assert "sq" in order
+
+
+def test_contenders():
+    ours = Contender.parse("sis50:interactive2+deploy+compile")
+    assert (ours.source, ours.name, ours.operator, ours.treatments) == (
+        *("ours", "sis50", "interactive2"),
+        ("deploy", "compile"),
+    )
+    peer = Contender.parse("timm:res2net50_26w_4s")
+    assert (peer.source, peer.name, peer.operator) == ("timm", "res2net50_26w_4s", None)
+    with pytest.raises(UsageError, match="did you mean 'deploy'"):
+        Contender.parse("sis50+deplyo")
+    with pytest.raises(UsageError, match="cannot be trained"):
+        Contender.parse("sis_demo+deploy").build("train")
+    for wrong in ("timm:res2nt50", "torchvision:resnet5000", "sis_dem"):
+        with pytest.raises(UsageError, match=wrong.partition(":")[2] or wrong):
+            Contender.parse(wrong).build("train")
+
+
+def test_memory_grows_with_the_batch():
+    small, large = (
+        peak_memory(Contender.parse("sis_demo"), Settings(mode="train", batch=batch, size=128)) for batch in (4, 32)
+    )
+    # Activations of 28 images more, at 128 px, are tens of megabytes.
+    assert large - small > 20e6
+
+
+def test_networks_are_compared_and_kept(command):
+    line = ["bench", "sis_demo", "torchvision:resnet18", "--batch", 2, "--size", 32, "--rounds", 6, "--seconds", 0.01]
+    result = command(*line, "--mode", "inference", "--name", "mine", "--out", "kept")
+    assert result.code == 0, result.err
+    kept = json.loads(Path("kept/mine.json").read_text())
+    assert [row["network"] for row in kept["rows"]] == ["sis_demo", "torchvision:resnet18"]
+    assert all(row["images/s"] > 0 and row["peak MB"] > 0 for row in kept["rows"])
+    assert {"torch", "torchvision"} == set(kept["versions"])
+    assert any(word in kept["note"] for word in ("is faster than", "is slower than", "not shown to be"))
+    assert "torchvision:resnet18" in Path("kept/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "what is to be timed?"),
+        (["sis50", "--eval"], "what is to be timed?"),
+        (["sis50", "--batch", "0"], "--batch is 0"),
+        (["sis50+fast"], "no treatment 'fast'"),
+    ],
+)
+def test_what_cannot_be_timed_is_said(command, arguments, words):
+    result = command("bench", *arguments, "--out", "kept")
+    assert result.code == 2
+    assert words in result.err
+    assert not Path("kept").exists()
+
+
+def test_bench_keeps_its_figures_and_the_others(command, tmp_path):
+    # The tables of other benchmarks in the folder stay in its README.
+    first = command("bench", "--eval", "--images", "2", "--out", "kept")
+    assert first.code == 0, first.err
+    result = json.loads((tmp_path / "kept" / "coco_eval.json").read_text())
+    assert [row["evaluator"] for row in result["rows"]] == ["pycocotools", "faster-coco-eval"]
+    assert result["rows"][0]["AP"] == pytest.approx(result["rows"][1]["AP"], abs=1e-12)
+    assert result["machine"]["cores"] >= 1
+    assert result["command"] == "sis-lightning bench --eval --images 2"
+    other = {**result, "name": "other", "title": "Something else"}
+    (tmp_path / "kept" / "other.json").write_text(json.dumps(other))
+    assert command("bench", "--eval", "--images", "1", "--out", "kept").code == 0
+    readme = (tmp_path / "kept" / "README.md").read_text()
+    assert "## Something else" in readme
+    assert "| faster-coco-eval |" in readme
+    assert "1 images × 80 classes × 36 boxes" in readme
+
+    assert command("bench").code == 2
+    assert command("bench", "--eval", "--images", "0").code == 2
+    (tmp_path / "kept" / "other.json").write_text("{}")
+    spoilt = command("bench", "--eval", "--images", "1", "--out", "kept")
+    assert spoilt.code == 1
+    assert "other.json is not the result of a benchmark" in spoilt.err
