@@ -1,5 +1,6 @@
 # make demo   a fresh machine to a trained, tested SIS net and its pictures, in minutes
 # make demos  all four tasks on synthetic data, with their figures: half an hour
+# make bench  what results/benchmarks holds, anew; make bench-gpu what of it needs a GPU
 # make test   the whole suite
 # make lint   style and types
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --config tasks/seg_voc.yaml --config configs/demo.yaml --data.root data/demo --run_dir runs/demo
 
-.PHONY: demo demos test lint format clean
+.PHONY: demo demos bench bench-gpu test lint format clean
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -32,6 +33,28 @@ demos: .venv/installed
 		$(BIN)/sis-lightning fit $$options --overwrite true && $(BIN)/sis-lightning test $$options || exit 1; \
 	done
 	$(BIN)/sis-lightning bench --runs $(addprefix runs/demos/,cls_cifar100 seg_voc det_voc kpt_coco) --name demos
+
+# Half an hour on a quiet machine.
+bench: .venv/installed
+	$(BIN)/sis-lightning bench --start
+	$(BIN)/sis-lightning bench --eval
+	$(BIN)/sis-lightning bench --loop --rounds 6
+	$(BIN)/sis-lightning bench --operators --batch 16 --rounds 9 --seconds 0.2
+	$(BIN)/sis-lightning bench sis50+deploy timm:res2net50_26w_4s+deploy torchvision:resnet50+deploy sis50 \
+		--mode inference --rounds 15 --seconds 1.5 --name cpu-inference
+	$(BIN)/sis-lightning bench sis50 timm:res2net50_26w_4s torchvision:resnet50 timm:res2next50 \
+		--mode train --rounds 13 --seconds 3 --name cpu-train
+	$(BIN)/sis-lightning bench --data
+
+bench-gpu: .venv/installed
+	$(BIN)/sis-lightning bench --operators --batch 256 --device cuda
+	$(BIN)/sis-lightning bench sis50+compile timm:res2net50_26w_4s timm:res2net50_26w_4s+compile sis50 \
+		torchvision:resnet50 --mode train --batch 256 --precision bf16 --device cuda --name gpu-train
+	$(BIN)/sis-lightning bench sis50+deploy+compile torchvision:resnet50 torchvision:resnet50+deploy+compile \
+		timm:res2net50_26w_4s+deploy+compile sis50+deploy --mode inference --batch 256 --precision bf16 --device cuda \
+		--name gpu-inference
+	$(BIN)/sis-lightning bench sis50+deploy+graphs torchvision:resnet50+deploy+graphs sis50+deploy --mode inference \
+		--batch 1 --precision bf16 --device cuda --name gpu-latency
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2

@@ -118,16 +118,20 @@ _packed: Any = WeakTensorKeyDictionary()
 
 
 def _fuses(x: Tensor) -> bool:
+    if _is_traced() or x.requires_grad or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
     backend: Any = torch.backends.mkldnn
     return bool(
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and backend.is_available()
+        backend.is_available()
         and backend.enabled
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-        and not (x.requires_grad or torch.is_autocast_enabled("cpu"))
+        and not torch.is_autocast_enabled("cpu")
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or exporter is reading along: it finds its own ways, and needs plain operations."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class FusedConv(nn.Module):
@@ -280,7 +284,7 @@ class DeployedSplit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, scale · width, H, W) → (N, scale · width, ⌈H/stride⌉, ⌈W/stride⌉), in place of x where they are alike."""
-        if not self.writes or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad:  # type: ignore[attr-defined, no-untyped-call]
+        if not self.writes or _is_traced() or x.requires_grad:
             # A compiler fuses the writes itself, and other norms than batch norm see an operator's whole output.
             return self._concatenate(x)
         splits = torch.split(x, self.width, dim=1)

@@ -123,7 +123,8 @@ def _need(*packages: str) -> None:
 def _examples(network: Exportable) -> list[Tensor]:
     """Images of the example's shape, and of others as far as these may differ."""
     generator = torch.Generator().manual_seed(0)
-    shape = list(network.shape)
+    # The exporter takes a size of one multiple for fixed.
+    shape = [max(size, 2 * network.multiples.get(axis, 0)) for axis, size in enumerate(network.shape)]
     other = [size + network.multiples.get(axis, 0) for axis, size in enumerate(shape)]
     return [torch.randn(size, generator=generator) for size in (shape, other)]
 

@@ -201,6 +201,7 @@ def test_export_says_what_is_missing(command, tmp_path):
 
 @pytest.mark.parametrize("name", operator_names())
 def test_operators_compile(name):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     operator = create_operator(name, 8, 8)
     compiled = torch.compile(operator, fullgraph=True)
@@ -222,3 +223,23 @@ def test_backbones_compile_into_one_graph(name, how):
     x = torch.randn(1, 3, 64, 64)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(model, compiled, x, 1e-4)
+
+
+@pytest.mark.parametrize("task", RUNS)
+def test_tasks_train_compiled_in_bfloat16(command, small, task, monkeypatch):
+    # By torch's own tracer and differentiation, without the code generator, whose minutes the operators' test spends.
+    real, modes = torch.compile, []
+
+    def traced(function, mode):
+        modes.append(mode)
+        return real(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    options = [*small(task, steps=2), "--model.compile_mode", "default", "--trainer.precision", "bf16-mixed"]
+    fit = command("fit", *options, "--run_dir", "run")
+    assert fit.code == 0, fit.err
+    assert modes == ["default"]
+    # A checkpoint of a compiled run is one of any run.
+    test = command("test", *small(task, steps=2), "--run_dir", "run")
+    assert test.code == 0, test.err

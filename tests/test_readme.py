@@ -49,7 +49,7 @@ def others(line: str) -> bool:
 
 
 @pytest.mark.parametrize("line", list(filter(others, COMMANDS)))
-def test_every_other_command_does_what_it_says(command, synthetic, line):
+def test_every_other_command_does_what_it_says(command, synthetic, small, line):
     words = [str(synthetic) if word == "/data/coco" else word for word in shlex.split(line)[1:]]
     annotations = synthetic / "coco" / "annotations" / "instances_val2017.json"
     shutil.copy(annotations, "instances_val2017.json")
@@ -58,6 +58,11 @@ def test_every_other_command_does_what_it_says(command, synthetic, line):
     Path("VOCdevkit").symlink_to(synthetic / "VOCdevkit")
     Path("comp4").mkdir()
     Path("comp4", "person.txt").write_text("")
+    if words[0] == "export":
+        run = Path(words[words.index("--ckpt") + 1]).parents[1]
+        assert command("fit", *small("seg_voc", steps=1), "--run_dir", run).code == 0
+    if words[0] == "bench":
+        words += ["--size", "32", "--rounds", "1", "--seconds", "0.01"]
     if words[0] == "fit" and "configs/overfit.yaml" in words:
         words += SMALLER["fit"]
     elif words[0] in ("fit", "test", "predict"):
