@@ -32,30 +32,31 @@ def deploy(model: _Model, *, inplace: bool = False) -> _Model:
 
     Args:
         model: A backbone, a classifier, a task, or any network after `replace_convs`.
-        inplace: Changes `model` instead of a copy.
+        inplace: Changes `model` instead of a copy (an operator or block by itself is not changed but replaced).
     """
     model = (model if inplace else copy.deepcopy(model)).eval().requires_grad_(False)
-    _deploy_children(model)
-    return model
+    deployed: _Model = _deployed(model)
+    return deployed
 
 
-def _deploy_children(parent: nn.Module) -> None:
-    """Replaces what has an inference form, from the outermost in."""
-    if isinstance(parent, Stem):
-        _fold(parent, "conv", "norm")
-        if isinstance(parent.norm, nn.Identity):
-            parent.conv = FusedConv(parent.conv, relu=True)  # type: ignore[assignment]
-            parent.relu = nn.Identity()  # type: ignore[assignment]
-    if isinstance(parent, nn.Sequential):
-        for (before, _), (after, _) in itertools.pairwise(list(parent.named_children())):
-            _fold(parent, before, after)
-    for name, child in list(parent.named_children()):
-        if isinstance(child, Bottleneck):
-            setattr(parent, name, DeployedBottleneck(child))
-        elif isinstance(child, SISOperator):
-            setattr(parent, name, DeployedOperator(child))
-        else:
-            _deploy_children(child)
+def _deployed(module: nn.Module) -> Any:
+    """A module's inference form: another one, or itself with those of its parts."""
+    if isinstance(module, Bottleneck):
+        return DeployedBottleneck(module)
+    if isinstance(module, SISOperator):
+        return DeployedOperator(module)
+    if isinstance(module, Stem):
+        _fold(module, "conv", "norm")
+        if isinstance(module.norm, nn.Identity) and isinstance(module.conv, nn.Conv2d):
+            module.conv = FusedConv(module.conv, relu=True)  # type: ignore[assignment]
+            module.relu = nn.Identity()  # type: ignore[assignment]
+    if isinstance(module, nn.Sequential):
+        for (before, _), (after, _) in itertools.pairwise(list(module.named_children())):
+            _fold(module, before, after)
+    if not isinstance(module, DeployedBottleneck | DeployedOperator):  # these are done
+        for name, child in list(module.named_children()):
+            setattr(module, name, _deployed(child))
+    return module
 
 
 def _fold(parent: nn.Module, conv: str, norm: str) -> None:
@@ -160,7 +161,7 @@ class DeployedBottleneck(nn.Module):
         super().__init__()
         _fold(block, "reduce", "reduce_norm")
         _fold(block, "expand", "expand_norm")
-        _deploy_children(block.shortcut)
+        _deployed(block.shortcut)
         self.folded = isinstance(block.reduce_norm, nn.Identity)
         self.reduce, self.reduce_norm = FusedConv(block.reduce, relu=self.folded), block.reduce_norm
         self.split = DeployedSplit(block.split)

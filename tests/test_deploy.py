@@ -132,6 +132,26 @@ def test_a_deployed_network_under_autocast_and_with_gradients():
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-4)
 
 
+def test_deploying_twice_and_an_operator_by_itself():
+    torch.manual_seed(0)
+    model = trained(create_backbone("sis_demo", **SHAPES["sis_demo"]))
+    assert_same(model, deploy(deploy(model)), torch.randn(1, 3, 64, 64), 1e-5)
+    operator = create_operator("interactive2", 8, 8)
+    deployed = deploy(operator)
+    assert isinstance(deployed, DeployedOperator)
+    assert_same(operator, deployed, torch.randn(1, 8, 9, 9), 1e-5)
+
+
+def test_maps_stay_as_they_were_returned():
+    # Blocks overwrite what is theirs alone: no map of a stage, nor the stem's.
+    for stem in ("imagenet", "cifar"):
+        model = trained(create_backbone("sis_demo", **SHAPES["sis_demo"], stem=stem))
+        x = torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            for name, value in deploy(model).pyramid(x).items():
+                torch.testing.assert_close(value, model.pyramid(x)[name], rtol=1e-4, atol=1e-4)
+
+
 def test_weights_that_change_later_are_seen():
     model = deploy(trained(create_backbone("sis_demo", **SHAPES["sis_demo"])))
     x = torch.randn(1, 3, 64, 64)
