@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sis_lightning import __version__
-from sis_lightning.configs import compose, config_names, load_named
+from sis_lightning.configs import config_names, resolve
 from sis_lightning.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -154,41 +154,6 @@ def _run(command: str, arguments: list[str]) -> int:
 
     run(command, layers, options)
     return 0
-
-
-def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Composes the files named by `--config`, `--data NAME` and `--trainer NAME`, and puts names of backbones in place.
-
-    Returns:
-        The composed YAML and the remaining options, ready for Lightning's parser.
-
-    Raises:
-        UsageError: For files that do not exist or parse.
-    """
-    files: list[str] = []
-    options: list[str] = []
-    named: dict[str, Any] = {}
-    rest = iter(arguments)
-    for argument in rest:
-        key, equals, value = argument.partition("=")
-        key = "--model.backbone" if key == "--model.init_args.backbone" else key
-        if key in ("-c", "--config", "--data", "--trainer", "--model.backbone"):
-            if not equals:
-                value = next(rest, "")
-            if not value or value.startswith("--"):
-                raise UsageError(f"{key} needs a file or a name after it")
-        if key in ("-c", "--config"):
-            files.append(value)
-        elif key in ("--data", "--trainer") and not value.lstrip().startswith("{") and "." not in value:
-            named[key[2:]] = load_named(key[2:], value)
-        elif key == "--model.backbone" and not value.lstrip().startswith("{"):
-            options += [key, json.dumps(load_named("backbone", value))]
-        else:
-            options += [f"{key}={value}"] if key in ("--data", "--trainer") else [argument]
-    composed = compose(files, named)
-    if files and "task" not in composed:
-        composed["task"] = files[0].rpartition("/")[2].partition(".")[0]
-    return composed, options
 
 
 def _check_torch() -> None:

@@ -15,8 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sis_lightning.bench.paired import Timing
 from sis_lightning.bench.report import Benchmark, benchmark
-from sis_lightning.cli import resolve
-from sis_lightning.configs import config_names
+from sis_lightning.configs import config_names, resolve
 from sis_lightning.datamodules import Batch, SISDataModule
 from sis_lightning.runs import run
 from sis_lightning.synthetic import write_synthetic
