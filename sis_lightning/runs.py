@@ -6,14 +6,13 @@ runs/TASK/BACKBONE-OPERATOR/seedN/
     csv/, tensorboard/  the logs of fit, test, …
     pictures/           predictions beside the truth, one a validation
     predictions/        what predict wrote
-    test.json           what test measured
+    test.json           what test measured, on which data, with which weights: a sealed record
     test_results/       the boxes or keypoints that it measured, in the format of COCO's or VOC's servers
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import warnings
 from math import isfinite
@@ -41,7 +40,7 @@ from sis_lightning.callbacks import (
     progress,
 )
 from sis_lightning.cluster import directory, starts
-from sis_lightning.cluster.checkpoints import SafeCheckpointIO
+from sis_lightning.cluster.checkpoints import RUN, SafeCheckpointIO
 from sis_lightning.cluster.logs import MetricsCSV
 from sis_lightning.cluster.resume import ExactResume, Stopped
 from sis_lightning.datamodules import SISDataModule
@@ -50,6 +49,7 @@ from sis_lightning.files import write_text
 from sis_lightning.malloc import keep_freed_memory
 from sis_lightning.metrics.gathered import GatheredScores
 from sis_lightning.parser import Parser, without_marks
+from sis_lightning.records import digest, digest_files, write_record
 from sis_lightning.tasks import BaseTask
 
 # What these say is either done on purpose here or said better by us.
@@ -294,30 +294,61 @@ class RunCLI(LightningCLI):
         say(f"checkpoint {path}, step {content['global_step']:,}")
         return str(path)
 
+    def _config_beside(self, checkpoint: Path) -> dict[str, Any]:
+        """The configuration of the run whose checkpoint it is; of a lone file, that of this command."""
+        path = checkpoint.parent.parent / "config.yaml"
+        content: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else self.resolved
+        return content
+
+    def _evidence(self, identity: str) -> dict[str, Any]:
+        """What a test's figures were measured with and on."""
+        data, task = self.datamodule, self.model
+        assert isinstance(data, SISDataModule)
+        assert isinstance(task, BaseTask)
+        path = Path(str(self.trainer.ckpt_path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        run = content.get(RUN, {})
+        trained = run.get("config") or self._config_beside(path)
+        begun = starts.read_starts(self.run_dir)
+        device = self.trainer.strategy.root_device
+        return {
+            "task": str(self._get(self.config, "task")),
+            "backbone": task.backbone_config.slug,
+            "data": {
+                **{"root": str(data.root), "identity": identity, "fingerprint": data.fingerprint("test")},
+                **{"images": task.tested_images, **data.notes},
+            },
+            "seed": trained.get("seed_everything"),
+            "config": trained,
+            "config_hash": digest(directory.settled(trained)),
+            "checkpoint": {
+                **{"file": str(path), "sha256": digest_files([path], path.parent)},
+                **{"step": content["global_step"], "epoch": content["epoch"], "finished": run.get("point") == "end"},
+            },
+            "training": {
+                "restarts": max(0, len(begun) - 1),
+                "seconds": sum(starts.seconds(start) or 0 for start in begun),
+                "devices": run.get("world_size"),
+            },
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        }
+
     def after_test(self) -> None:
         """Keeps what was measured, on what and with which weights."""
-        data = self.datamodule
+        data, task = self.datamodule, self.model
         assert isinstance(data, SISDataModule)
+        assert isinstance(task, BaseTask)
         if not self.trainer.is_global_zero:
             return
         identity = data.identity()
         metrics = {key: round(float(value), 8) for key, value in self.trainer.callback_metrics.items()}
-        scores = getattr(self.model, "test_metrics", None)
+        scores = task.test_metrics
         if isinstance(scores, GatheredScores):
             console.print(f"results in {data.write_results(scores.rows, self.run_dir / 'test_results')}")
-        shown = str(getattr(self.model, "monitor", "")).replace("val/", "test/")
-        record = {
-            "headline": shown,
-            # JSON has no NaN: a class that occurs nowhere has no IoU.
-            "metrics": {key: value if isfinite(value) else None for key, value in metrics.items()},
-            "data": {
-                **{"root": str(data.root), "identity": identity, "images": getattr(self.model, "tested_images", 0)},
-                **data.notes,
-            },
-            "checkpoint": str(self.trainer.ckpt_path),
-            "restarts": max(0, len(starts.read_starts(self.run_dir)) - 1),
-        }
-        write_text(self.run_dir / "test.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        shown = task.monitor.replace("val/", "test/")
+        # JSON has no NaN: a class that occurs nowhere has no IoU.
+        figures = {key: value if isfinite(value) else None for key, value in metrics.items()}
+        write_record(self.run_dir / "test.json", {"headline": shown, "metrics": figures, **self._evidence(identity)})
         if not metrics:
             console.print("no annotations to score against, so no figures: the results are for the data set's server")
             return

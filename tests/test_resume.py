@@ -345,7 +345,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(command, small, tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("config*.yaml")] == ["config.yaml"]
     test = command("test", *options)
     assert test.code == 0, test.err
-    assert json.loads((tmp_path / "run" / "test.json").read_text())["restarts"] == 0
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["training"]["restarts"] == 0
 
 
 def test_a_one_cycle_schedule_is_not_made_longer_by_a_resume(command, small, tmp_path):

@@ -113,6 +113,18 @@ def point_to_resume(
     return path, run
 
 
+def settled(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What of a configuration settles a run's result, by dotted keys: runs that agree in it differ by chance alone."""
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            plain |= settled(value, f"{name}.")
+        elif value is not None and not name.startswith((*_FREE_TO_CHANGE, "weights_only", "seed_everything")):
+            plain[name] = value
+    return plain
+
+
 def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The keys, dotted, whose values differ, with both."""
     if isinstance(before, dict) and isinstance(now, dict):

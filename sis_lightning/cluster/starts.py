@@ -68,6 +68,13 @@ def end(run: Path, how: str) -> None:
         write_text(run / "starts.json", json.dumps(starts, indent=1) + "\n")
 
 
+def seconds(start: Start) -> float | None:
+    """How long a start ran; None where nobody knows, as it was killed."""
+    if start["ended"] is None:
+        return None
+    return (datetime.fromisoformat(start["ended"]) - datetime.fromisoformat(start["began"])).total_seconds()
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

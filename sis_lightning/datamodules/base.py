@@ -34,6 +34,7 @@ from sis_lightning.cluster.signals import STOPPING
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import SYNTHETIC_MARKER
 from sis_lightning.metrics.gathered import Row, Truth
+from sis_lightning.records import digest_files
 from sis_lightning.synthetic import write_synthetic
 
 Sample = dict[str, Any]
@@ -93,6 +94,10 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Sample:
         """Decodes sample `index`: `image` (uint8, (3, H, W)), `name` (unique), and the task's targets."""
 
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """All that the samples are read from."""
+
     def checks(self) -> Iterator[Callable[[], Sample]]:
         """Decodes everything once, piece by piece, for `check-data`: each call may raise DataError."""
         return (functools.partial(self.__getitem__, index) for index in range(len(self)))
@@ -148,6 +153,10 @@ class FolderSource(Source):
     def __len__(self) -> int:
         """How many pictures there are."""
         return len(self.paths)
+
+    def files(self) -> Sequence[Path]:
+        """The pictures."""
+        return self.paths
 
     def __getitem__(self, index: int) -> Sample:
         """`image`, turned upright by its EXIF, and `name`, the path below the folder without its ending."""
@@ -362,6 +371,10 @@ class SISDataModule(LightningDataModule, ABC):
                 arguments = json.loads(marker.read_text())
                 return f"synthetic (seed {arguments.get('seed')}, {arguments.get('images')} images)"
         return self.provenance()
+
+    def fingerprint(self, split: Split) -> str:
+        """SHA-256 of the names and of every byte of the files that a split is read from."""
+        return digest_files(self.sources[split].files(), self.home)
 
     def provenance(self) -> str:
         """`official` where the files are proved to be the published ones, else `other`."""

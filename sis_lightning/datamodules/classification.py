@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,10 +114,13 @@ class _CIFARSource(Source):
         if outside:
             raise DataError(f"{path}: label {outside[0]} is outside of the {classes} classes in 'meta'")
         self.images = torch.from_numpy(data).view(-1, 3, 32, 32)
-        self.labels, self.split = labels, split
+        self.labels, self.split, self.path = labels, split, path
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def files(self) -> Sequence[Path]:
+        return [self.path]
 
     def __getitem__(self, index: int) -> Sample:
         image = tv_tensors.Image(self.images[index])
@@ -202,6 +206,9 @@ class _ImageFolderSource(Source):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def files(self) -> Sequence[Path]:
+        return [path for path, _ in self.samples]
 
     def __getitem__(self, index: int) -> Sample:
         path, label = self.samples[index]

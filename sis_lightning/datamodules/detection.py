@@ -33,6 +33,13 @@ class AnnotatedSource(Source):
     def __len__(self) -> int:
         return len(self.annotations)
 
+    def files(self) -> Sequence[Path]:
+        """Pictures, and what is said of them: COCO's one file, or VOC's for each picture."""
+        pictures, source = self.annotations.paths, self.annotations.source
+        if source.is_file():
+            return [*pictures, source]
+        return [*pictures, *(path.parents[1] / "Annotations" / f"{path.stem}.xml" for path in pictures)]
+
     def __getitem__(self, index: int) -> Sample:
         known = self.annotations
         objects = known.objects(index)

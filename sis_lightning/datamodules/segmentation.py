@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,9 @@ class _VOCSource(Source):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def files(self) -> Sequence[Path]:
+        return [*self.images, *self.masks]
 
     def checks(self) -> Iterator[Callable[[], Sample]]:
         """Every image that is there with its mask."""
