@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from rich.table import Table
 from sis_lightning.datamodules import AnnotatedDataModule, Sample, SISDataModule, Source
 from sis_lightning.datamodules.base import Split
 from sis_lightning.errors import DataError
+from sis_lightning.machine import usable_cores
 
 # COCO's limits between small, medium and large objects, in px².
 _SMALL, _LARGE = 32**2, 96**2
@@ -90,7 +90,7 @@ def _walk(source: Source, census: Census, data: SISDataModule) -> None:
 
     checks = source.checks()
     # Decoding leaves Python's lock, so that threads do; by the hundred, as ten thousand images fill memory.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         while batch := list(islice(checks, 100)):
             for result in pool.map(attempt, batch):
                 census.images += 1

@@ -260,6 +260,14 @@ def _submit(arguments: list[str]) -> int:
         value = getattr(chosen, key)
         if value is not None and value < (key != "gpus_per_node"):
             raise UsageError(f"--{key.replace('_', '-')} is {value}, must be at least {int(key != 'gpus_per_node')}")
+    for option in options:
+        key = option.partition("=")[0]
+        if key in ("--resume", "--overwrite"):
+            raise UsageError(
+                f"submit takes no {key}: a job that was put back into the queue goes on with its directory"
+            )
+        if key == "--run_dir" and chosen.array:
+            raise UsageError("--array gives every seed a directory of its own: leave --run_dir out")
     from sis_lightning.cluster import slurm
 
     cluster = slurm.read_cluster(chosen.cluster)
@@ -275,11 +283,8 @@ def _submit(arguments: list[str]) -> int:
     _check_torch()
     from sis_lightning.runs import run
 
-    # Everything is resolved here, so that what is wrong is said now and not when the job starts; a login node has no
-    # GPUs, so as if for one CPU.
-    here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
-    neutral = [f"--trainer.{key}={value}" for key, value in {**here, "sync_batchnorm": "false"}.items()]
-    cli = run(None, *resolve([*given, *neutral]))
+    # Everything is resolved here, so that what is wrong is said now and not when the job starts.
+    cli = run(None, *resolve(given))
     folder = cli.directory(None if seeds is None else "")
     text = slurm.submit(
         ["fit", *given, *([] if seeds is not None else [f"--run_dir={folder}"])],
@@ -383,7 +388,7 @@ def _measured(chosen: argparse.Namespace) -> Benchmark:
 
         return time_evaluators(chosen.images)
     _check_torch()
-    from sis_lightning.malloc import keep_freed_memory
+    from sis_lightning.machine import keep_freed_memory
 
     keep_freed_memory()
     if chosen.operators:
@@ -424,7 +429,10 @@ def _export(arguments: list[str]) -> int:
     done = export(layers, rest, chosen.ckpt, chosen.format, Path(chosen.out) if chosen.out else None)
     shapes = ", ".join("×".join(map(str, shape)) for shape in done.shapes)
     print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, verified with images {shapes}")
-    print(f"largest difference from the network {done.difference:.1g} of the largest output")
+    if done.difference is None:
+        print("note: nothing was found in these images, so that only the file's run was verified, not its outputs")
+    else:
+        print(f"largest difference from the network {done.difference:.1g} of the largest output")
     return 0
 
 

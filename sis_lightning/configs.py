@@ -124,7 +124,8 @@ def compose(paths: list[str], named: Layer | None = None) -> Layer:
 
     Args:
         paths: As the user typed them.
-        named: Objects in place of the first file's, such as another data set; overlays apply to them too.
+        named: Another data set in place of the first file's, to which overlays apply too; a trainer, which lies over
+            all files.
 
     Returns:
         Plain nested data without references, dotted keys or `for:` sections.
@@ -135,7 +136,10 @@ def compose(paths: list[str], named: Layer | None = None) -> Layer:
     composed: Layer = {}
     files = [PACKAGED / "configs" / "defaults.yaml", *map(find_config, paths)]
     layers = [(path, load_layer(path)) for path in files]
-    layers.insert(2, (PACKAGED, {key: {**value, _WHOLE: key != "trainer"} for key, value in (named or {}).items()}))
+    named = named or {}
+    # Another data set is part of what the overlays lie over; a trainer is what the run is given, over all files.
+    layers.insert(2, (PACKAGED, {key: {**value, _WHOLE: True} for key, value in named.items() if key != "trainer"}))
+    layers.append((PACKAGED, {key: value for key, value in named.items() if key == "trainer"}))
     for path, layer in layers:
         sections = layer.pop("for", {})
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):

@@ -37,12 +37,13 @@ class Exported:
     Attributes:
         path: The file.
         shapes: Of the images that it was verified with.
-        difference: The largest from the network's outputs, as a share of the largest output.
+        difference: The largest from the network's outputs, as a share of the largest output; None where these were
+            empty, as a detector's that found nothing.
     """
 
     path: Path
     shapes: list[tuple[int, ...]]
-    difference: float
+    difference: float | None
 
 
 def export(layers: dict[str, Any], options: list[str], checkpoint: str, kind: Format, out: Path | None) -> Exported:
@@ -80,14 +81,17 @@ def export(layers: dict[str, Any], options: list[str], checkpoint: str, kind: Fo
     examples = _examples(network)
     wanted = [_run(network.module, example) for example in examples]  # before deploying, which changes the module
     deploy(network.module, inplace=True)
-    target = out or cli.directory() / f"model.{kind}"
+    own = Path(path).parent
+    target = out or (own.parent if own.name == "checkpoints" else cli.directory()) / f"model.{kind}"
+    # Of photographs sorted into folders, the run's settings say how they are brought to the network's size.
+    seen = [" ".join(str(transform).split()) for transform in [getattr(data, "preparation", None)] if transform]
     metadata = {
         "task": type(task).__name__,
         "backbone": task.backbone_config.slug,
         "classes": task.class_names,
         "input": {"name": "image", "type": "float32", "colour": "RGB", **network.input},
         "preprocessing": f"pixels of 0…1, less mean {list(data.mean)}, by standard deviation {list(data.std)}; "
-        + network.preprocessing,
+        + (f"before that {seen[0]} of torchvision" if seen else network.preprocessing),
         "outputs": network.outputs,
         "checkpoint": {"file": Path(path).name, "step": content["global_step"]},
         "sis_lightning": __version__,
@@ -100,16 +104,15 @@ def export(layers: dict[str, Any], options: list[str], checkpoint: str, kind: Fo
             warnings.simplefilter("ignore")  # of the exporters themselves, of what does not concern the file
             write = _write_onnx if kind == "onnx" else _write_pt2
             again = write(network, examples[0], partial, json.dumps(metadata, ensure_ascii=False))
-        difference = 0.0
-        for example, want in zip(examples, wanted, strict=True):
-            difference = max(difference, _difference(want, again(example)))
-        if not difference <= TOLERANCE:
-            raise DataError(f"{target} was not written: its outputs differ by {difference:.2g} from the network's")
+        found = [_difference(want, again(example)) for example, want in zip(examples, wanted, strict=True)]
+        differences = [difference for difference in found if difference is not None]
+        if not all(difference <= TOLERANCE for difference in differences):  # NaN neither
+            raise DataError(f"{target} was not written: its outputs differ from the network's, by {differences}")
         partial.replace(target)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-    return Exported(target, [tuple(example.shape) for example in examples], difference)
+    return Exported(target, [tuple(example.shape) for example in examples], max(differences, default=None))
 
 
 def _need(*packages: str) -> None:
@@ -135,17 +138,16 @@ def _run(module: nn.Module, image: Tensor) -> list[Tensor]:
     return list(result) if isinstance(result, tuple | list) else [result]
 
 
-def _difference(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+def _difference(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float | None:
+    """As a share of the largest output; infinite for other shapes, NaN where there is one, None where all is empty."""
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
         return float("inf")
-    return max(
-        (
-            float((one - other).abs().max() / one.abs().max().clamp_min(1e-12))
-            for one, other in zip(wanted, got, strict=True)
-            if one.numel()
-        ),
-        default=0.0,
-    )
+    shares = [
+        (one - other).abs().max() / one.abs().max().clamp_min(1e-12)
+        for one, other in zip(wanted, got, strict=True)
+        if one.numel()
+    ]
+    return float(torch.stack(shares).max()) if shares else None
 
 
 def _write_pt2(network: Exportable, image: Tensor, path: Path, metadata: str) -> Callable[[Tensor], list[Tensor]]:
@@ -160,7 +162,7 @@ def _write_pt2(network: Exportable, image: Tensor, path: Path, metadata: str) ->
 
 def _dimension(axis: int, multiple: int) -> Any:
     # The exporter finds the bounds of what may have any size; that it took nothing for fixed, the verification shows.
-    return Dim.AUTO if multiple == 1 else multiple * Dim({2: "rows", 3: "columns"}[axis], min=1, max=256)
+    return Dim.AUTO if multiple == 1 else multiple * Dim({2: "rows", 3: "columns"}[axis], min=1, max=4096)
 
 
 def _write_onnx(network: Exportable, image: Tensor, path: Path, metadata: str) -> Callable[[Tensor], list[Tensor]]:

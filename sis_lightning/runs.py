@@ -23,6 +23,7 @@ import torch
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -46,7 +47,7 @@ from sis_lightning.cluster.resume import ExactResume, Stopped
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import write_text
-from sis_lightning.malloc import keep_freed_memory
+from sis_lightning.machine import keep_freed_memory
 from sis_lightning.metrics.gathered import GatheredScores
 from sis_lightning.parser import Parser, without_marks
 from sis_lightning.records import digest, digest_files, write_record
@@ -123,7 +124,7 @@ class RunCLI(LightningCLI):
         self.run_dir = self.directory()
         log = str(self.subcommand)
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir), "plugins": [SafeCheckpointIO()]}
-        if SLURMEnvironment.detect():
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # Lightning's own requeues from within the signal, which has torn checkpoints.
             extra["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if self.subcommand == "fit":
@@ -197,8 +198,6 @@ class RunCLI(LightningCLI):
         if not overwrite:
             changed = self._get(self.config, "resume_changed")
             self.resumed = directory.point_to_resume(self.run_dir, resume, self.resolved, changed, say)
-        elif first_rank():
-            directory.remove_run(self.run_dir)
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -213,7 +212,8 @@ class RunCLI(LightningCLI):
         if not self.datamodule.to_be_made:
             self.datamodule.setup(subcommand)
         if self.resumed and self.resumed[1]["point"] == "end" and not self._get(self.config, "resume_changed"):
-            say(f"{self.run_dir} is finished: {self.resumed[1]['step']:,} steps, {self.resumed[0]}")
+            path, run = self.resumed
+            say(f"{path.parent.parent} is finished: {run['step']:,} steps, {path}")
             return
         try:
             super()._run_subcommand(subcommand)
@@ -227,11 +227,16 @@ class RunCLI(LightningCLI):
                 raise KeyboardInterrupt from None  # Lightning makes an exit with code 1 of it
             raise
         if subcommand == "fit" and first_rank():
-            starts.end(self.run_dir, "finished")
+            resume = next(callback for callback in self.trainer.callbacks if isinstance(callback, ExactResume))  # type: ignore[attr-defined]
+            starts.end(self.run_dir, "finished" if resume.ended else "stopped early")
 
     def before_fit(self) -> None:
         """Keeps the resolved configuration of every start: `config.yaml` of the first, `config-2.yaml` and so on."""
         if self.trainer.is_global_zero:
+            if self._get(self.config, "overwrite"):  # only now is it known that there will be another
+                directory.remove_run(self.run_dir)
+            if self.resumed:
+                directory.set_aside(self.run_dir, *self.resumed)
             earlier = len(list(self.run_dir.glob("config*.yaml"))) if self.resumed else 0
             name = f"config-{earlier + 1}.yaml" if earlier else "config.yaml"
             write_text(self.run_dir / name, yaml.safe_dump(self.resolved, sort_keys=False))
@@ -309,7 +314,8 @@ class RunCLI(LightningCLI):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         run = content.get(RUN, {})
         trained = run.get("config") or self._config_beside(path)
-        begun = starts.read_starts(self.run_dir)
+        begun = starts.read_starts(path.parent.parent if path.parent.name == "checkpoints" else self.run_dir)
+        seconds = [starts.seconds(start) for start in begun]
         device = self.trainer.strategy.root_device
         return {
             "task": str(self._get(self.config, "task")),
@@ -327,7 +333,8 @@ class RunCLI(LightningCLI):
             },
             "training": {
                 "restarts": max(0, len(begun) - 1),
-                "seconds": sum(starts.seconds(start) or 0 for start in begun),
+                # Nobody knows how long a start ran that was killed.
+                "seconds": None if None in seconds else sum(second or 0 for second in seconds),
                 "devices": run.get("world_size"),
             },
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -400,6 +407,9 @@ def run(subcommand: str | None, layers: dict[str, Any], options: list[str]) -> R
     command = [subcommand] if subcommand else []
     if subcommand is None:  # what a run's config.yaml holds of its subcommand alone
         layers = {key: value for key, value in layers.items() if key not in ("ckpt_path", "weights_only", "verbose")}
+        # Nothing is run: on a machine without the devices that a run asks for too.
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+        options = [*options, *(f"--trainer.{key}={value}" for key, value in {**here, "sync_batchnorm": False}.items())]
     try:
         return RunCLI(
             BaseTask,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from sis_lightning.configs import PACKAGED, compose, config_names, find_config, load_layer, merge
+from sis_lightning.configs import PACKAGED, compose, config_names, find_config, load_layer, merge, resolve
 from sis_lightning.errors import UsageError
 
 TASKS = config_names("tasks")
@@ -40,6 +40,14 @@ def test_a_named_backbone_replaces_all_of_the_old_one(command, task, backbone):
     got = yaml.safe_load(result.out)["model"]["init_args"]["backbone"]
     want = load_layer(find_config(backbone, "configs/backbones"))
     assert got == {**want, "operator": "recurrent2", "steps": 3}
+
+
+def test_a_trainer_lies_over_all_files():
+    files = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml"]
+    for order in ([*files, "--trainer", "gpu"], ["--trainer", "gpu", *files]):
+        layers, _ = resolve(order)
+        assert layers["trainer"]["accelerator"] == "gpu"
+        assert layers["trainer"]["max_steps"] == 2000
 
 
 @pytest.mark.parametrize("trainer", config_names("configs/trainers"))

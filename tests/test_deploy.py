@@ -15,6 +15,7 @@ from torchvision.models import resnet18
 from sis_lightning import create_backbone, create_operator, replace_convs
 from sis_lightning.backbones import backbone_config, create_segmenter
 from sis_lightning.deploy import DeployedOperator, deploy
+from sis_lightning.export import TOLERANCE, _difference
 from sis_lightning.operators import SISOperator, operator_names
 
 SHAPES = {
@@ -187,7 +188,9 @@ def test_a_run_is_tested_deployed_and_exported(command, small, tmp_path, task):
     again = json.loads(Path("run/test.json").read_text())
     assert again["metrics"] == pytest.approx(record["metrics"], abs=0.01)
     for kind in RUNS[task]:
-        result = command("export", "--ckpt", "run/checkpoints/last.ckpt", "--format", kind)
+        # As on a machine without the devices that the run was trained on.
+        gpu = ["--trainer.accelerator", "gpu", "--trainer.devices", "4"]
+        result = command("export", "--ckpt", "run/checkpoints/last.ckpt", "--format", kind, *gpu)
         assert result.code == 0, result.err
         assert f"run/model.{kind}" in result.out
         assert "verified with images" in result.out
@@ -205,6 +208,15 @@ def test_a_run_is_tested_deployed_and_exported(command, small, tmp_path, task):
         assert refused.code == 2
         assert "Take --format onnx" in refused.err
     assert [path.name for path in Path("run").glob(".*partial")] == []
+
+
+def test_a_file_that_puts_out_nan_is_no_verified_file():
+    numbers, broken = torch.tensor([1.0, 2.0]), torch.tensor([float("nan"), 2.0])
+    assert _difference([numbers, numbers], [numbers, numbers]) == 0
+    assert not _difference([numbers, numbers], [broken, numbers]) <= TOLERANCE
+    assert not _difference([numbers, numbers], [numbers, broken]) <= TOLERANCE
+    assert _difference([numbers], [numbers[:1]]) == float("inf")
+    assert _difference([numbers[:0]], [numbers[:0]]) is None
 
 
 def test_export_says_what_is_missing(command, tmp_path):
@@ -243,6 +255,19 @@ def test_backbones_compile_into_one_graph(name, how):
     x = torch.randn(1, 3, 64, 64)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same(model, compiled, x, 1e-4)
+
+
+def test_a_copy_of_a_compiled_backbone_runs_its_own_weights():
+    model = trained(create_backbone("sis_demo", **SHAPES["sis_demo"]))
+    model.compile(backend="eager")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        copied = deploy(model)
+        want = copied(x)["c2"].clone()
+        for weight in model.parameters():
+            weight.zero_()
+        torch.testing.assert_close(copied(x)["c2"], want)
+        assert not torch.allclose(model(x)["c2"], want)
 
 
 @pytest.mark.parametrize("task", RUNS)

@@ -152,6 +152,11 @@ def test_a_log_goes_on_without_losing_or_doubling_a_row(tmp_path_factory, rows, 
             return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
     assert values(resumed.path) == values(undisturbed.path)
+    # Into another directory: its file has none of the rows before.
+    moved = MetricsCSV(folder / "c")
+    moved.resume(kept)
+    write(moved, kept, len(rows))
+    assert moved.rows == len(values(moved.path)) == len(rows) - kept
 
 
 # data
@@ -348,6 +353,56 @@ def test_overwrite_leaves_nothing_of_the_run_before(command, small, tmp_path):
     assert json.loads((tmp_path / "run" / "test.json").read_text())["training"]["restarts"] == 0
 
 
+def test_overwrite_loses_nothing_where_the_new_run_cannot_begin(command, small, tmp_path):
+    options = [*small("seg_voc", steps=3), "--run_dir", "run"]
+    assert command("fit", *options).code == 0
+    nowhere = ["--data.root", tmp_path / "gone", "--data.synthetic", "null"]
+    for wrong in (nowhere, *([] if torch.cuda.is_available() else [["--trainer.accelerator", "gpu"]])):
+        refused = command("fit", *options, "--overwrite", "true", *wrong)
+        assert refused.code in (1, 2), refused.out
+        assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+        assert len(read_starts(tmp_path / "run")) == 1
+
+
+def test_a_limit_of_time_is_not_the_end(command, small, tmp_path):
+    options = [*small("seg_voc", steps=1500), "--run_dir", "run", "--resume", "auto"]
+    options += ["--trainer.check_val_every_n_epoch", "1000"]
+    stopped = command("fit", *options, "--trainer.max_time", "00:00:00:04", "--checkpoint_every", "1")
+    assert stopped.code == 0, stopped.err
+    assert "stopped before its end" in stopped.out
+    assert read_starts(tmp_path / "run")[-1]["how"] == "stopped early"
+    again = command("fit", *options, "--resume_changed", "true")
+    assert again.code == 0, again.err
+    assert read_starts(tmp_path / "run")[-1]["from_step"] > 0
+    assert read_starts(tmp_path / "run")[-1]["how"] == "finished"
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 1500
+
+
+def test_going_back_sets_aside_what_came_later(command, small, tmp_path):
+    options = [*small("seg_voc", steps=8), "--run_dir", "run", "--checkpoint_every", "1"]
+    assert command("fit", *options).code == 0
+    want, folder = weights(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    early = sorted(folder.glob("step-*.ckpt"))[0]
+    result = command("fit", *options, "--resume", early)
+    assert result.code == 0, result.err
+    assert {path.name for path in folder.glob("*.set-aside")} >= {"last.ckpt.set-aside"}
+    assert early.is_file() or len(list(folder.glob("step-*.ckpt"))) == 2
+    assert same(weights(tmp_path / "run"), want)
+
+
+def test_another_validation_schedule_is_refused_in_words(command, small, tmp_path):
+    options = [*small("seg_voc", steps=12), "--run_dir", "run", "--resume", "auto"]
+    assert command("fit", *options).code == 0
+    folder = tmp_path / "run" / "checkpoints"
+    for path in (folder / "last.ckpt", sorted(folder.glob("step-*.ckpt"))[-1]):
+        path.unlink()
+    assert read_checkpoint(*folder.glob("step-*.ckpt"))[RUN]["point"] == "validation"
+    changed = ["--trainer.check_val_every_n_epoch", "5", "--resume_changed", "true"]
+    refused = command("fit", *options, *changed)
+    assert refused.code == 2, refused.out
+    assert "keep trainer.check_val_every_n_epoch" in refused.err
+
+
 def test_a_one_cycle_schedule_is_not_made_longer_by_a_resume(command, small, tmp_path):
     options = [*small("cls_cifar100", steps=6), "--run_dir", "run", "--checkpoint_every", "1"]
     one_cycle = ["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.1"]
@@ -413,6 +468,11 @@ def test_a_job_goes_back_into_the_queue_a_bounded_number_of_times(scontrol, tmp_
     assert "not in a SLURM job" in requeue(tmp_path, 5, 3)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     begin(tmp_path, 4)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(tmp_path))  # as in a container without SLURM's commands
+    assert "scontrol cannot be run here" in requeue(tmp_path, 5, 3)
+    assert read_starts(tmp_path)[-1]["how"] == "requeue failed"
+    monkeypatch.setenv("PATH", path)
     assert "made no step" in requeue(tmp_path, 4, 3)
     assert not scontrol.exists()
     assert "back in the queue (restart 1)" in requeue(tmp_path, 5, 3)

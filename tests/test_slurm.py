@@ -67,6 +67,9 @@ def test_the_script_can_be_read(command, tmp_path):
         (["--nodes", "0"], "--nodes is 0"),
         (["--cluster", "nowhere"], "no configuration file 'nowhere'"),
         (["--model.backbone.operator", "basik"], "basik"),
+        (["--overwrite", "true"], "submit takes no --overwrite"),
+        (["--resume=never"], "submit takes no --resume"),
+        (["--array", "seeds=0,1", "--run_dir", "here"], "leave --run_dir out"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_job_starts(command, arguments, words):
@@ -104,6 +107,7 @@ def test_status_of_runs(command, small, tmp_path):
         if how:
             end(tmp_path / "runs" / name, how)
     begin(tmp_path / "runs" / "killed", 5)
+    (tmp_path / "runs" / "jobs.txt").write_text("123\n")  # of an array, whose elements speak for themselves
     result = command("status", "--json")
     assert result.code == 0, result.err
     rows = {Path(row["run"]).name: row for row in json.loads(result.out)}

@@ -7,6 +7,7 @@ paper, which puts an operator in place of each 3×3 of the bottleneck.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,7 @@ class Backbone(nn.Module):
         if output_stride not in (8, 16, 32):
             raise UsageError(f"output_stride is {output_stride}, must be 8, 16 or 32")
         self.config, self.output_stride = config, output_stride
+        self._compiled: Callable[..., dict[str, Tensor]] | None = None
         self.stem = Stem(config)
         self.pool = nn.MaxPool2d(3, 2, padding=1) if config.stem == "imagenet" else nn.Identity()
         stride, dilation = (4, 1) if config.stem == "imagenet" else (1, 1)
@@ -206,6 +208,10 @@ class Backbone(nn.Module):
 
     def pyramid(self, x: Tensor, last: str = "") -> dict[str, Tensor]:
         """As `forward`, with the stem's map before pooling as `c1`; stages behind map `last` are not run."""
+        maps: dict[str, Tensor] = self._compiled(self, x, last) if self._compiled else self._pyramid(x, last)
+        return maps
+
+    def _pyramid(self, x: Tensor, last: str) -> dict[str, Tensor]:
         y = self.stem(x)
         maps = {"c1": y}
         y = self.pool(y)
@@ -224,7 +230,8 @@ class Backbone(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles what all else calls, `pyramid`, by `torch.compile` with its arguments; the keys stay as they are."""
-        self.pyramid = torch.compile(type(self).pyramid.__get__(self), *args, **kwargs)  # type: ignore[method-assign]
+        # Of the class, not of this object: a copy must not run the original's weights.
+        self._compiled = torch.compile(type(self)._pyramid, *args, **kwargs)
 
     def describe(self) -> str:
         """One line for people: which stages hold the operator, which a plain conv and why."""

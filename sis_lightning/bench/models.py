@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -168,6 +169,8 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
         UsageError: For what cannot be built.
     """
     contenders = [Contender.parse(name) for name in names]
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {settings.device}: torch sees no GPU here")
     works = [work(contender, settings) for contender in contenders]
     on_gpu = settings.device.startswith("cuda")
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
@@ -188,7 +191,7 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
         claims.append(f"{contenders[0].text} is {_said(ratio.verdict)} {contender.text} ({ratio}).")
     what = {"train": "training steps", "inference": "inference"}[settings.mode]
     command = f"sis-lightning bench {' '.join(names)} " + " ".join(
-        f"--{key} {value}" for key, value in asdict(settings).items()
+        f"--{key} {value}" for key, value in {**asdict(settings), "rounds": rounds, "seconds": seconds}.items()
     )
     where = f" on {torch.cuda.get_device_name()}" if on_gpu else f", {torch.get_num_threads()} threads"
     slug = "-vs-".join(text.replace(":", "_") for text in names)
@@ -222,6 +225,7 @@ def _row(contender: Contender, timing: Timing, settings: Settings) -> dict[str, 
 def peak_memory(contender: Contender, settings: Settings) -> float | None:
     """Bytes that two steps need at most, weights included: of the GPU; on a CPU of a process of its own, by Linux."""
     if settings.device.startswith("cuda"):
+        gc.collect()  # compiled networks are cycles
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

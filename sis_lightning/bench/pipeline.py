@@ -42,8 +42,7 @@ def _batches(data: SISDataModule) -> Iterator[Batch]:
 def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
     """Decoding and augmenting of every task's recipe on one core, against the network that it feeds on this machine.
 
-    The pictures are synthetic, 500 px wide (CIFAR's 32), in the real formats; batches are those of the recipe, the
-    network's of 2.
+    The pictures are synthetic, 500 px wide (CIFAR's 32), in the real formats; batches are of 16, the network's of 2.
 
     Args:
         seconds: Of loading.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
+from sis_lightning.machine import usable_cores
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,9 @@ def _machine() -> dict[str, str | int]:
     except OSError:  # not on Linux
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    # The cores that this process may use, not those of the machine.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ def claim(folder: Path) -> None:
         DataError: Where it cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = FileLock(folder / ".lock", timeout=0)
+    # Not by mere existence of a file, where a disk has no locks: a killed job's would bar it on every other host.
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -40,7 +42,11 @@ def claim(folder: Path) -> None:
         raise UsageError(
             f"another fit is writing into {folder}: wait for it, or take another directory (--run_dir DIR)"
         ) from None
+    except NotImplementedError:  # a disk without locks: nobody can be told from another
+        return
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP):
+            return
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     _held.append((lock, folder, made))
 
@@ -63,6 +69,18 @@ def remove_run(folder: Path) -> None:
         shutil.rmtree(folder / part, ignore_errors=True)
     for path in (folder / "test.json", folder / "starts.json", *folder.glob("config*.yaml")):
         path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, path: Path, run: dict[str, Any]) -> None:
+    """Renames what a run wrote after the checkpoint `path` of its own, from which it now takes another course."""
+    if path.resolve().parent != (folder / "checkpoints").resolve():
+        return
+    for other in path.parent.glob("*.ckpt"):
+        if other.name == "best.ckpt" or other.samefile(path):
+            continue
+        with contextlib.suppress(DataError):
+            if read_checkpoint(other).get(RUN, {}).get("batches", 0) > run["batches"]:
+                other.rename(other.with_name(f"{other.name}.set-aside"))
 
 
 def point_to_resume(

@@ -86,6 +86,7 @@ class MetricsCSV(Logger):
         self._started = True
         columns, rows = self._read()
         kept = rows[: self._keep]
+        self.rows -= self._keep - len(kept)  # another directory's file, or one that lost rows with its machine
         # Columns that only rows after the kept ones had will come again, in the order in which they came.
         used = {key for row in kept for key, value in row.items() if value}
         self.columns = [key for key in columns if key in used or key in ("epoch", "step")] or self.columns

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from sis_lightning.cluster.checkpoints import RUN, Checkpoint, sync_folder
 from sis_lightning.cluster.logs import MetricsCSV
 from sis_lightning.cluster.signals import StopRequest
 from sis_lightning.datamodules.base import sample_seed
-from sis_lightning.errors import UserError
+from sis_lightning.errors import DataError, UsageError, UserError
 
 
 class Stopped(UserError):  # noqa: N818 - as KeyboardInterrupt, it is no error
@@ -44,6 +46,7 @@ class ExactResume(Callback):
 
     Attributes:
         last_good: The newest file that is surely whole.
+        ended: Whether the schedule came to its end, rather than to a limit of time.
 
     Args:
         folder: Where checkpoints lie.
@@ -73,6 +76,8 @@ class ExactResume(Callback):
         self._saved_at = -1
         self._asked: tuple[torch.Tensor, Any] | None = None
         self.last_good: Path | None = None
+        self.ended = False
+        self._point_of_ranks: tuple[Any, ...] = ()
 
     # What Lightning calls, in the order of a run.
 
@@ -86,6 +91,8 @@ class ExactResume(Callback):
         else:
             self._resumed = run
         self._saved_at = run["batches"]
+        self._point_of_ranks = (run["point"], run["step"], run["batches"])
+        self.last_good = Path(str(trainer.ckpt_path))
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.resume(run["csv_rows"])
@@ -96,8 +103,20 @@ class ExactResume(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signals from Lightning."""
+        """Takes over the signals from Lightning.
+
+        Raises:
+            DataError: Where the ranks would go on from different checkpoints, as on disks that not all of them share.
+        """
         self.request.listen()
+        if trainer.world_size > 1:
+            points: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(points, self._point_of_ranks)
+            if len(set(points)) > 1:
+                raise DataError(
+                    f"the ranks go on from different checkpoints, {points} (point, step, batches):\n"
+                    f"  do all of them see the same {self.folder}?"
+                )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before a batch: returns to the checkpoint's point, or takes one; then seeds the step."""
@@ -125,15 +144,33 @@ class ExactResume(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Nothing is lost by stopping here: the checkpoint was taken before the validation."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.request.number:
-            self._stop(trainer, self.request.number)
+        """Stops in a validation too: the checkpoint was taken before it (in mid-accumulation, some batches before).
+
+        The ranks have not all as many batches here, so that they cannot agree: the first stops for all.
+        """
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self.request.number:
+            return
+        if trainer.is_global_zero:
+            try:
+                self._stop(trainer, self.request.number)
+            finally:
+                launcher = trainer.strategy.launcher
+                if isinstance(launcher, _SubprocessScriptLauncher):  # they wait for this rank
+                    launcher.kill(signal.SIGKILL)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The end of the schedule: `last.ckpt`, which `test` takes."""
+        """The end of the schedule: `last.ckpt`, which `test` takes.
+
+        Where it was a limit of time that ended the run, the last checkpoint stays what it can be gone on from.
+        """
         if self._asked is not None:
             self._asked[1].wait()
         self.request.deafen()  # before Lightning, which signals were taken from, puts back what was there before it
+        self.ended = _has_ended(trainer)
+        if not self.ended:
+            then = f"goes on from {self.last_good}" if self.last_good else "begins anew: no checkpoint was due yet"
+            self.report(f"stopped before its end; --resume auto {then}")
+            return
         self._point = "end"
         trainer.save_checkpoint(self.folder / "last.ckpt")
         self.last_good = self.folder / "last.ckpt"
@@ -188,7 +225,11 @@ class ExactResume(Callback):
         """At the first point after a resume: all counts as they were."""
         if self._resumed is None:
             return
-        assert self._resumed["point"] == point, (self._resumed["point"], point)
+        if self._resumed["point"] != point:
+            raise UsageError(
+                f"the checkpoint was taken before a {self._resumed['point']}, where this configuration has a {point}:\n"
+                "  keep trainer.check_val_every_n_epoch and trainer.val_check_interval as they were"
+            )
         state = self._resumed["progress"]
         _put_back(trainer.fit_loop, state)
         self._resumed = None
@@ -214,7 +255,8 @@ class ExactResume(Callback):
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, link)
                 link.replace(self.folder / "last.ckpt")
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+            others = sorted(other for other in self.folder.glob("step-*.ckpt") if other != path)
+            for old in others[: 1 - self.keep]:
                 old.unlink(missing_ok=True)
             sync_folder(self.folder)
 
@@ -242,6 +284,16 @@ class ExactResume(Callback):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+
+
+def _has_ended(trainer: Trainer) -> bool:
+    """Whether a run came to the end of its schedule, or stopped early because it learnt no more."""
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    return (
+        (steps != -1 and trainer.global_step >= steps)
+        or (epochs not in (None, -1) and trainer.fit_loop.epoch_progress.current.completed >= epochs)
+        or any(isinstance(callback, EarlyStopping) and callback.stopped_epoch for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    )
 
 
 def _put_back(loop: _Loop, state: dict[str, Any], prefix: str = "") -> None:

@@ -126,7 +126,8 @@ def script(
     start = [*shlex.split(cluster.container or ""), cluster.python, "-m", "sis_lightning", *command]
     lines += [
         "# SLURM's signal before the time limit can come before Python is up: until then it is ignored.",
-        'srun --kill-on-bad-exit=1 bash -c \'trap "" USR1; exec "$@"\' - \\',
+        # Since SLURM 22.05 srun does not take it from the job.
+        f'srun --cpus-per-task={cluster.cpus_per_task} --kill-on-bad-exit=1 bash -c \'trap "" USR1; exec "$@"\' - \\',
         "  " + " \\\n  ".join([" ".join(map(shlex.quote, start)), *seed]),
     ]
     return "\n".join(lines) + "\n"
@@ -206,6 +207,12 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _number(job: str | None) -> int:
+    """Jobs are numbered as they come; of an array, all elements alike."""
+    number = (job or "").partition("_")[0]
+    return int(number) if number.isdigit() else -1
+
+
 def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """How runs fare: each directory below `folders` that a fit has begun in or a job was submitted from.
 
@@ -218,6 +225,8 @@ def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
             raise DataError(f"{folder}: no such directory")
         runs += sorted({path.parent for name in ("starts.json", "jobs.txt") for path in folder.rglob(name)})
     begun = {run: read_starts(run) for run in runs}
+    # An array's own folder says nothing that its elements do not say.
+    runs = [run for run in runs if begun[run] or not any(run in other.parents and begun[other] for other in runs)]
     submitted = {run: (run / "jobs.txt").read_text().split() if (run / "jobs.txt").is_file() else [] for run in runs}
     said = states(
         [job for run in runs for job in submitted[run]] + [s["job"] for r in runs for s in begun[r] if s["job"]]
@@ -225,7 +234,7 @@ def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         starts = begun[run]
-        job = starts[-1]["job"] if starts else next(reversed(submitted[run]), None)
+        job = max([starts[-1]["job"] if starts else None, *submitted[run][-1:]], key=_number)
         state = said.get(job or "")
         if state in (None, "completed", "failed", "cancelled", "timeout", "node_fail", "requeued"):
             ended = starts[-1]["how"] if starts else None

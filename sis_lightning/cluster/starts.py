@@ -95,7 +95,11 @@ def requeue(run: Path, step: int, max_restarts: int) -> str:
     if starts and step <= starts[-1]["from_step"]:
         return f"job {job} made no step since its last start: not put back into the queue"
     end(run, "requeued")
-    result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:  # as in a container that has not SLURM's commands
+        end(run, "requeue failed")
+        return f"scontrol cannot be run here ({error.strerror}): submit again, it goes on"
     if result.returncode:
         end(run, "requeue failed")
         return f"scontrol requeue {job} failed: {result.stderr.strip()}"
@@ -110,6 +114,8 @@ def is_running(run: Path) -> bool:
     try:
         with FileLock(lock, timeout=0):
             return False
+    except PermissionError:  # another user's: nobody can tell
+        return False
     except (Timeout, OSError):
         return True
 

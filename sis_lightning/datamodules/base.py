@@ -33,6 +33,7 @@ from sis_lightning.annotations import Defect
 from sis_lightning.cluster.signals import STOPPING
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import SYNTHETIC_MARKER
+from sis_lightning.machine import usable_cores
 from sis_lightning.metrics.gathered import Row, Truth
 from sis_lightning.records import digest_files
 from sis_lightning.synthetic import write_synthetic
@@ -509,7 +510,7 @@ class SISDataModule(LightningDataModule, ABC):
 
     def _loader(self, dataset: _Augmented, sampler: Sampler[tuple[int, int]], batch_size: int) -> DataLoader[Sample]:
         training = isinstance(sampler, EpochSampler)
-        workers = min(self.num_workers, len(os.sched_getaffinity(0)))  # more than cores only get in each other's way
+        workers = min(self.num_workers, usable_cores())  # more than cores only get in each other's way
         return DataLoader(
             dataset,
             batch_size=batch_size,

@@ -70,8 +70,7 @@ class ClassificationTask(BaseTask):
             shape=(2, 3, height, width),
             multiples={0: 1, 2: 1, 3: 1},
             input={"shape": "(N, 3, H, W)"},
-            preprocessing=f"{height}×{width} as in training (CIFAR as it is; photographs: the shorter side to 8/7 of "
-            "that, then its centre)",
+            preprocessing=f"{height}×{width} px as in training",
             outputs={"logits": "(N, classes); softmax gives probabilities"},
         )
 

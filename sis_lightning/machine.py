@@ -1,9 +1,14 @@
-"""glibc's allocator, told to keep what is freed. Imports nothing heavy."""
+"""What this process may use of the machine that it runs on. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:
