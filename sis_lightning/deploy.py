@@ -48,8 +48,8 @@ def _deployed(module: nn.Module) -> Any:
     if isinstance(module, Stem):
         _fold(module, "conv", "norm")
         if isinstance(module.norm, nn.Identity) and isinstance(module.conv, nn.Conv2d):
-            module.conv = FusedConv(module.conv, relu=True)  # type: ignore[assignment]
-            module.relu = nn.Identity()  # type: ignore[assignment]
+            module.add_module("conv", FusedConv(module.conv, relu=True))
+            module.add_module("relu", nn.Identity())
     if isinstance(module, nn.Sequential):
         for (before, _), (after, _) in itertools.pairwise(list(module.named_children())):
             _fold(module, before, after)
@@ -167,8 +167,9 @@ class DeployedBottleneck(nn.Module):
         self.split = DeployedSplit(block.split)
         self.expand, self.expand_norm = FusedConv(block.expand, relu=self.folded), block.expand_norm
         self.shortcut = block.shortcut
-        if self.folded and len(self.shortcut):
-            self.shortcut[0] = FusedConv(block.shortcut[0], relu=False)  # type: ignore[arg-type]
+        conv = next(iter(self.shortcut), None)
+        if self.folded and isinstance(conv, nn.Conv2d):
+            self.shortcut[0] = FusedConv(conv, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) → (N, outputs, …), as `Bottleneck`; x is overwritten where it is the shortcut."""
@@ -274,10 +275,10 @@ class DeployedSplit(nn.Module):
         super().__init__()
         self.width, self.scale, self.first, self.pool = split.width, split.scale, split.first, split.pool
         folded = [isinstance(norm, _BATCH_NORMS) for norm in split.norms]
-        self.convs = nn.ModuleList(
-            DeployedOperator(conv, norm)  # type: ignore[arg-type]
-            for conv, norm in zip(split.convs, split.norms, strict=True)
-        )
+        self.convs = nn.ModuleList()
+        for conv, norm in zip(split.convs, split.norms, strict=True):
+            assert isinstance(conv, SISOperator)
+            self.convs.append(DeployedOperator(conv, norm))
         self.norms = nn.ModuleList(
             nn.Identity() if done else norm for done, norm in zip(folded, split.norms, strict=True)
         )

@@ -167,7 +167,7 @@ def _dimension(axis: int, multiple: int) -> Any:
 
 def _write_onnx(network: Exportable, image: Tensor, path: Path, metadata: str) -> Callable[[Tensor], list[Tensor]]:
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     if network.traced:
         torch.onnx.export(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +33,26 @@ def test_a_spread_that_covers_1_is_no_win(ratios):
     assert ratio.verdict == ("faster" if ratio.low > 1 else "slower" if ratio.high < 1 else "no difference shown")
 
 
-def test_turns_tell_the_faster_one():
-    calls: list[str] = []
+def test_turns_tell_the_faster_one(monkeypatch):
+    # By a clock that the work itself moves on, each time a little slower, as on a machine that grows hot.
+    now, calls = [0.0], []
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(f"sis_lightning.bench.paired.time.{name}", lambda: now[0])
 
     def work(name: str, seconds: float):
-        def sleep() -> None:
+        def spend() -> None:
             calls.append(name)
-            time.sleep(seconds)
+            now[0] += seconds * (1 + 0.01 * len(calls))
 
-        return sleep
+        return spend
 
-    quick, slow = take_turns([work("quick", 0.001), work("slow", 0.003)], rounds=6, seconds=0.006, warmup=1)
-    assert quick.faster_than(slow).verdict == "faster"
-    assert slow.faster_than(quick).verdict == "slower"
-    assert len(quick.wall) == len(slow.cpu) == 6
+    quick, slow = take_turns([work("quick", 1.0), work("slow", 3.0)], rounds=8, seconds=1.0, warmup=1)
+    ratio = quick.faster_than(slow)
+    assert (ratio.verdict, slow.faster_than(quick).verdict) == ("faster", "slower")
+    assert ratio.median == pytest.approx(3, rel=0.03)  # although the last turn was slower than the first
+    assert len(quick.wall) == len(slow.cpu) == 8
     # Neither always follows the other.
-    order = "".join(name[0] for name in calls)
-    assert "qs" in order
-    assert "sq" in order
+    assert {"quick slow", "slow quick"} <= {f"{one} {two}" for one, two in itertools.pairwise(calls[4:])}
 
 
 def test_contenders():

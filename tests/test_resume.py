@@ -367,7 +367,7 @@ def test_overwrite_loses_nothing_where_the_new_run_cannot_begin(command, small, 
 def test_a_limit_of_time_is_not_the_end(command, small, tmp_path):
     options = [*small("seg_voc", steps=1500), "--run_dir", "run", "--resume", "auto"]
     options += ["--trainer.check_val_every_n_epoch", "1000"]
-    stopped = command("fit", *options, "--trainer.max_time", "00:00:00:04", "--checkpoint_every", "1")
+    stopped = command("fit", *options, "--trainer.max_time", "00:00:00:08", "--checkpoint_every", "1")
     assert stopped.code == 0, stopped.err
     assert "stopped before its end" in stopped.out
     assert read_starts(tmp_path / "run")[-1]["how"] == "stopped early"

@@ -129,9 +129,10 @@ def work(contender: Contender, settings: Settings) -> Callable[[], object]:
     """One step of a contender, ready to be timed."""
     torch.manual_seed(0)
     device = torch.device(settings.device)
-    model = contender.build(settings.mode).to(device=device, memory_format=contender.layout)  # type: ignore[call-overload]
+    model = contender.build(settings.mode).to(device).to(memory_format=contender.layout)
+    network: Callable[..., Tensor] = model
     if {"compile", "graphs"} & {*contender.treatments}:
-        model = torch.compile(model, mode="reduce-overhead" if "graphs" in contender.treatments else None)
+        network = torch.compile(model, mode="reduce-overhead" if "graphs" in contender.treatments else None)
     images = torch.randn(settings.batch, 3, settings.size, settings.size, device=device)
     images = images.contiguous(memory_format=contender.layout)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
@@ -139,8 +140,7 @@ def work(contender: Contender, settings: Settings) -> Callable[[], object]:
 
         def infer() -> Tensor:
             with torch.inference_mode(), autocast:
-                logits: Tensor = model(images)
-                return logits
+                return network(images)
 
         return infer
     labels = torch.randint(1000, (settings.batch,), device=device)
@@ -149,8 +149,8 @@ def work(contender: Contender, settings: Settings) -> Callable[[], object]:
     def train() -> None:
         optimizer.zero_grad()
         with autocast:
-            loss = nn.functional.cross_entropy(model(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = nn.functional.cross_entropy(network(images), labels)
+        torch.autograd.backward(loss)
         optimizer.step()
 
     return train

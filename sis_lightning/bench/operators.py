@@ -35,7 +35,7 @@ def time_operators(
         x = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
         for name in names:
             operator, conv = (
-                create_operator(kind, channels, channels).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                create_operator(kind, channels, channels).to(device).to(memory_format=torch.channels_last)
                 for kind in (name, "conv")
             )
             row: dict[str, str | float] = {"operator": name, "channels": channels, "map": f"{side}×{side}"}

@@ -93,22 +93,17 @@ def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
 
 def _bare_step(task: BaseTask, data: SISDataModule) -> Any:
     """One training step as plain PyTorch would write it."""
-    optimizers, _ = _optimizers(task)
+    optimizer = task.make_optimizer(task.parameters())
     batches = _batches(data)
 
     def step() -> None:
         batch = data.on_after_batch_transfer(next(batches), 0)
         loss = torch.stack(list(task.training_loss(batch).values())).sum()
-        optimizers.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizers.step()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
 
     return step
-
-
-def _optimizers(task: BaseTask) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = task.make_optimizer(task.parameters())
-    return optimizer, task.make_lr_scheduler(optimizer) if task.make_lr_scheduler else None
 
 
 class StepClock(Callback):

@@ -112,9 +112,9 @@ def is_running(run: Path) -> bool:
     if not lock.is_file():
         return False
     try:
-        with FileLock(lock, timeout=0):
+        with FileLock(lock, timeout=0, fallback_to_soft=False):
             return False
-    except PermissionError:  # another user's: nobody can tell
+    except (PermissionError, NotImplementedError):  # another user's, or a disk without locks: nobody can tell
         return False
     except (Timeout, OSError):
         return True

@@ -64,6 +64,11 @@ class SegmentationTask(BaseTask):
 
     class_weight: Tensor
 
+    @property
+    def divisor(self) -> int:
+        """What both sides of an image are padded to multiples of: SMP's networks refuse others."""
+        return int(self.model.get_submodule("encoder").output_stride)  # type: ignore[arg-type]
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised (N, 3, H, W) → logits (N, num_classes, H, W).
 
@@ -71,7 +76,7 @@ class SegmentationTask(BaseTask):
         the mean colour (0 after normalising), and the logits are cut back.
         """
         height, width = images.shape[-2:]
-        divisor = int(self.model.get_submodule("encoder").output_stride)  # type: ignore[arg-type]
+        divisor = self.divisor
         right, below = -width % divisor, -height % divisor
         if not right and not below:
             whole: Tensor = self.model(images)
@@ -86,7 +91,7 @@ class SegmentationTask(BaseTask):
 
     def exportable(self, height: int, width: int) -> Exportable:
         """Logits of every pixel; sides must divide by the encoder's stride."""
-        divisor = int(self.model.get_submodule("encoder").output_stride)  # type: ignore[arg-type]
+        divisor = self.divisor
         return Exportable(
             module=self.model,
             shape=(2, 3, -(-height // divisor) * divisor, -(-width // divisor) * divisor),
