@@ -42,7 +42,7 @@ from sis_lightning.callbacks import (
 )
 from sis_lightning.cluster import directory, starts
 from sis_lightning.cluster.checkpoints import RUN, SafeCheckpointIO
-from sis_lightning.cluster.logs import MetricsCSV
+from sis_lightning.cluster.logs import MetricsCSV, curves
 from sis_lightning.cluster.resume import ExactResume, Stopped
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError, UserError
@@ -74,6 +74,7 @@ class RunCLI(LightningCLI):
     run_dir: Path
     #: The checkpoint that a fit goes on from, and what it says of its run.
     resumed: tuple[Path, dict[str, Any]] | None = None
+    exact_resume: ExactResume
     trainer: Trainer
     model: LightningModule
     datamodule: LightningDataModule
@@ -161,7 +162,8 @@ class RunCLI(LightningCLI):
             # First of all: what the others log of a step belongs behind its checkpoint.
             limit = self._get(self.config, "max_restarts")
             requeue = functools.partial(starts.requeue, self.run_dir, max_restarts=limit)
-            callbacks.insert(0, ExactResume(folder, every, seed, self.resolved, say, requeue))
+            self.exact_resume = ExactResume(folder, every, seed, self.resolved, say, requeue)
+            callbacks.insert(0, self.exact_resume)
             callbacks += [
                 Announcement(),
                 PlotPredictions(),
@@ -227,8 +229,7 @@ class RunCLI(LightningCLI):
                 raise KeyboardInterrupt from None  # Lightning makes an exit with code 1 of it
             raise
         if subcommand == "fit" and first_rank():
-            resume = next(callback for callback in self.trainer.callbacks if isinstance(callback, ExactResume))  # type: ignore[attr-defined]
-            starts.end(self.run_dir, "finished" if resume.ended else "stopped early")
+            starts.end(self.run_dir, "finished" if self.exact_resume.ended else "stopped early")
 
     def before_fit(self) -> None:
         """Keeps the resolved configuration of every start: `config.yaml` of the first, `config-2.yaml` and so on."""
@@ -317,16 +318,22 @@ class RunCLI(LightningCLI):
         begun = starts.read_starts(path.parent.parent if path.parent.name == "checkpoints" else self.run_dir)
         seconds = [starts.seconds(start) for start in begun]
         device = self.trainer.strategy.root_device
+        before, now = directory.settled(trained), directory.settled(self.resolved)
         return {
             "task": str(self._get(self.config, "task")),
             "backbone": task.backbone_config.slug,
             "data": {
                 **{"root": str(data.root), "identity": identity, "fingerprint": data.fingerprint("test")},
-                **{"images": task.tested_images, **data.notes},
+                **{"images": task.tested_images, "trained_on": run.get("trained_on", []), **data.notes},
             },
             "seed": trained.get("seed_everything"),
             "config": trained,
-            "config_hash": digest(directory.settled(trained)),
+            "config_hash": digest(before),
+            "tested_otherwise": {
+                key: [before.get(key), now.get(key)]
+                for key in sorted((before.keys() | now.keys()) - {"verbose"})
+                if before.get(key) != now.get(key)
+            },
             "checkpoint": {
                 **{"file": str(path), "sha256": digest_files([path], path.parent)},
                 **{"step": content["global_step"], "epoch": content["epoch"], "finished": run.get("point") == "end"},
@@ -337,6 +344,7 @@ class RunCLI(LightningCLI):
                 "seconds": None if None in seconds else sum(second or 0 for second in seconds),
                 "devices": run.get("world_size"),
             },
+            "curves": curves(path.parent.parent, task.monitor),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
 

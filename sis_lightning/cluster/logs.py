@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,19 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from sis_lightning.files import write_text
+
+
+def curves(run: Path, metric: str, points: int = 200) -> dict[str, list[tuple[int, float]]]:
+    """How a run learnt: (steps done, value) of its loss and of `metric`, thinned to at most `points` each."""
+    path = run / "csv" / "fit" / "metrics.csv"
+    found: dict[str, list[tuple[int, float]]] = {"train/loss": [], metric: []}
+    if path.is_file():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for key, values in found.items():
+                    if row.get(key) and math.isfinite(float(row[key])):
+                        values.append((int(row["step"]) + 1, round(float(row[key]), 6)))
+    return {key: values[:: -(-len(values) // points) or 1] for key, values in found.items()}
 
 
 class MetricsCSV(Logger):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
@@ -78,6 +78,7 @@ class ExactResume(Callback):
         self.last_good: Path | None = None
         self.ended = False
         self._point_of_ranks: tuple[Any, ...] = ()
+        self._trained_on: list[str] = []
 
     # What Lightning calls, in the order of a run.
 
@@ -91,6 +92,7 @@ class ExactResume(Callback):
         else:
             self._resumed = run
         self._saved_at = run["batches"]
+        self._trained_on = run.get("trained_on", [])
         self._point_of_ranks = (run["point"], run["step"], run["batches"])
         self.last_good = Path(str(trainer.ckpt_path))
         for logger in trainer.loggers:
@@ -103,12 +105,17 @@ class ExactResume(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signals from Lightning.
+        """Takes over the signals from Lightning; notes which data it trains on.
 
         Raises:
             DataError: Where the ranks would go on from different checkpoints, as on disks that not all of them share.
         """
         self.request.listen()
+        if trainer.is_global_zero:
+            data = trainer.datamodule.listing("train")  # type: ignore[attr-defined]
+            if self._trained_on and data not in self._trained_on:
+                self.report("the training data is not what it was before: no longer the same run")
+            self._trained_on = list(dict.fromkeys([*self._trained_on, data]))
         if trainer.world_size > 1:
             points: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(points, self._point_of_ranks)
@@ -205,6 +212,7 @@ class ExactResume(Callback):
             "world_size": trainer.world_size,
             "csv_rows": csv[0] if csv else 0,
             "config": self.config,
+            "trained_on": self._trained_on,
         }
         batches = loops["epoch_loop.batch_progress"]
         if self._point == "batch":
@@ -287,13 +295,15 @@ class ExactResume(Callback):
 
 
 def _has_ended(trainer: Trainer) -> bool:
-    """Whether a run came to the end of its schedule, or stopped early because it learnt no more."""
+    """Whether a run came to its end, by its schedule or by a callback that sees no use in more, not to `max_time`."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
-    return (
-        (steps != -1 and trainer.global_step >= steps)
-        or (epochs not in (None, -1) and trainer.fit_loop.epoch_progress.current.completed >= epochs)
-        or any(isinstance(callback, EarlyStopping) and callback.stopped_epoch for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    )
+    if steps != -1 and trainer.global_step >= steps:
+        return True
+    if epochs not in (None, -1) and trainer.fit_loop.epoch_progress.current.completed >= epochs:
+        return True
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    remaining = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+    return not any(seconds is not None and seconds <= 0 for seconds in remaining)
 
 
 def _put_back(loop: _Loop, state: dict[str, Any], prefix: str = "") -> None:

@@ -35,7 +35,7 @@ from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import SYNTHETIC_MARKER
 from sis_lightning.machine import usable_cores
 from sis_lightning.metrics.gathered import Row, Truth
-from sis_lightning.records import digest_files
+from sis_lightning.records import digest_files, digest_listing
 from sis_lightning.synthetic import write_synthetic
 
 Sample = dict[str, Any]
@@ -376,6 +376,10 @@ class SISDataModule(LightningDataModule, ABC):
     def fingerprint(self, split: Split) -> str:
         """SHA-256 of the names and of every byte of the files that a split is read from."""
         return digest_files(self.sources[split].files(), self.home)
+
+    def listing(self, split: Split) -> str:
+        """SHA-256 that tells the files of a split from others in seconds; see `digest_listing`."""
+        return digest_listing(self.sources[split].files(), self.home)
 
     def provenance(self) -> str:
         """`official` where the files are proved to be the published ones, else `other`."""
