@@ -33,6 +33,8 @@ COMMANDS = {
     "evaluate": "score a results file as COCO or VOC do",
     "export": "write a trained network as ONNX or pt2, and verify the file",
     "complexity": "parameters and MACs of backbones and of whole models",
+    "tables": "the paper's tables beside ours: what is missing, how it comes about, and all cells",
+    "compare": "two runs or two operators side by side, where nothing else differs",
     "bench": "time what is worth timing",
     "synth": "write small data sets in the real formats",
 }
@@ -83,6 +85,8 @@ def _dispatch(arguments: list[str]) -> int:
         "evaluate": _evaluate,
         "export": _export,
         "complexity": _complexity,
+        "tables": _tables,
+        "compare": _compare,
         "bench": _bench,
     }
     return {**others, "synth": _synth}[command](rest)
@@ -174,6 +178,13 @@ def _check_torch() -> None:
         ) from error
 
 
+class _Lines(argparse.HelpFormatter):
+    """Keeps the lines of a help text."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [part for line in text.splitlines() for part in super(_Lines, self)._split_lines(line, width)]
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ours."""
 
@@ -253,6 +264,7 @@ def _submit(arguments: list[str]) -> int:
     parser.add_argument("--tasks-per-node", type=int, help="processes (default: one a GPU, or one)")
     parser.add_argument("--time", default="24:00:00", help="limit of one job; it goes on in the next (%(default)s)")
     parser.add_argument("--array", metavar="seeds=0..4", help="a job for each seed")
+    parser.add_argument("--test", action="store_true", help="tests what the fit has trained, in the same job")
     parser.add_argument("--cluster", default="default", metavar="NAME", help="a file in configs/slurm (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="prints the script, and does no more")
     chosen, options = parser.parse_known_args(arguments)
@@ -295,9 +307,110 @@ def _submit(arguments: list[str]) -> int:
         tasks_per_node=tasks,
         time=chosen.time,
         seeds=seeds,
+        then_test=chosen.test,
         dry_run=chosen.dry_run,
     )
     print(text, end="")
+    return 0
+
+
+def _tables(arguments: list[str]) -> int:
+    """The tables: plan, run, add, count, render, check, figures."""
+    parser = _Parser(
+        prog="sis-lightning tables", description=COMMANDS["tables"], allow_abbrev=False, formatter_class=_Lines
+    )
+    actions = {
+        "plan": "what is missing, with the command of each run",
+        "run": "trains and tests what is missing; goes on with what was begun. After -- options of fit (or of submit)",
+        "add": "takes records of runs that were tested by hand: files, or folders of runs",
+        "count": "parameters, MACs and configurations of all rows, by the code",
+        "render": "writes TABLES.md, tables.csv, tables.html and latex/",
+        "check": "fails where a table is stale, a record was edited, or the code counts otherwise",
+        "figures": "draws them: all, or those named",
+    }
+    parser.add_argument(
+        "action", choices=actions, metavar="ACTION", help="\n".join(f"{k}: {v}" for k, v in actions.items())
+    )
+    parser.add_argument("names", nargs="*", help="of add: files and folders; of figures: their names")
+    parser.add_argument("--results", default="results", metavar="DIR", help="folder (default %(default)s)")
+    parser.add_argument("--table", nargs="+", default=[], metavar="ID", help="of plan, run: such as 3 or 1-1")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="of plan, run: such as basic or Res2Net")
+    parser.add_argument("--seeds", metavar="N|A,B", help="of plan, run: how many, or which (default: the runs' own)")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="of run (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="of run, local: at once, sharing the cores (%(default)s)")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="of figures: for activation-maps")
+    parser.add_argument("--roots", nargs="+", default=[], metavar="RUN=DIR", help="of plan, run: where data lies")
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    options = arguments[len(own) + 1 :]
+    chosen = parser.parse_args(own)
+    if options and chosen.action != "run":
+        raise UsageError(f"tables {chosen.action} takes no options of fit")
+    if chosen.names and chosen.action not in ("add", "figures"):
+        raise UsageError(f"tables {chosen.action} takes no names; rows are named by --rows, tables by --table")
+    if chosen.jobs < 1:
+        raise UsageError(f"--jobs is {chosen.jobs}, must be at least 1")
+    from sis_lightning.results import tables
+    from sis_lightning.results.plan import run_here, submissions
+
+    results = tables.Results(Path(chosen.results))
+    if chosen.action in ("plan", "run"):
+        _check_torch()
+        roots = tables.roots_of(chosen.roots)
+        wanted = results.missing(chosen.table, chosen.rows, tables.seeds_of(chosen.seeds), roots)
+        if chosen.action == "plan":
+            print(tables.to_text(wanted), end="")
+            return 0
+        if chosen.launcher == "slurm":
+            return max([0, *(_submit(line) for line in submissions(wanted, options))])
+        return min(run_here(wanted, results.records, chosen.jobs, options), 1)
+    if chosen.action == "add":
+        print(
+            "\n".join(f"added {path}" for path in results.add([Path(name) for name in chosen.names])) or "nothing new"
+        )
+    elif chosen.action == "count":
+        _check_torch()
+        print("\n".join(results.count()) or f"{results.folder / 'models.json'} is what the code gives")
+    elif chosen.action == "render":
+        print("\n".join(f"wrote {path}" for path in results.render()))
+    elif chosen.action == "check":
+        _check_torch()
+        problems = results.check()
+        print("\n".join(problems) or f"{results.folder}: tables, records and counts agree")
+        return min(len(problems), 1)
+    else:
+        if chosen.runs or not chosen.names or {*chosen.names} & {"receptive-fields", "activation-maps"}:
+            _check_torch()
+        print("\n".join(f"wrote {path}" for path in results.draw(chosen.names, [Path(run) for run in chosen.runs])))
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    """Two runs, or two operators under one configuration."""
+    parser = _Parser(
+        prog="sis-lightning compare",
+        description=COMMANDS["compare"] + ". Further options are those of fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", metavar="A", help="a run's directory, a record; with --config BACKBONE[:OPERATOR]")
+    parser.add_argument("second", metavar="B", help="the like")
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="what both run, as for fit")
+    parser.add_argument("--allow", nargs="+", default=[], metavar="KEY", help="what else may differ, by its key")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="turns of each, timed; 0: not timed (default %(default)s)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="draws their curves: a .png, .svg or .pdf")
+    chosen, options = parser.parse_known_args(arguments)
+    if options and not chosen.config:
+        raise UsageError(f"unknown option {options[0]}\n  {parser.prog} --help lists the options")
+    _check_torch()
+    from sis_lightning.results.compare import compare
+
+    files = [f"--config={file}" for file in chosen.config]
+    comparison = compare(chosen.first, chosen.second, [*files, *options], chosen.allow, chosen.rounds)
+    print(comparison.to_table(), end="")
+    if chosen.out:
+        comparison.draw(Path(chosen.out))
+        print(f"wrote {chosen.out}")
     return 0
 
 

@@ -156,11 +156,15 @@ def of_run(layers: dict[str, Any], options: list[str], size: int | None = None) 
     """Counts the model of a run, at the size that it trains on (boxes: the largest) unless `size` is given."""
     from sis_lightning.runs import run
 
-    cli = run(None, layers, options)
-    task: Any = cli.model
+    return [of_cli(run(None, layers, options), layers.get("task", "run"), size)]
+
+
+def of_cli(cli: Any, name: str, size: int | None = None) -> Complexity:
+    """Counts the model that a command line built."""
+    task = cli.model
     shape = (size, size) if size else image_shape(cli)
     kind = type(task).__name__.removesuffix("Task").lower()
-    return [measure(layers.get("task", "run"), kind, task, task.backbone, task.backbone_config.slug, shape)]
+    return measure(name, kind, task, task.backbone, task.backbone_config.slug, shape)
 
 
 def to_json(rows: list[Complexity]) -> str:

@@ -23,9 +23,14 @@ and `parts` (of the image). Stride lies on K1; dilation, groups and "same" paddi
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import ClassVar, TypeVar
 
 import torch
@@ -199,8 +204,29 @@ def register_operator(name: str) -> Callable[[_Operator], _Operator]:
     return register
 
 
+@functools.cache
+def _import_others() -> None:
+    """Imports the modules in which users register operators, when an operator is first asked for."""
+    for entry in entry_points(group="sis_lightning.operators"):
+        entry.load()
+    modules = os.environ.get("SIS_OPERATORS", "").split()
+    sys.path.insert(0, "")  # beside which the command was typed
+    try:
+        for name in modules:
+            import_module(name)
+    except ImportError as error:
+        raise UsageError(f"$SIS_OPERATORS names {', '.join(modules)}: {error}") from error
+    finally:
+        sys.path.remove("")
+
+
 def operator_names() -> tuple[str, ...]:
-    """All registered operators, in the order of the paper."""
+    """All registered operators: the paper's in its order, then those of users.
+
+    These register in modules that `$SIS_OPERATORS` names (separated by spaces; also in the current directory), or that
+    an installed package has as an entry point of the group `sis_lightning.operators`.
+    """
+    _import_others()
     return tuple(_OPERATORS)
 
 
@@ -210,6 +236,8 @@ def operator_class(name: str) -> type[SISOperator]:
     Raises:
         UsageError: Where there is none; the message lists the nearest names.
     """
+    if name not in _OPERATORS:
+        _import_others()
     if name not in _OPERATORS:
         raise UsageError(f"no operator is called '{name}': {nearest(name, _OPERATORS)}")
     return _OPERATORS[name]

@@ -44,13 +44,14 @@ from sis_lightning.cluster import directory, starts
 from sis_lightning.cluster.checkpoints import RUN, SafeCheckpointIO
 from sis_lightning.cluster.logs import MetricsCSV, curves
 from sis_lightning.cluster.resume import ExactResume, Stopped
+from sis_lightning.configs import settled
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError, UserError
-from sis_lightning.files import write_text
+from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import keep_freed_memory
 from sis_lightning.metrics.gathered import GatheredScores
 from sis_lightning.parser import Parser, without_marks
-from sis_lightning.records import digest, digest_files, write_record
+from sis_lightning.results.records import write_record
 from sis_lightning.tasks import BaseTask
 
 # What these say is either done on purpose here or said better by us.
@@ -204,7 +205,8 @@ class RunCLI(LightningCLI):
     @property
     def resolved(self) -> dict[str, Any]:
         """The configuration with everything resolved, as plain data."""
-        text = self._parser(self.subcommand).dump(self.config[str(self.subcommand)], skip_none=False)
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
         plain: dict[str, Any] = yaml.safe_load(text)
         return plain
 
@@ -318,7 +320,7 @@ class RunCLI(LightningCLI):
         begun = starts.read_starts(path.parent.parent if path.parent.name == "checkpoints" else self.run_dir)
         seconds = [starts.seconds(start) for start in begun]
         device = self.trainer.strategy.root_device
-        before, now = directory.settled(trained), directory.settled(self.resolved)
+        before, now = settled(trained), settled(self.resolved)
         return {
             "task": str(self._get(self.config, "task")),
             "backbone": task.backbone_config.slug,

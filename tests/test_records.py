@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sis_lightning.errors import DataError
-from sis_lightning.records import digest, digest_files, read_record, write_record
+from sis_lightning.files import digest, digest_files
+from sis_lightning.results.records import read_record, write_record
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -5,22 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sis_lightning.cluster.checkpoints import RUN, newest_checkpoint, read_checkpoint
+from sis_lightning.configs import FREE_TO_CHANGE, changes
 from sis_lightning.errors import DataError, UsageError
-
-# What of a configuration changes nothing in a run's result, or is said when it does.
-_FREE_TO_CHANGE = (
-    *("resume", "overwrite", "run_dir", "checkpoint_every", "max_restarts", "ckpt_path", "task", "deploy"),
-    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.enable_"),
-    *("data.init_args.num_workers", "data.init_args.root", "data.init_args.predict_path"),
-    *("data.init_args.download", "data.init_args.synthetic"),
-)
 
 _held: list[tuple[FileLock, Path, list[Path]]] = []
 
@@ -118,7 +111,7 @@ def point_to_resume(
     shown = [
         f"  {key}: {before!r} before, {now!r} now"
         for key, before, now in changes(run["config"], config)
-        if not key.startswith(_FREE_TO_CHANGE)
+        if not key.startswith(FREE_TO_CHANGE)
     ]
     if shown and not changed:
         more = [f"  and {len(shown) - 2} more"] if len(shown) > 2 else []
@@ -129,25 +122,3 @@ def point_to_resume(
     if shown:
         report("\n".join(["going on under a changed configuration, no longer the same run:", *shown]))
     return path, run
-
-
-def settled(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What of a configuration settles a run's result, by dotted keys: runs that agree in it differ by chance alone."""
-    plain: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            plain |= settled(value, f"{name}.")
-        elif value is not None and not name.startswith((*_FREE_TO_CHANGE, "weights_only", "seed_everything")):
-            plain[name] = value
-    return plain
-
-
-def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys, dotted, whose values differ, with both."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            inner = f"{prefix}.{key}" if prefix else str(key)
-            yield from changes(before.get(key), now.get(key), inner)
-    elif before != now:
-        yield prefix, before, now

@@ -87,12 +87,13 @@ def script(
     tasks_per_node: int,
     time: str,
     seeds: Sequence[int] | None,
+    then_test: bool = False,
 ) -> str:
     """The text of a job's script.
 
     Args:
         cluster: Where it runs.
-        command: What follows `sis-lightning`.
+        command: `fit` and its options.
         name: Of the job.
         log: Folder of its output.
         nodes: How many.
@@ -100,6 +101,7 @@ def script(
         tasks_per_node: Processes of each node, one a device.
         time: The limit, as sbatch takes it.
         seeds: One element of an array for each; None for a single job.
+        then_test: Whether `test` follows once the fit has ended.
     """
     options: dict[str, Any] = {
         "job-name": name,
@@ -123,13 +125,15 @@ def script(
     lines += [f"module load {module}" for module in cluster.modules]
     lines += [*cluster.setup, ""]
     seed = ["--seed_everything=$SLURM_ARRAY_TASK_ID"] if seeds is not None else []
-    start = [*shlex.split(cluster.container or ""), cluster.python, "-m", "sis_lightning", *command]
-    lines += [
-        "# SLURM's signal before the time limit can come before Python is up: until then it is ignored.",
-        # Since SLURM 22.05 srun does not take it from the job.
-        f'srun --cpus-per-task={cluster.cpus_per_task} --kill-on-bad-exit=1 bash -c \'trap "" USR1; exec "$@"\' - \\',
-        "  " + " \\\n  ".join([" ".join(map(shlex.quote, start)), *seed]),
-    ]
+    start = [*shlex.split(cluster.container or ""), cluster.python, "-m", "sis_lightning"]
+    lines.append("# SLURM's signal before the time limit can come before Python is up: until then it is ignored.")
+    for one in [command, *([["test", *command[1:]]] if then_test else [])]:
+        lines += [
+            # Since SLURM 22.05 srun does not take it from the job.
+            f"srun --cpus-per-task={cluster.cpus_per_task} --kill-on-bad-exit=1 "
+            'bash -c \'trap "" USR1; exec "$@"\' - \\',
+            "  " + " \\\n  ".join([" ".join(map(shlex.quote, [*start, *one])), *seed]),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -158,6 +162,7 @@ def submit(
     tasks_per_node: int,
     time: str,
     seeds: Sequence[int] | None,
+    then_test: bool,
     dry_run: bool,
 ) -> str:
     """Writes a job's script into `folder` and submits it, or gives its text alone.
@@ -176,6 +181,7 @@ def submit(
         tasks_per_node=tasks_per_node,
         time=time,
         seeds=seeds,
+        then_test=then_test,
     )
     if dry_run:
         return text

@@ -32,10 +32,10 @@ from torchvision.transforms.v2 import functional as transforms
 from sis_lightning.annotations import Defect
 from sis_lightning.cluster.signals import STOPPING
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.files import digest_files, digest_listing
 from sis_lightning.layouts import SYNTHETIC_MARKER
 from sis_lightning.machine import usable_cores
 from sis_lightning.metrics.gathered import Row, Truth
-from sis_lightning.records import digest_files, digest_listing
 from sis_lightning.synthetic import write_synthetic
 
 Sample = dict[str, Any]

@@ -1,0 +1,380 @@
+"""The tables as data: which run each cell is measured by, and what the paper prints there.
+
+A book is a YAML file such as `results/paper.yaml`:
+
+    data:    data sets by name, with the fingerprints that prove them
+    runs:    configurations by name, the data that they are tested on, and the seeds that a cell wants
+    notes:   footnotes by name
+    tables:  columns (a run and one of its metrics) and rows (a backbone, or an operator on the group's host)
+
+Imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sis_lightning.configs import PACKAGED
+from sis_lightning.errors import DataError, UsageError, nearest
+
+#: The paper's, and the conv that they stand in for; an operator of any other name joins every table unasked.
+BUILT_IN = ("conv", "basic", "interactive1", "interactive2", "recurrent1", "recurrent2")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a run is tested on.
+
+    Attributes:
+        title: For people.
+        kind: `official`: the published files; `synthetic`; `stand-in`: real images in the place of others.
+        test: Fingerprints (`SISDataModule.fingerprint`) of the files that may be tested on.
+        train: Listings (`SISDataModule.listing`) of the files that may be trained on.
+    """
+
+    title: str
+    kind: Literal["official", "synthetic", "stand-in"]
+    test: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration, the same for all rows but for the backbone.
+
+    Attributes:
+        name: Its key in the book, and its `--task`.
+        config: Files, as for `fit`.
+        data: What it is tested on.
+        options: Of the command line, by their keys.
+        seeds: That a cell wants.
+        synchronised: Whether the recipe wants batch norm over all devices.
+    """
+
+    name: str
+    config: tuple[str, ...]
+    data: DataSet
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    synchronised: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run on a certain backbone: everything but the seed.
+
+    Attributes:
+        run: The configuration.
+        backbone: A file in `configs/backbones/`.
+        fields: Of it, that are changed: `operator`, `steps`, `depth` and so on.
+    """
+
+    run: Run
+    backbone: str
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Tells it from all others of the book."""
+        return " ".join([self.run.name, self.backbone, *(f"{name}={value}" for name, value in self.fields)])
+
+    def options(self) -> list[str]:
+        """The command line that resolves it, without a seed."""
+        line = [part for path in self.run.config for part in ("--config", path)]
+        if Path(self.run.config[0]).stem != self.run.name:
+            line += ["--task", self.run.name]
+        line += ["--model.backbone", self.backbone]
+        line += [part for name, value in self.fields for part in (f"--model.backbone.{name}", str(value))]
+        return line + [part for key, value in self.run.options.items() for part in (f"--{key}", str(value))]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column shows.
+
+    Attributes:
+        label: Its head.
+        run: That measures it.
+        metric: As `test` names it; `parameters` and `macs` are counted instead.
+        digits: After the point.
+        scale: What a metric is multiplied by for the unit in which the table prints it.
+        better: Which direction is.
+        headed: What the paper has over it, where that is something else.
+        backbone: Fields of the rows' backbones that the column changes, such as `depth`.
+    """
+
+    label: str
+    run: Run
+    metric: str
+    digits: int
+    scale: float = 1.0
+    better: Literal["higher", "lower"] = "higher"
+    headed: str = ""
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def counted(self) -> bool:
+        """Whether no run is needed."""
+        return self.metric in ("parameters", "macs")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network.
+
+    Attributes:
+        label: For people.
+        backbone: A file in `configs/backbones/`.
+        operator: In place of the file's.
+        printed: What the paper has, for each column; None where it has nothing.
+        fields: Of the backbone, that are changed besides.
+        notes: Names of footnotes.
+    """
+
+    label: str
+    backbone: str
+    operator: str | None = None
+    printed: tuple[float | None, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def experiment(self, column: Column) -> Experiment:
+        """What measures the cell."""
+        fields = {**({"operator": self.operator} if self.operator else {}), **self.fields, **column.backbone}
+        return Experiment(column.run, self.backbone, tuple(fields.items()))
+
+    def is_called(self, name: str) -> bool:
+        """Whether a user who types `name` means it."""
+        return name.lower() in (self.label.lower(), self.backbone.lower(), (self.operator or "").lower())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are compared with each other.
+
+    Attributes:
+        rows: In the table's order.
+        title: Where a table has several groups.
+        host: The backbone that operators are put into.
+        fields: Of the host, that are changed.
+        baseline: Label of the row that the others are compared with.
+    """
+
+    rows: tuple[Row, ...]
+    title: str = ""
+    host: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str | None = None
+
+    def with_operators(self, names: Iterable[str]) -> Group:
+        """With a row for each operator that is not built in."""
+        if self.host is None:
+            return self
+        known = {row.operator for row in self.rows}
+        own = [name for name in names if name not in BUILT_IN and name not in known]
+        more = tuple(Row(name, self.host, name, (), self.fields) for name in own)
+        return dataclasses.replace(self, rows=self.rows + more)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        id: As people call it: `3`, `1-1`.
+        title: Its heading.
+        columns: Left to right.
+        groups: Top to bottom.
+        of: Whose figures stand beside ours: `the paper`; empty where there are none.
+        caption: What to know when reading it.
+        notes: Footnotes of the whole table.
+    """
+
+    id: str
+    title: str
+    columns: tuple[Column, ...]
+    groups: tuple[Group, ...]
+    of: str = ""
+    caption: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """For names of files."""
+        return "table_" + self.id.lower().replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Book:
+    """All tables, and the footnotes that they name."""
+
+    tables: tuple[Table, ...]
+    notes: Mapping[str, str]
+    data: Mapping[str, DataSet]
+
+    def chosen(self, ids: Sequence[str], rows: Sequence[str] = ()) -> Book:
+        """With the named tables, and in them the named rows; everything where nothing is named.
+
+        Raises:
+            UsageError: For a table or row that there is not.
+        """
+        for name in ids:
+            if name not in (known := [table.id for table in self.tables]):
+                raise UsageError(f"there is no table '{name}': {nearest(name, known)}")
+        tables = [table for table in self.tables if not ids or table.id in ids]
+        if rows:
+            every = [row for table in tables for group in table.groups for row in group.rows]
+            for name in rows:
+                if not any(row.is_called(name) for row in every):
+                    names = {part for row in every for part in (row.label, row.operator) if part}
+                    raise UsageError(f"there is no row '{name}': {nearest(name, names)}")
+            tables = [_rows_of(table, rows) for table in tables]
+        return dataclasses.replace(self, tables=tuple(table for table in tables if table.groups))
+
+    def with_operators(self, names: Iterable[str]) -> Book:
+        """With a row, in every group that has a host, for each operator that is not built in."""
+        names = tuple(names)
+        tables = [
+            dataclasses.replace(table, groups=tuple(group.with_operators(names) for group in table.groups))
+            for table in self.tables
+        ]
+        return dataclasses.replace(self, tables=tuple(tables))
+
+    def experiments(self) -> dict[str, Experiment]:
+        """By their keys, in the order of the tables."""
+        found: dict[str, Experiment] = {}
+        for table in self.tables:
+            for group in table.groups:
+                for row in group.rows:
+                    for column in table.columns:
+                        experiment = row.experiment(column)
+                        found.setdefault(experiment.key, experiment)
+        return found
+
+
+def _rows_of(table: Table, names: Sequence[str]) -> Table:
+    groups = [
+        dataclasses.replace(group, rows=tuple(r for r in group.rows if any(r.is_called(name) for name in names)))
+        for group in table.groups
+    ]
+    return dataclasses.replace(table, groups=tuple(group for group in groups if group.rows))
+
+
+def books_in(folder: Path) -> list[Path]:
+    """The books of a results folder: its YAML files; those that are shipped where it has none."""
+    return sorted(folder.glob("*.yaml")) or sorted((PACKAGED / "results").glob("*.yaml"))
+
+
+def read_books(paths: Sequence[Path]) -> Book:
+    """Reads books, and lays them together.
+
+    Raises:
+        UsageError: For a book that cannot be: file, place and key.
+    """
+    books = [_read(path) for path in paths]
+    tables = [table for book in books for table in book.tables]
+    twice = [table.id for table in tables if [other.id for other in tables].count(table.id) > 1]
+    if twice:
+        raise UsageError(f"table '{twice[0]}' is in two of {', '.join(map(str, paths))}")
+    notes = {key: text for book in books for key, text in book.notes.items()}
+    # `paper` comes before `ours`, by the paper's own order within.
+    tables.sort(key=lambda table: not table.of)
+    return Book(tuple(tables), notes, {key: value for book in books for key, value in book.data.items()})
+
+
+def _read(path: Path) -> Book:
+    try:
+        content = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a book of tables is a mapping with data, runs, notes and tables")
+    reader = _Reader(path)
+    data = {key: reader.make(DataSet, value, f"data.{key}") for key, value in content.pop("data", {}).items()}
+    runs = {}
+    for key, value in content.pop("runs", {}).items():
+        value = {**value, "data": reader.find(value.get("data"), data, f"runs.{key}.data")}
+        runs[key] = reader.make(Run, {"name": key, **value}, f"runs.{key}")
+    notes = content.pop("notes", {})
+    of = content.pop("of", "")
+    tables = tuple(reader.table(entry, runs, notes, of) for entry in content.pop("tables", []))
+    if content:
+        raise UsageError(f"{path}: a book has no '{next(iter(content))}': data, runs, notes, of, tables")
+    return Book(tables, notes, data)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes objects of mappings, with errors that say where."""
+
+    path: Path
+
+    def make(self, kind: type[Any], content: Any, where: str) -> Any:
+        """An object of a dataclass."""
+        known = [entry.name for entry in dataclasses.fields(kind)]
+        if not isinstance(content, dict):
+            raise UsageError(f"{self.path}, {where}: must be a mapping of {', '.join(known)}")
+        for key in content:
+            if key not in known:
+                raise UsageError(f"{self.path}, {where}: no key '{key}': {nearest(str(key), known)}")
+        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        try:
+            return kind(**plain)
+        except TypeError as error:
+            raise UsageError(f"{self.path}, {where}: {str(error).partition(') ')[2]}") from None
+
+    def find(self, name: Any, known: Mapping[str, Any], where: str) -> Any:
+        """What a name stands for."""
+        if name not in known:
+            raise UsageError(f"{self.path}, {where}: there is no '{name}': {nearest(str(name), known)}")
+        return known[name]
+
+    def table(self, entry: dict[str, Any], runs: Mapping[str, Run], notes: Mapping[str, str], of: str) -> Table:
+        """A table, its `complexity` columns before its own."""
+        entry = dict(entry)  # an anchor of YAML lets several share one
+        where = f"table {entry.get('id')}"
+        columns: list[Column] = []
+        for number, sizes in enumerate(entry.pop("complexity", []), 1):
+            place = f"{where}, complexity {number}"
+            shared = {"run": self.find(sizes.get("run"), runs, place), "backbone": sizes.get("backbone", {})}
+            label = f" ({sizes['label']})" if "label" in sizes else ""
+            digits = sizes.get("digits", 1)
+            columns.append(Column(f"Params{label}, M", metric="parameters", digits=digits, scale=1e-6, **shared))
+            columns.append(Column(f"MACs{label}, G", metric="macs", digits=digits + 1, scale=1e-9, **shared))
+        leading = len(columns)
+        for number, value in enumerate(entry.pop("columns", []), 1):
+            place = f"{where}, column {number}"
+            columns.append(self.make(Column, {**value, "run": self.find(value.get("run"), runs, place)}, place))
+        groups = [self._group(group, where, leading, len(columns), notes) for group in entry.pop("groups", [])]
+        for name in entry.get("notes", []):
+            self.find(name, notes, f"{where}, notes")
+        built: Table = self.make(Table, {"of": of, **entry, "columns": columns, "groups": groups}, where)
+        return built
+
+    def _group(self, entry: dict[str, Any], where: str, leading: int, width: int, notes: Mapping[str, str]) -> Group:
+        entry = dict(entry)
+        host, fields = entry.get("host"), entry.get("fields", {})
+        rows = []
+        for value in entry.pop("rows", []):
+            value = dict(value)
+            place = f"{where}, row {value.get('label')}"
+            if "operator" in value and "backbone" not in value:
+                value = {"backbone": host, "fields": fields, **value}
+            printed = value.pop("printed", [])
+            if printed and len(printed) + leading != width:
+                raise UsageError(f"{self.path}, {place}: {len(printed)} printed values for {width - leading} columns")
+            for name in value.get("notes", []):
+                self.find(name, notes, place)
+            rows.append(self.make(Row, {**value, "printed": [None] * leading + printed if printed else []}, place))
+        group: Group = self.make(Group, {**entry, "rows": rows}, where)
+        if group.baseline is not None:
+            self.find(group.baseline, {row.label: row for row in rows}, f"{where}, baseline")
+        return group

@@ -1,0 +1,270 @@
+"""What the tables want and nobody has measured yet: which runs these are, and how they come about."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from sis_lightning.cluster.starts import is_running, last_row, read_starts
+from sis_lightning.configs import PACKAGED, recipe, resolve
+from sis_lightning.errors import DataError, UserError
+from sis_lightning.files import digest, digest_files, write_text
+from sis_lightning.machine import usable_cores
+from sis_lightning.results.book import BUILT_IN, Book, Experiment
+from sis_lightning.results.cells import Evidence, Model, Models, fill
+from sis_lightning.results.records import read_record
+
+#: What settles parameters, MACs and configurations.
+_PARTS = ("operators.py", "complexity.py", "configs.py", "backbones/*.py", "tasks/*.py", "datamodules/*.py")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A run that a cell waits for.
+
+    Attributes:
+        table: The first that wants it.
+        row: Its label.
+        experiment: What it measures.
+        seed: Of it.
+        folder: Its directory, as `fit` chooses it.
+        state: `not begun`, `running`, `begun (step 300)`, or `trained`: to be tested.
+        root: Where its data lies; None for where its configuration says.
+    """
+
+    table: str
+    row: str
+    experiment: Experiment
+    seed: int
+    folder: Path
+    state: str
+    root: str | None = None
+
+    def options(self) -> list[str]:
+        """Of `fit` and `test`, without the seed."""
+        return [*self.experiment.options(), *(["--data.root", self.root] if self.root else [])]
+
+    @property
+    def command(self) -> str:
+        """What a user types."""
+        options = [*self.options(), "--seed_everything", str(self.seed)]
+        return shlex.join(["sis-lightning", "fit", *options, "--resume", "auto"])
+
+
+def code_digest() -> str:
+    """Of the code and the configurations that settle what an experiment resolves to."""
+    here = Path(__file__).parents[1]
+    files = [path for pattern in _PARTS for path in here.glob(pattern)]
+    files += [path for folder in ("tasks", "datamodules", "configs") for path in (PACKAGED / folder).rglob("*.yaml")]
+    return digest_files(files, PACKAGED)
+
+
+def differences(before: Models, now: Models) -> list[str]:
+    """Experiments of which the code gives other numbers than were kept, with both."""
+    found = []
+    for key in before.by_key.keys() & now.by_key.keys():
+        old, new = before.by_key[key], now.by_key[key]
+        if old != new:
+            pairs = [(name, getattr(old, name, None), getattr(new, name, None)) for name in Model.__annotations__]
+            name, was, is_ = next(pair for pair in pairs if pair[1] != pair[2])
+            found.append(f"{key}: {name} was {was}, the code gives {is_}")
+    added, gone = now.by_key.keys() - before.by_key.keys(), before.by_key.keys() - now.by_key.keys()
+    found += [f"{len(added)} rows are new, such as {min(added)}"] if added else []
+    found += [f"{len(gone)} rows are no more, such as {min(gone)}"] if gone else []
+    return sorted(found)
+
+
+def count(book: Book, known: Models) -> Models:
+    """Resolves and counts every experiment of the book, with rows for operators that users registered.
+
+    Args:
+        book: The tables, without those rows.
+        known: Kept where the code is the same.
+
+    Raises:
+        UsageError: For an experiment that cannot be: of which table.
+    """
+    from sis_lightning.operators import operator_class, operator_names
+
+    operators, code = operator_names(), code_digest()
+    # Of operators that are not ours, nobody tells whether they changed.
+    kept = known.by_key if known.code == code else {}
+    found: dict[str, Model | None] = {}
+    for key, experiment in book.with_operators(operators).experiments().items():
+        fields = dict(experiment.fields)
+        operator = fields.get("operator")
+        if operator and fields.get("steps", 2) != 2 and not operator_class(operator).recurrent:
+            found[key] = None
+            continue
+        ours = operator is None or operator in BUILT_IN
+        found[key] = kept[key] if key in kept and ours else _resolve(experiment)
+    return Models(code, operators, found)
+
+
+def _resolve(experiment: Experiment) -> Model:
+    from sis_lightning import complexity
+    from sis_lightning.runs import run
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            cli = run(None, *resolve(experiment.options()))
+    except UserError as error:
+        raise type(error)(f"tables, {experiment.key}: {error}") from None
+    size = complexity.of_cli(cli, experiment.run.name)
+    image = (size.height, size.width)
+    return Model(digest(recipe(cli.resolved)), size.config, size.model_parameters, size.model_macs, image)
+
+
+def missing(
+    book: Book,
+    evidence: Sequence[Evidence],
+    models: Models,
+    seeds: Sequence[int] | None = None,
+    roots: Mapping[str, str] | None = None,
+) -> list[Missing]:
+    """The runs that cells wait for, each once, in the order of the tables.
+
+    Args:
+        book: The tables, or some of their rows.
+        evidence: What was measured.
+        models: What the experiments resolve to.
+        seeds: In place of those that each run wants.
+        roots: Where the data of a run lies, by the run's name.
+    """
+    found: dict[tuple[str, int], Missing] = {}
+    for filled in fill(book, evidence, models):
+        for line in filled.lines:
+            for column, cell in zip(filled.table.columns, line.cells, strict=True):
+                experiment = line.row.experiment(column)
+                model = models.by_key[experiment.key]
+                if column.counted or model is None:
+                    continue
+                for seed in experiment.run.seeds if seeds is None else seeds:
+                    if seed in cell.values or (experiment.key, seed) in found:
+                        continue
+                    folder = directory(experiment, model, seed)
+                    state = _state(folder)
+                    root = (roots or {}).get(experiment.run.name)
+                    entry = Missing(filled.table.id, line.row.label, experiment, seed, folder, state, root)
+                    found[experiment.key, seed] = entry
+    return list(found.values())
+
+
+def directory(experiment: Experiment, model: Model, seed: int) -> Path:
+    """Where `fit` keeps the run."""
+    return Path("runs", experiment.run.name, model.slug, f"seed{seed}")
+
+
+def busy(book: Book, models: Models) -> Iterator[str]:
+    """Keys of experiments that a fit here is busy with."""
+    for key, experiment in book.experiments().items():
+        model = models.by_key.get(key)
+        if model is not None:
+            folder = directory(experiment, model, 0).parent
+            if any(is_running(path) for path in folder.glob("seed*")):
+                yield key
+
+
+def _state(folder: Path) -> str:
+    if is_running(folder):
+        return "running"
+    starts = read_starts(folder)
+    if not starts:
+        return "not begun"
+    if starts[-1]["how"] == "finished":
+        return "trained"
+    newest = last_row(folder)
+    return f"begun (step {int(newest['step']) + 1 if 'step' in newest else 0:,})"
+
+
+def add(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """Takes records into a results folder, byte by byte: those given, and all `test.json` below folders.
+
+    Returns:
+        Those that were not there yet.
+
+    Raises:
+        DataError: For one that was edited, or none at all.
+    """
+    found = list(itertools.chain.from_iterable(sorted(p.rglob("test.json")) if p.is_dir() else [p] for p in paths))
+    if not found:
+        raise DataError(f"no test.json below {', '.join(map(str, paths))}: sis-lightning test writes it")
+    added = []
+    for path in found:
+        record = read_record(path)
+        weights = record["checkpoint"]["sha256"][:8]
+        place = folder / f"{record['task']}-{record['backbone']}-seed{record['seed']}-{weights}.json"
+        if place.is_file() and read_record(place)["metrics"] == record["metrics"]:
+            continue  # the same weights, tested once more
+        write_text(place, path.read_text(encoding="utf-8"))
+        added.append(place)
+    return added
+
+
+def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequence[str]) -> int:
+    """Trains and tests what is missing, and takes the records in; goes on with what was begun.
+
+    Args:
+        wanted: The runs.
+        records: Where their records go.
+        jobs: How many at once, each with its share of the cores.
+        extra: Further options of `fit` and `test`.
+
+    Returns:
+        How many failed.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
+
+    def one(number: int, entry: Missing) -> bool:
+        name = f"[{number}/{len(wanted)}] table {entry.table}, {entry.row}, seed {entry.seed}"
+        log = entry.folder.with_name(f"{entry.folder.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{name}: {log}", flush=True)
+        options = [*entry.options(), "--seed_everything", str(entry.seed), *extra]
+        for command in (["fit", *options, "--resume", "auto"], ["test", *options]):
+            line = [sys.executable, "-m", "sis_lightning", *command]
+            with log.open("a", encoding="utf-8") as file:
+                code = subprocess.run(
+                    line, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads}, check=False
+                ).returncode
+            if code:
+                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                print(f"{name}: {command[0]} failed ({code}): {' '.join(last)}", file=sys.stderr, flush=True)
+                return False
+        add([entry.folder / "test.json"], records)
+        print(f"{name}: {_headline(entry.folder / 'test.json')}", flush=True)
+        return True
+
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(one, range(1, len(wanted) + 1), wanted))
+    return done.count(False)
+
+
+def _headline(path: Path) -> str:
+    record = read_record(path)
+    return f"{record['headline']} {record['metrics'].get(record['headline'])}"
+
+
+def submissions(wanted: Sequence[Missing], extra: Sequence[str]) -> list[list[str]]:
+    """Options of `submit` that hand what is missing to SLURM: for each experiment an array over its seeds."""
+    seeds: dict[str, list[int]] = {}
+    first: Mapping[str, Missing] = {entry.experiment.key: entry for entry in reversed(wanted)}
+    for entry in wanted:
+        if entry.state != "running":
+            seeds.setdefault(entry.experiment.key, []).append(entry.seed)
+    return [
+        [
+            *first[key].options(),
+            *("--array", f"seeds={','.join(map(str, chosen))}", "--test", *extra),
+        ]
+        for key, chosen in seeds.items()
+    ]

@@ -1,0 +1,149 @@
+"""A folder of results: its books, its records and what the code counts; all that `sis-lightning tables` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from sis_lightning.errors import UsageError
+from sis_lightning.results import plan
+from sis_lightning.results.book import Book, books_in, read_books
+from sis_lightning.results.cells import Evidence, Filled, Models, fill, read_records
+from sis_lightning.results.render import render, write_tables
+
+
+class Results:
+    """A folder with books (`*.yaml`), `records/`, `models.json`, and what is generated of them.
+
+    Args:
+        folder: The packaged books stand in where it has none.
+
+    Raises:
+        UsageError, DataError: For books and files that cannot be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.records, self.kept = folder, folder / "records", folder / "models.json"
+
+    @cached_property
+    def shipped(self) -> Book:
+        """The books, with the built-in operators alone."""
+        return read_books(books_in(self.folder))
+
+    @property
+    def models(self) -> Models:
+        """What the code counted last."""
+        return Models.read(self.kept)
+
+    @property
+    def book(self) -> Book:
+        """The books, with a row for every operator that the code knew when it counted."""
+        return self.shipped.with_operators(self.models.operators)
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """All records."""
+        return read_records(self.records)
+
+    def filled(self, running: bool = False) -> list[Filled]:
+        """All tables; with cells that a fit here is busy with, where asked for."""
+        book, models = self.book, self.models
+        return fill(book, self.evidence, models, plan.busy(book, models) if running else ())
+
+    def count(self) -> list[str]:
+        """Counts anew what the code may have changed; returns in what it differs from what was kept."""
+        before = self.models
+        now = plan.count(self.shipped, before)
+        if now != before:
+            now.write(self.kept)
+        return plan.differences(before, now)
+
+    def missing(
+        self, tables: Sequence[str], rows: Sequence[str], seeds: Sequence[int] | None, roots: Mapping[str, str]
+    ) -> list[plan.Missing]:
+        """The runs that cells wait for, of the named tables and rows; counts first.
+
+        Raises:
+            UsageError: For a table, row or run that there is not.
+        """
+        self.count()
+        book = self.book.chosen(tables, rows)
+        runs = {experiment.run.name for experiment in book.experiments().values()}
+        for name in roots:
+            if name not in runs:
+                raise UsageError(f"--roots: no run is called '{name}' here: {', '.join(sorted(runs))}")
+        return plan.missing(book, self.evidence, self.models, seeds, roots)
+
+    def add(self, paths: Sequence[Path]) -> list[Path]:
+        """Takes records in; returns the new ones."""
+        return plan.add(paths, self.records)
+
+    def render(self) -> list[Path]:
+        """Writes the tables in all forms."""
+        return write_tables(self.book, self.filled(running=True), self.folder)
+
+    def check(self) -> list[str]:
+        """What is wrong with the folder: nothing, where everything in it follows from books, records and code.
+
+        Raises:
+            DataError: For a record that was edited.
+        """
+        before = self.models
+        now = plan.count(self.shipped, before)
+        problems = [f"models.json: {text}" for text in plan.differences(before, now)]
+        if problems:
+            return [*problems[:5], "models.json is stale: sis-lightning tables count, then tables render"]
+        for path, text in render(self.book, self.filled(), self.folder).items():
+            if not path.is_file():
+                problems.append(f"{path} is missing: sis-lightning tables render")
+            elif path.read_text(encoding="utf-8") != text:
+                problems.append(f"{path} is not what books and records give: sis-lightning tables render")
+        return problems
+
+    def draw(self, names: Sequence[str], runs: Sequence[Path]) -> list[Path]:
+        """Draws figures into `figures/`."""
+        from sis_lightning.results.figures import draw
+
+        return draw(names, self.filled(), self.evidence, self.folder / "figures", runs)
+
+
+def seeds_of(text: str | None) -> list[int] | None:
+    """`3` is the first three seeds, `0,5` these two; None stays None.
+
+    Raises:
+        UsageError: For anything else.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0 or text == "0":
+        raise UsageError(f"--seeds is '{text}', must be how many (3) or which (0,1,4; 0, for seed 0 alone)")
+    return sorted(set(numbers)) if "," in text else list(range(numbers[0]))
+
+
+def roots_of(texts: Sequence[str]) -> dict[str, str]:
+    """Folders by the names of runs.
+
+    Raises:
+        UsageError: For anything but `RUN=DIR`.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, _, folder) in zip(texts, pairs, strict=True):
+        if not name or not folder:
+            raise UsageError(f"--roots is '{text}', must be RUN=DIR, such as det_coco=/data/coco")
+    return {name: folder for name, _, folder in pairs}
+
+
+def to_text(wanted: Sequence[plan.Missing]) -> str:
+    """What is missing, for people: a line of what it is, and the command below it."""
+    if not wanted:
+        return "nothing is missing\n"
+    lines = [f"{len(wanted)} run(s) are missing:"]
+    for entry in wanted:
+        what = f"table {entry.table}, {entry.row}, {entry.experiment.run.name}, seed {entry.seed}: {entry.state}"
+        lines += [what, f"  {entry.command}"]
+    return "\n".join(lines) + "\n"
