@@ -80,7 +80,7 @@ def differences(before: Models, now: Models) -> list[str]:
     added, gone = now.by_key.keys() - before.by_key.keys(), before.by_key.keys() - now.by_key.keys()
     found += [f"{len(added)} rows are new, such as {min(added)}"] if added else []
     found += [f"{len(gone)} rows are no more, such as {min(gone)}"] if gone else []
-    return sorted(found)
+    return [*sorted(found)[:5], *([f"and {len(found) - 5} more"] if len(found) > 5 else [])]
 
 
 def count(book: Book, known: Models) -> Models:

@@ -93,7 +93,7 @@ class Results:
         now = plan.count(self.shipped, before)
         problems = [f"models.json: {text}" for text in plan.differences(before, now)]
         if problems:
-            return [*problems[:5], "models.json is stale: sis-lightning tables count, then tables render"]
+            return [*problems, "models.json is stale: sis-lightning tables count, then tables render"]
         for path, text in render(self.book, self.filled(), self.folder).items():
             if not path.is_file():
                 problems.append(f"{path} is missing: sis-lightning tables render")

@@ -1,0 +1,793 @@
+"""Figures of the tables, of how runs learnt, and of what operators and networks see: PNG and SVG.
+
+The style sheet beside this file holds fonts and colours. A row has one colour and one marker in all figures of a table;
+nothing is told by colour alone. Filled markers are ours, hollow ones what the paper prints, and the title says what ours
+were measured on. Imports torch only for the figures that compute gradients or activations.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from sis_lightning.errors import DataError, UsageError, nearest
+from sis_lightning.results.book import BUILT_IN, Column
+from sis_lightning.results.cells import Cell, Evidence, Filled, Line
+from sis_lightning.results.records import Record
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from sis_lightning.backbones import Classifier
+    from sis_lightning.datamodules import SISDataModule
+
+#: As `draw` and the command line call them.
+FIGURES = ("accuracy", "sizes", "curves", "receptive-fields", "activation-maps")
+#: The metrics of an object's size, by COCO's bounds of area, in the order in which they are drawn.
+SIZES = {
+    "test/APs": "AP(S)",
+    "test/APm": "AP(M)",
+    "test/APl": "AP(L)",
+    "test/ARs": "AR(S)",
+    "test/ARm": "AR(M)",
+    "test/ARl": "AR(L)",
+}
+_AXES = {"parameters": ("parameters, M", 1e-6), "macs": ("MACs of one image, G", 1e-9)}
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "<", ">", "h")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_STEM_BACKBONE = "sis_demo"
+_ENDINGS: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
+_styled = matplotlib.style.context(Path(__file__).with_name("paper.mplstyle"))
+
+
+def draw(
+    names: Sequence[str],
+    tables: Sequence[Filled],
+    evidence: Sequence[Evidence],
+    folder: Path,
+    runs: Sequence[Path] = (),
+) -> list[Path]:
+    """Draws figures, each as PNG and SVG; those that there is no data for are left out.
+
+    Args:
+        names: Of `FIGURES`; none for all, `activation-maps` only with `runs`.
+        tables: Filled ones, each with figures of its own.
+        evidence: The records that they were filled from.
+        folder: Where to write: `accuracy_table_3.png`, `receptive_fields.svg` and so on.
+        runs: Directories of classification runs, for `activation-maps`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UsageError: For a name that there is not, or runs that cannot be shown together.
+        DataError: For a run without a checkpoint, or whose data is not there.
+    """
+    for name in names:
+        if name not in FIGURES:
+            raise UsageError(f"there is no figure '{name}': {nearest(name, FIGURES)}")
+    if "activation-maps" in names and not runs:
+        raise UsageError("activation-maps shows what runs look at: name their directories, --runs DIR DIR")
+    wanted = [name for name in FIGURES if name in names or (not names and (name != "activation-maps" or runs))]
+    of_tables: dict[str, Callable[[Filled], Figure | None]] = {
+        "accuracy": accuracy,
+        "sizes": lambda filled: by_size(filled, evidence),
+        "curves": lambda filled: curves(filled, evidence),
+    }
+    written = []
+    for name in wanted:
+        if name == "receptive-fields":
+            written += write(receptive_fields(), folder / "receptive_fields")
+        elif name == "activation-maps":
+            written += write(activation_maps(runs), folder / "activation_maps")
+        else:
+            for filled in tables:
+                figure = of_tables[name](filled)
+                if figure is not None:
+                    written += write(figure, folder / f"{name}_{filled.table.slug}")
+    return written
+
+
+def write(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as `stem`.png (200 dpi) and `stem`.svg, the same bytes for the same figure."""
+    paths = [stem.with_name(f"{stem.name}{ending}") for ending in (".png", ".svg")]
+    for path in paths:
+        _write(figure, path)
+    return paths
+
+
+@_styled
+def _write(figure: Figure, path: Path) -> None:
+    """Whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], metadata=_ENDINGS[path.suffix])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(buffer.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Rows under one configuration: what is compared with each other.
+
+    Attributes:
+        title: Of their group, where labels come back in another.
+        lines: The rows.
+        columns: Indices of the metrics that one run measures.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    columns: tuple[int, ...]
+
+
+def _series(filled: Filled) -> list[_Series]:
+    """By groups, where a label is in more than one of them, and by what measures the columns."""
+    table = filled.table
+    by_run: dict[str, list[int]] = {}
+    for index, column in enumerate(table.columns):
+        if not column.counted:
+            by_run.setdefault(f"{column.run.name} {sorted(column.backbone.items())}", []).append(index)
+    labels = [line.row.label for line in filled.lines]
+    groups = [("", filled.lines)]
+    if len({*labels}) < len(labels):
+        groups = [(group.title, tuple(x for x in filled.lines if x.group is group)) for group in table.groups]
+    return [_Series(title, lines, tuple(columns)) for columns in by_run.values() for title, lines in groups]
+
+
+def _names(filled: Filled, chosen: Sequence[_Series]) -> list[str]:
+    """What tells the series from each other; nothing for a single one."""
+    heads = [filled.table.columns[series.columns[0]].label for series in chosen]
+    titles = [series.title for series in chosen]
+    parts = [kind for kind in (titles, heads) if len({*kind}) > 1]
+    return [", ".join(part for part in names if part) for names in zip(*parts, strict=True)] or [""] * len(chosen)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a row is drawn."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+    def handle(self, label: str, *, line: bool = False) -> Line2D:
+        """Its entry in a legend."""
+        style = self.dashes if line else "none"
+        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=style, label=label)
+
+
+def _look(number: int) -> _Look:
+    colours = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    dashes = _DASHES[number % len(_DASHES)]
+    return _Look(colours[number % len(colours)], _MARKERS[number % len(_MARKERS)], dashes)
+
+
+def _looks(filled: Filled) -> dict[str, _Look]:
+    """By the rows' labels. An operator of the paper's looks the same in all tables."""
+    own = {name: number for number, name in enumerate(BUILT_IN[1:])}
+    numbers: dict[str, int] = {}
+    free = len(own)
+    for line in filled.lines:
+        label, operator = line.row.label, line.row.operator
+        if label in numbers:
+            continue
+        if operator in own and own[operator] not in numbers.values():
+            numbers[label] = own[operator]
+        else:
+            numbers[label] = free
+            free += 1
+    return {label: _look(number) for label, number in numbers.items()}
+
+
+def _white() -> dict[str, Any]:
+    """What tells a printed figure from a measured one."""
+    return {"markerfacecolor": "none", "markeredgewidth": 1.1}
+
+
+def _headed(figure: Figure, filled: Filled, *said: str) -> None:
+    """Title, and what is to be known of the figures below it."""
+    lines = [f"Table {filled.table.id}: {filled.table.title}"]
+    lines += [part for text in said if text for part in textwrap.wrap(text, 105)]
+    figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", linespacing=1.4)
+
+
+def _origin(filled: Filled, cells: Iterable[Cell]) -> str:
+    """Whose figures are drawn, and what ours are."""
+    cells = list(cells)
+    printed = [cell for cell in cells if filled.table.of and cell.printed is not None]
+    parts = []
+    if printed:
+        again = sum(cell.state == "reproduced" for cell in printed)
+        often = "" if again == len(printed) else f", {again or 'none'} of these {len(printed)} reproduced"
+        parts.append(f"hollow: printed by {filled.table.of}{often}")
+    states = list(dict.fromkeys(cell.state for cell in cells if cell.values))
+    if states:
+        counts = sorted({len(cell.values) for cell in cells if cell.values})
+        seeds = "one seed each" if counts == [1] else f"mean and standard deviation of {_span(counts)} seeds"
+        parts.append(f"filled: ours ({', '.join(states)}), {seeds}")
+    return "; ".join(parts)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def _legend(figure: Figure, filled: Filled, handles: Sequence[Line2D], cells: Iterable[Cell] = ()) -> None:
+    cells = list(cells)
+    plain = {"color": "0.35", "marker": "o", "linestyle": "none"}
+    kinds = []
+    if filled.table.of and any(cell.printed is not None for cell in cells):
+        kinds.append(Line2D([], [], **plain, **_white(), label=f"printed by {filled.table.of}"))
+    kinds += [
+        Line2D([], [], **plain, label=f"ours, {state}")
+        for state in dict.fromkeys(cell.state for cell in cells if cell.values)
+    ]
+    figure.legend(handles=[*handles, *kinds], loc="outside right upper")
+
+
+@_styled
+def accuracy(filled: Filled) -> Figure | None:
+    """The table's first metric against parameters and against MACs of the whole model, as the code counts them.
+
+    A marker a row: filled for our mean over the seeds, with their standard deviation; hollow for what the paper prints.
+    Where several columns or groups have that metric, a line joins the markers of one row.
+
+    Args:
+        filled: A table.
+
+    Returns:
+        Two panels with one vertical axis, in the metric's unit in the table; None where nothing is to be drawn.
+    """
+    columns = filled.table.columns
+    first = next((column for column in columns if not column.counted), None)
+    if first is None:
+        return None
+    placed: list[tuple[_Series, int]] = []
+    for series in _series(filled):
+        index = next((i for i in series.columns if columns[i].metric == first.metric), None)
+        cells = [line.cells[index] for line in series.lines] if index is not None else []
+        if index is not None and any(_shown(filled, cell) for cell in cells):
+            placed.append((series, index))
+    axes_of = [metric for metric in _AXES if any(_size(filled, i, metric) is not None for _, i in placed)]
+    if not axes_of:
+        return None
+    names, looks = _names(filled, [series for series, _ in placed]), _looks(filled)
+    figure = Figure(figsize=(7.2, 3.3))
+    panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
+    for metric, axis in zip(axes_of, panels, strict=True):
+        _against(axis, filled, placed, metric, names, looks)
+    panels[0].set_ylabel(f"{first.label} ({first.better} is better)" if len(columns) else first.label)
+    cells = [line.cells[index] for series, index in placed for line in series.lines]
+    drawn = {line.row.label for series, i in placed for line in series.lines if _shown(filled, line.cells[i])}
+    _legend(figure, filled, [look.handle(label) for label, look in looks.items() if label in drawn], cells)
+    _headed(figure, filled, _origin(filled, cells))
+    return figure
+
+
+def _shown(filled: Filled, cell: Cell) -> bool:
+    return bool(cell.values) or (bool(filled.table.of) and cell.printed is not None)
+
+
+def _size(filled: Filled, index: int, metric: str) -> int | None:
+    """The column that counts parameters or MACs of what another measures."""
+    columns = filled.table.columns
+    own = columns[index]
+    found = [
+        i
+        for i, column in enumerate(columns)
+        if column.metric == metric and column.run.name == own.run.name and column.backbone == own.backbone
+    ]
+    return found[0] if found else None
+
+
+def _against(
+    axis: Axes,
+    filled: Filled,
+    placed: Sequence[tuple[_Series, int]],
+    metric: str,
+    names: Sequence[str],
+    looks: Mapping[str, _Look],
+) -> None:
+    """A panel of `accuracy`."""
+    label, scale = _AXES[metric]
+    joined: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    for number, ((series, index), name) in enumerate(zip(placed, names, strict=True)):
+        size = _size(filled, index, metric)
+        if size is None:
+            continue
+        points = []
+        for line in series.lines:
+            count, cell, look = line.cells[size].mean, line.cells[index], looks[line.row.label]
+            if count is None:
+                continue
+            x = count / filled.table.columns[size].scale * scale
+            if filled.table.of and cell.printed is not None:
+                axis.plot(x, cell.printed, look.marker, color=look.colour, **_white())
+                points.append((x, cell.printed))
+                joined.setdefault((line.row.label, True), []).append(points[-1])
+            if cell.mean is not None:
+                axis.errorbar(x, cell.mean, cell.std, fmt=look.marker, color=look.colour)
+                points.append((x, cell.mean))
+                joined.setdefault((line.row.label, False), []).append(points[-1])
+        _tag(axis, name, points, number)
+    for (row, printed), points in joined.items():
+        if len(points) > 1:
+            style = "--" if printed else "-"
+            axis.plot(*zip(*points, strict=True), style, color=looks[row].colour, linewidth=0.7, alpha=0.6, zorder=1)
+    axis.set_xlabel(label)
+    axis.margins(0.12)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _tag(axis: Axes, name: str, points: Sequence[tuple[float, float]], number: int) -> None:
+    """Names a series beside its points; of more than two, above the highest."""
+    text = {"fontsize": 8, "color": "0.25", "textcoords": "offset points"}
+    if not name or not points:
+        return
+    if len(points) > 2:
+        highest = max(points, key=lambda point: point[1])
+        axis.annotate(name, highest, (0, 6), ha="center", va="bottom", **text)  # type: ignore[arg-type]
+        return
+    side = -1 if number % 2 else 1
+    for point in points:
+        where = "left" if side > 0 else "right"
+        axis.annotate(name, point, (7 * side, 0), ha=where, va="center", **text)  # type: ignore[arg-type]
+
+
+def _records(series: _Series, line: Line, known: Mapping[str, Evidence]) -> list[Record]:
+    """What a row was measured by, by seed."""
+    names = dict.fromkeys(name for index in series.columns for name in line.cells[index].records)
+    return [known[name].record for name in names if name in known]
+
+
+@_styled
+def by_size(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
+    """Average precision and recall by the size of objects: small, medium, large as COCO has them.
+
+    Args:
+        filled: A table.
+        evidence: Records; those of its cells are shown, filled, and printed figures of its columns, hollow.
+
+    Returns:
+        A panel for each group, in the unit of the table's first metric; None where no size was measured or printed.
+    """
+    known = {piece.name: piece for piece in evidence}
+    columns = filled.table.columns
+    chosen, found = [], []
+    for series in _series(filled):
+        scale = columns[series.columns[0]].scale
+        values: dict[tuple[str, str], list[float]] = {}
+        printed: dict[tuple[str, str], float] = {}
+        for line in series.lines:
+            for record in _records(series, line, known):
+                for metric in SIZES:
+                    if (value := record["metrics"].get(metric)) is not None:
+                        values.setdefault((metric, line.row.label), []).append(value * scale)
+            for index in series.columns:
+                cell = line.cells[index]
+                if columns[index].metric in SIZES and filled.table.of and cell.printed is not None:
+                    printed[columns[index].metric, line.row.label] = cell.printed
+        if values or printed:
+            chosen.append(series)
+            found.append((values, printed))
+    if not chosen:
+        return None
+    looks = _looks(filled)
+    figure = Figure(figsize=(7.2, 1.2 + 2.3 * len(chosen)))
+    panels = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
+    for axis, series, name, (values, printed) in zip(panels, chosen, _names(filled, chosen), found, strict=True):
+        metrics = [metric for metric in SIZES if any(metric == key for key, _ in (*values, *printed))]
+        rows = [line.row.label for line in series.lines if any(line.row.label == row for _, row in (*values, *printed))]
+        for place, metric in enumerate(metrics):
+            if place:
+                axis.axvline(place - 0.5, color="0.8", linewidth=0.6)
+            for number, row in enumerate(rows):
+                x = place + 0.75 * ((number + 0.5) / len(rows) - 0.5)
+                look, key = looks[row], (metric, row)
+                if key in printed:
+                    axis.plot(x, printed[key], look.marker, color=look.colour, **_white())
+                if key in values:
+                    spread = statistics.stdev(values[key]) if len(values[key]) > 1 else None
+                    axis.errorbar(x, statistics.fmean(values[key]), spread, fmt=look.marker, color=look.colour)
+        axis.set_xticks(range(len(metrics)), [SIZES[metric] for metric in metrics])
+        axis.set_xlim(-0.5, len(metrics) - 0.5)
+        axis.grid(visible=False, axis="x")
+        axis.tick_params(axis="x", length=0)
+        percent = columns[series.columns[0]].scale == 100
+        axis.set_ylabel("AP, AR in percent" if percent else "AP, AR")
+        axis.set_title(name, loc="left")
+    shown = [key[1] for values, printed in found for key in (*values, *printed)]
+    cells = [x.cells[i] for series in chosen for x in series.lines for i in _size_columns(columns, series)]
+    _legend(figure, filled, [look.handle(label) for label, look in looks.items() if label in shown], cells)
+    _headed(figure, filled, "By the size of objects (S, M, L). " + _origin(filled, cells))
+    return figure
+
+
+def _size_columns(columns: Sequence[Column], series: _Series) -> tuple[int, ...]:
+    """Those of sizes; where there is none, the first: its records have them."""
+    return tuple(i for i in series.columns if columns[i].metric in SIZES) or series.columns[:1]
+
+
+def over_seeds(found: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Curves of one metric over several seeds.
+
+    Args:
+        found: Value by step, of each seed.
+
+    Returns:
+        The steps that all have, and of each the mean, the lowest and the highest value.
+    """
+    steps = sorted(set.intersection(*({*curve} for curve in found))) if found else []
+    values = np.array([[curve[step] for step in steps] for curve in found]).reshape(len(found), len(steps))
+    if not steps:
+        return [], np.empty(0), np.empty(0), np.empty(0)
+    return steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+@_styled
+def curves(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
+    """How rows learnt: the metric that chooses checkpoints on the val split, and the training loss, by step.
+
+    Args:
+        filled: A table.
+        evidence: Records; those of its cells are shown.
+
+    Returns:
+        A line of panels for each group and run: the mean over the seeds, in a band from the lowest to the highest seed;
+        None where nothing was measured.
+    """
+    known = {piece.name: piece for piece in evidence}
+    chosen: list[_Series] = []
+    found: list[dict[str, list[Record]]] = []
+    for series in _series(filled):
+        of_rows = {line.row.label: _records(series, line, known) for line in series.lines}
+        rows = {label: records for label, records in of_rows.items() if any(_curve(r) for r in records)}
+        if rows:
+            chosen.append(series)
+            found.append(rows)
+    if not chosen:
+        return None
+    looks = _looks(filled)
+    figure = Figure(figsize=(7.2, 0.8 + 2.5 * len(chosen)))
+    panels = figure.subplots(len(chosen), 2, squeeze=False)
+    for pair, name, rows in zip(panels, _names(filled, chosen), found, strict=True):
+        heads = dict.fromkeys(_curve(record) for records in rows.values() for record in records)
+        for axis, key in zip(pair, (next(filter(None, heads)), "train/loss"), strict=True):
+            for label, records in rows.items():
+                _band(axis, looks[label], [dict(r["curves"].get(key, ())) for r in records if key in r["curves"]])
+            axis.set_title(f"{name}: {key}" if name else key, loc="left")
+            _steps(axis)
+    labels = {label for rows in found for label in rows}
+    _legend(figure, filled, [look.handle(label, line=True) for label, look in looks.items() if label in labels])
+    cells = [line.cells[series.columns[0]] for series in chosen for line in series.lines]
+    states = ", ".join(dict.fromkeys(cell.state for cell in cells if cell.values))
+    seeds = sorted({len(records) for rows in found for records in rows.values()})
+    many = "one seed each" if seeds == [1] else f"mean of {_span(seeds)} seeds, band from the lowest to the highest"
+    _headed(figure, filled, f"Learning curves of ours ({states}), {many}")
+    return figure
+
+
+def _curve(record: Record) -> str:
+    """The val metric that a record has a curve of; empty where it has none."""
+    return next((key for key, points in record.get("curves", {}).items() if key != "train/loss" and points), "")
+
+
+def _band(axis: Axes, look: _Look, found: Sequence[Mapping[int, float]]) -> None:
+    steps, mean, low, high = over_seeds(found)
+    if not steps:
+        return
+    every = max(1, len(steps) // 6)
+    axis.plot(steps, mean, color=look.colour, marker=look.marker, linestyle=look.dashes, markersize=4, markevery=every)
+    if len(found) > 1:
+        axis.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
+
+
+def _steps(axis: Axes) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+@_styled
+def draw_pair(
+    found: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], labels: tuple[str, str], path: Path
+) -> None:
+    """Draws the curves of two runs over each other, for `sis-lightning compare`.
+
+    Args:
+        found: By metric, value by step of the first and of the second.
+        labels: Of the two.
+        path: A .png, .svg or .pdf.
+
+    Raises:
+        UsageError: For another ending.
+    """
+    if path.suffix not in _ENDINGS:
+        raise UsageError(f"{path}: its ending must be one of {', '.join(_ENDINGS)}")
+    looks = (_look(6), _look(3))
+    # At most three beside each other.
+    across = min(3, len(found))
+    down = math.ceil(len(found) / across)
+    figure = Figure(figsize=(max(4.5, 2.9 * across), 0.8 + 2.5 * down))
+    panels = figure.subplots(down, across, squeeze=False).reshape(-1)
+    for axis in panels[len(found) :]:
+        axis.set_axis_off()
+    for axis, (key, pair) in zip(panels, found.items(), strict=False):
+        for curve, look in zip(pair, looks, strict=True):
+            _band(axis, look, [curve])
+        axis.set_title(key, loc="left")
+        _steps(axis)
+    handles = [look.handle(label, line=True) for look, label in zip(looks, labels, strict=True)]
+    figure.legend(handles=handles, loc="outside upper left")
+    _write(figure, path)
+
+
+def gradient_map(
+    network: Callable[[], Callable[[Tensor], Tensor]], channels: int, size: int, draws: int, seed: int = 0
+) -> np.ndarray:
+    """The effective receptive field of the centre of a network's output (Luo et al. 2016).
+
+    For each draw, new weights and a new image of normal noise: the gradient of the output's centre, summed over its
+    channels, with respect to the image; its absolute value, summed over the image's channels, as a share of its sum.
+
+    Args:
+        network: Makes one with new weights, that maps (1, channels, size, size) to (1, C, H, W).
+        channels: Of the image.
+        size: Side of the image in px; odd, so that it has a centre.
+        draws: How many are averaged.
+        seed: Of weights and images; the global random state is left as it was.
+
+    Returns:
+        (size, size), float64, at most 1 by division by the largest; 0 where the output does not depend on the image.
+    """
+    import torch
+    from torch import nn
+
+    total = np.zeros((size, size))
+    with torch.random.fork_rng(devices=[]):
+        for draw_number in range(draws):
+            torch.manual_seed(seed + draw_number)
+            made = network()
+            if isinstance(made, nn.Module):
+                # In float32, quick algorithms of convolutions leave rounding errors where the gradient is 0.
+                made = made.eval().double()
+            image = torch.randn(1, channels, size, size, dtype=torch.float64, requires_grad=True)
+            output = made(image)
+            centre = output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum()
+            (gradient,) = torch.autograd.grad(centre, image)
+            share = gradient[0].abs().sum(dim=0).numpy()
+            total += share / max(share.sum(), np.finfo(float).tiny)
+    return total / max(total.max(), np.finfo(float).tiny)
+
+
+def support(field: np.ndarray) -> tuple[int, int]:
+    """Height and width in px of the smallest box that holds all of a map (H, W) that is not 0."""
+    places = np.argwhere(field)
+    if not len(places):
+        return 0, 0
+    height, width = places.max(axis=0) - places.min(axis=0) + 1
+    return int(height), int(width)
+
+
+def _of_operator(name: str) -> Callable[[], torch.nn.Module]:
+    from sis_lightning.operators import operator_class
+
+    kind = operator_class(name)
+    width = math.ceil(16 / kind.channel_multiple) * kind.channel_multiple
+    return lambda: kind(16, width)
+
+
+def _of_backbone(name: str, feature: str) -> Callable[[], torch.nn.Module]:
+    from torch import Tensor, nn
+
+    from sis_lightning.backbones import create_backbone
+
+    class _OneMap(nn.Module):
+        """The map alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = create_backbone(_STEM_BACKBONE, operator=name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body.pyramid(x, feature)[feature]
+
+    return _OneMap
+
+
+@_styled
+def receptive_fields(names: Sequence[str] | None = None) -> Figure:
+    """What an operator sees, alone and in a small network: `gradient_map` of each.
+
+    Args:
+        names: Of operators; None for all that are registered.
+
+    Returns:
+        A column for each: above, one operator of 16 channels on 15×15; below, `c3` (stride 8) of the demo's backbone
+        with it, on 97×97. The box around what is not 0 is stated.
+
+    Raises:
+        UsageError: For an operator that there is not.
+    """
+    from sis_lightning.operators import operator_names
+
+    names = tuple(names) if names is not None else operator_names()
+    # By strides of 8, px 48 of 97 is the centre of the map's middle.
+    rows: list[tuple[str, list[np.ndarray]]] = [
+        ("one operator", [gradient_map(_of_operator(name), 16, 15, 32) for name in names]),
+        (f"{_STEM_BACKBONE}, c3", [gradient_map(_of_backbone(name, "c3"), 3, 97, 12) for name in names]),
+    ]
+    figure = Figure(figsize=(max(3.5, 1.15 * len(names) + 0.9), 3.5))
+    panels = figure.subplots(2, len(names), squeeze=False)
+    norm = PowerNorm(0.5, 0, 1)
+    for line, (what, fields) in zip(panels, rows, strict=True):
+        for axis, name, field in zip(line, names, fields, strict=True):
+            image = axis.imshow(field, norm=norm, interpolation="nearest")
+            height, width = support(field)
+            cut = "≥ " if max(height, width) >= len(field) else ""
+            title = f"{cut}{height}×{width}"
+            axis.set_title(f"{name}\n{title}" if line is panels[0] else title)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            axis.spines[:].set_visible(False)
+        size = len(fields[0])
+        line[0].set_ylabel(f"{what}\n{size}×{size} px")
+    bar = figure.colorbar(image, ax=panels, shrink=0.8, aspect=30, ticks=[0, 0.05, 0.25, 0.5, 1])
+    bar.set_label("|gradient| / largest, square-root scale")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    figure.suptitle(
+        "Effective receptive fields at random weights; below the names, the box of gradients that are not 0",
+        x=0.01,
+        horizontalalignment="left",
+    )
+    return figure
+
+
+def class_activation_map(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a classifier sees the class that it finds likeliest (Zhou et al. 2016, "CAM").
+
+    Exact for a global average pool with a fully connected layer: the mean of a map is its class's logit less the bias.
+
+    Args:
+        network: In evaluation mode.
+        images: Normalised, (N, 3, H, W).
+
+    Returns:
+        Maps (N, h, w) at the resolution of the last features, and probabilities (N, classes).
+    """
+    import torch
+
+    with torch.no_grad():
+        features = list(network.backbone(images).values())[-1]
+        probabilities = network.fc(features.mean(dim=(2, 3))).softmax(dim=1)
+        weights = network.fc.weight[probabilities.argmax(dim=1)]
+        return torch.einsum("nc,nchw->nhw", weights, features), probabilities
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A classification run, ready to look at pictures."""
+
+    path: Path
+    name: str
+    network: Classifier
+    classes: tuple[str, ...]
+    data: SISDataModule
+
+
+def _trained(path: Path) -> _Trained:
+    import torch
+    import yaml
+
+    from sis_lightning.backbones import Classifier
+    from sis_lightning.datamodules import SISDataModule
+    from sis_lightning.runs import run
+    from sis_lightning.tasks import ClassificationTask
+
+    config = path / "config.yaml"
+    if not config.is_file():
+        raise DataError(f"{path}: no run in it (no config.yaml)")
+    cli = run(None, yaml.safe_load(config.read_text(encoding="utf-8")), [])
+    task, data = cli.model, cli.datamodule
+    if not isinstance(task, ClassificationTask):
+        raise UsageError(f"{path} is a run of {type(task).__name__}: activation-maps takes classification runs alone")
+    assert isinstance(data, SISDataModule)
+    content = torch.load(cli.checkpoint(str(path / "checkpoints" / "last.ckpt")), map_location="cpu", weights_only=True)
+    task.load_state_dict(content["state_dict"])
+    task.name_classes(content["class_names"])
+    task.eval().requires_grad_(False)
+    assert isinstance(task.model, Classifier)
+    data.setup("validate")
+    return _Trained(path, task.backbone_config.slug, task.model, tuple(task.class_names), data)
+
+
+@_styled
+def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
+    """What trained classifiers look at: `class_activation_map` of several runs over the same validation images.
+
+    Args:
+        runs: Directories of classification runs on the same data, each with `config.yaml` and `checkpoints/last.ckpt`;
+            their `data.root` counts from the current directory.
+        images: How many, spread evenly over the split.
+
+    Returns:
+        A line for each image: the image, and the map of each run from 0 to its own largest value, a contour at half.
+
+    Raises:
+        UsageError: For a run that is no classification, or runs on different data.
+        DataError: Where a run, its checkpoint or its data is missing.
+    """
+    import torch
+    from lightning.pytorch.utilities.seed import isolate_rng
+    from torch.nn import functional as F
+
+    if not runs or images < 1:
+        raise UsageError("activation maps need at least one run and one image")
+    with isolate_rng():  # building a run seeds everything
+        trained = [_trained(path) for path in runs]
+    first = trained[0]
+    for other in trained[1:]:
+        same = other.data.listing("val") == first.data.listing("val") and other.classes == first.classes
+        if not same:
+            raise UsageError(f"{first.path} and {other.path} are of different data: they can share no images")
+    source = first.data.sources["val"]
+    indices = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int))
+    shown = [source[int(index)] for index in indices]
+    names = [one.name for one in trained]
+    heads = names if len({*names}) == len(names) else [str(one.path) for one in trained]
+    figure = Figure(figsize=(1.75 * (1 + len(trained)) + 0.8, 1.75 * len(shown) + 1.0))
+    panels = figure.subplots(len(shown), 1 + len(trained), squeeze=False)
+    for line, sample in zip(panels, shown, strict=True):
+        seen = first.data.eval_transform(sample)["image"]
+        picture = (torch.as_tensor(seen).float() / 255).permute(1, 2, 0).numpy()
+        line[0].imshow(picture)
+        line[0].set_ylabel(f"true: {first.classes[sample['label']]}")
+        for axis, one in zip(line[1:], trained, strict=True):
+            own = one.data.normalize(one.data.eval_transform(sample)["image"]).as_subclass(torch.Tensor)
+            maps, probabilities = class_activation_map(one.network, own[None])
+            field = F.interpolate(maps[None], own.shape[1:], mode="bilinear", align_corners=False)[0, 0].clamp_min(0)
+            field = (field / field.max().clamp_min(1e-12)).numpy()
+            axis.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
+            overlay = axis.imshow(field, vmin=0, vmax=1, alpha=0.6)
+            if field.min() < 0.5 < field.max():
+                axis.contour(field, levels=[0.5], colors="white", linewidths=1.2)
+            best = int(probabilities[0].argmax())
+            axis.set_title(f"{one.classes[best]} {float(probabilities[0, best]):.2f}")
+    for axis in panels.reshape(-1):
+        axis.set(xticks=[], yticks=[])
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+    for axis, head in zip(panels[-1], ("image", *heads), strict=True):
+        axis.set_xlabel("\n".join(textwrap.wrap(head, 22)))
+    bar = figure.colorbar(overlay, ax=panels, shrink=0.5, aspect=30)
+    bar.set_label("activation of the class above / largest")
+    figure.suptitle(
+        f"Class activation maps\non {first.data.identity()} data; contour at half of the largest",
+        x=0.01,
+        horizontalalignment="left",
+    )
+    return figure
