@@ -1,5 +1,6 @@
 # make demo   a fresh machine to a trained, tested SIS net and its pictures, in minutes
 # make demos  all four tasks on synthetic data, with their figures: half an hour
+# make tables what results/TABLES.md holds of our own, anew: hours
 # make bench  what results/benchmarks holds, anew; make bench-gpu what of it needs a GPU
 # make test   the whole suite
 # make lint   style and types
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --config tasks/seg_voc.yaml --config configs/demo.yaml --data.root data/demo --run_dir runs/demo
 
-.PHONY: demo demos bench bench-gpu test lint format clean
+.PHONY: demo demos tables bench bench-gpu test lint format clean
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -33,6 +34,12 @@ demos: .venv/installed
 		$(BIN)/sis-lightning fit $$options --overwrite true && $(BIN)/sis-lightning test $$options || exit 1; \
 	done
 	$(BIN)/sis-lightning bench --runs $(addprefix runs/demos/,cls_cifar100 seg_voc det_voc kpt_coco) --name demos
+
+# The synthetic tables of results/TABLES.md: some hours on two cores; goes on where it was interrupted.
+tables: .venv/installed
+	$(BIN)/sis-lightning tables run --table S1 S2 S3 S4 --jobs 2
+	$(BIN)/sis-lightning tables figures
+	$(BIN)/sis-lightning tables render
 
 # Half an hour on a quiet machine.
 bench: .venv/installed

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +23,8 @@ from rich.table import Table
 from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
 from sis_lightning.machine import usable_cores
+from sis_lightning.results.book import books_in
+from sis_lightning.results.records import write_sealed
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,36 @@ def time_start(rounds: int = 11) -> Benchmark:
         rounds: Starts of each, after one that warms the disk's cache.
     """
     rows: list[dict[str, str | float]] = []
-    for arguments in (["--help"], ["--version"]):
+
+    def measure(what: str, arguments: Sequence[str]) -> None:
         taken = []
         for _ in range(rounds + 1):
             begun = time.perf_counter()
             subprocess.run([sys.executable, "-m", "sis_lightning", *arguments], check=True, capture_output=True)
             taken.append(time.perf_counter() - begun)
-        rows.append({"command": " ".join(arguments), "seconds": round(sorted(taken[1:])[rounds // 2], 3)})
+        rows.append({"command": what, "seconds": round(sorted(taken[1:])[rounds // 2], 3)})
+
+    measure("--help", ["--help"])
+    measure("--version", ["--version"])
+    for records in (0, 1, 5000):
+        with tempfile.TemporaryDirectory() as folder:
+            _fill_results(Path(folder), records)
+            measure(f"tables render, {records:,} records", ["tables", "render", "--results", folder])
     return benchmark("start", "Commands that compute nothing", "sis-lightning bench --start", rows, "Medians.", ())
+
+
+def _fill_results(folder: Path, records: int) -> None:
+    """The packaged books, what the code counts for them, and so many copies of a record, each of a seed of its own."""
+    shipped = Path("results")
+    for path in (*books_in(shipped), shipped / "models.json"):
+        shutil.copy(path, folder)
+    example = next((shipped / "records").glob("*.json"), None)
+    if example is None and records:
+        raise DataError("results/records holds no record to make many of")
+    for seed in range(records):
+        record = json.loads(example.read_bytes()) if example else {}
+        record.pop("checksum")
+        write_sealed(folder / "records" / f"{seed}.json", {**record, "seed": seed})
 
 
 def collect_runs(folders: Sequence[Path], name: str) -> Benchmark:

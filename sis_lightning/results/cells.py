@@ -229,10 +229,14 @@ def read_records(folder: Path) -> list[Evidence]:
         DataError: For one that was edited, or is none.
     """
     found = []
+    recipes: dict[str, str] = {}  # the seeds of a row share one, and a record's hash of its configuration is sealed
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
         try:
-            found.append(Evidence(path.name, record, digest(recipe(record["config"]))))
+            known = record["config_hash"]
+            if known not in recipes:
+                recipes[known] = digest(recipe(record["config"]))
+            found.append(Evidence(path.name, record, recipes[known]))
         except (KeyError, AttributeError) as error:
             raise DataError(f"{path}: not a record of a run ({error} is missing)") from None
     return found

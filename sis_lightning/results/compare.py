@@ -121,8 +121,8 @@ def compare(
     others = [key for key in keys if not _allowed(key, allow)]
     if others:
         lines = [f"  {key}: {before.get(key)!r} of A, {now.get(key)!r} of B" for key in others[:2]]
-        more = f" and {len(others) - 2} more" if len(others) > 2 else ""
-        lines.append(f"  Make them the same{more}, or say that they may differ: --allow {' '.join(others[:2])}")
+        lines += [f"  and {len(others) - 2} more"] if len(others) > 2 else []
+        lines.append(f"  Make them the same, or say that they may differ: --allow {' '.join(others[:2])}")
         raise UsageError("\n".join([f"{first} and {second} differ in more than the operator:", *lines]))
     if not keys:
         raise UsageError(f"{first} and {second} differ in nothing: there is nothing to compare")

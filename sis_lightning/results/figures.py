@@ -1,12 +1,13 @@
 """Figures of the tables, of how runs learnt, and of what operators and networks see: PNG and SVG.
 
 The style sheet beside this file holds fonts and colours. A row has one colour and one marker in all figures of a table;
-nothing is told by colour alone. Filled markers are ours, hollow ones what the paper prints, and the title says what ours
-were measured on. Imports torch only for the figures that compute gradients or activations.
+nothing is told by colour alone. Filled markers are ours, hollow ones what the paper prints, and the title says what
+ours were measured on. Imports torch only for the figures that compute gradients or activations.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -51,7 +52,10 @@ SIZES = {
 _AXES = {"parameters": ("parameters, M", 1e-6), "macs": ("MACs of one image, G", 1e-9)}
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "<", ">", "h")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-_STEM_BACKBONE = "sis_demo"
+#: What tells a printed figure from a measured one; around it, where the two are the same.
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7.5, "zorder": 3}
+#: A small network that takes every operator.
+_BODY = "sis_demo"
 _ENDINGS: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None},
@@ -175,10 +179,18 @@ class _Look:
     marker: str
     dashes: Any
 
-    def handle(self, label: str, *, line: bool = False) -> Line2D:
+    def handle(self, label: str, *, line: bool = False, hollow: bool = False) -> Line2D:
         """Its entry in a legend."""
-        style = self.dashes if line else "none"
-        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=style, label=label)
+        face = _HOLLOW if hollow else {}
+        return Line2D(
+            [],
+            [],
+            color=self.colour,
+            marker=self.marker,
+            linestyle=self.dashes if line else "none",
+            label=label,
+            **face,
+        )
 
 
 def _look(number: int) -> _Look:
@@ -204,15 +216,10 @@ def _looks(filled: Filled) -> dict[str, _Look]:
     return {label: _look(number) for label, number in numbers.items()}
 
 
-def _white() -> dict[str, Any]:
-    """What tells a printed figure from a measured one."""
-    return {"markerfacecolor": "none", "markeredgewidth": 1.1}
-
-
 def _headed(figure: Figure, filled: Filled, *said: str) -> None:
     """Title, and what is to be known of the figures below it."""
     lines = [f"Table {filled.table.id}: {filled.table.title}"]
-    lines += [part for text in said if text for part in textwrap.wrap(text, 105)]
+    lines += [part for text in said if text for part in textwrap.wrap(text, 84)]
     figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", linespacing=1.4)
 
 
@@ -223,7 +230,7 @@ def _origin(filled: Filled, cells: Iterable[Cell]) -> str:
     parts = []
     if printed:
         again = sum(cell.state == "reproduced" for cell in printed)
-        often = "" if again == len(printed) else f", {again or 'none'} of these {len(printed)} reproduced"
+        often = f", {again} of {len(printed)} reproduced" if again else ", not reproduced"
         parts.append(f"hollow: printed by {filled.table.of}{often}")
     states = list(dict.fromkeys(cell.state for cell in cells if cell.values))
     if states:
@@ -237,17 +244,16 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
-def _legend(figure: Figure, filled: Filled, handles: Sequence[Line2D], cells: Iterable[Cell] = ()) -> None:
+def _legend(figure: Figure, filled: Filled, looks: Mapping[str, _Look], cells: Iterable[Cell]) -> None:
+    """Rows, and what filled and hollow markers are."""
     cells = list(cells)
-    plain = {"color": "0.35", "marker": "o", "linestyle": "none"}
-    kinds = []
-    if filled.table.of and any(cell.printed is not None for cell in cells):
-        kinds.append(Line2D([], [], **plain, **_white(), label=f"printed by {filled.table.of}"))
-    kinds += [
-        Line2D([], [], **plain, label=f"ours, {state}")
-        for state in dict.fromkeys(cell.state for cell in cells if cell.values)
-    ]
-    figure.legend(handles=[*handles, *kinds], loc="outside right upper")
+    states = list(dict.fromkeys(cell.state for cell in cells if cell.values))
+    printed = bool(filled.table.of) and any(cell.printed is not None for cell in cells)
+    handles = [look.handle(label, hollow=not states) for label, look in looks.items()]
+    plain = _Look("0.35", "o", "none")
+    handles += [plain.handle(f"printed by {filled.table.of}", hollow=True)] if printed else []
+    handles += [plain.handle(f"ours, {state}") for state in states]
+    figure.legend(handles=handles, loc="outside right upper")
 
 
 @_styled
@@ -280,11 +286,13 @@ def accuracy(filled: Filled) -> Figure | None:
     figure = Figure(figsize=(7.2, 3.3))
     panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
     for metric, axis in zip(axes_of, panels, strict=True):
-        _against(axis, filled, placed, metric, names, looks)
-    panels[0].set_ylabel(f"{first.label} ({first.better} is better)" if len(columns) else first.label)
+        _against(axis, _points(filled, placed, names, metric), looks)
+        axis.set_xlabel(_AXES[metric][0])
+    heads = {columns[index].label for _, index in placed}
+    panels[0].set_ylabel(f"{first.metric if len(heads) > 1 else first.label} ({first.better} is better)")
     cells = [line.cells[index] for series, index in placed for line in series.lines]
     drawn = {line.row.label for series, i in placed for line in series.lines if _shown(filled, line.cells[i])}
-    _legend(figure, filled, [look.handle(label) for label, look in looks.items() if label in drawn], cells)
+    _legend(figure, filled, {label: look for label, look in looks.items() if label in drawn}, cells)
     _headed(figure, filled, _origin(filled, cells))
     return figure
 
@@ -305,58 +313,111 @@ def _size(filled: Filled, index: int, metric: str) -> int | None:
     return found[0] if found else None
 
 
-def _against(
-    axis: Axes,
-    filled: Filled,
-    placed: Sequence[tuple[_Series, int]],
-    metric: str,
-    names: Sequence[str],
-    looks: Mapping[str, _Look],
-) -> None:
-    """A panel of `accuracy`."""
-    label, scale = _AXES[metric]
-    joined: dict[tuple[str, bool], list[tuple[float, float]]] = {}
-    for number, ((series, index), name) in enumerate(zip(placed, names, strict=True)):
+@dataclass(frozen=True)
+class _Point:
+    """A marker of `accuracy`.
+
+    Attributes:
+        label: The row's.
+        printed: Whether the paper prints it; else it is ours.
+        series: Name of its series.
+        x: Parameters in millions, or MACs in thousands of millions.
+        y: The metric.
+        spread: Standard deviation over the seeds, of two and more.
+    """
+
+    label: str
+    printed: bool
+    series: str
+    x: float
+    y: float
+    spread: float | None = None
+
+
+def _points(
+    filled: Filled, placed: Sequence[tuple[_Series, int]], names: Sequence[str], metric: str
+) -> list[list[_Point]]:
+    """Of each series."""
+    found: list[list[_Point]] = []
+    for (series, index), name in zip(placed, names, strict=True):
+        found.append([])
         size = _size(filled, index, metric)
-        if size is None:
-            continue
-        points = []
-        for line in series.lines:
-            count, cell, look = line.cells[size].mean, line.cells[index], looks[line.row.label]
+        for line in series.lines if size is not None else ():
+            count, cell, label = line.cells[size or 0].mean, line.cells[index], line.row.label
             if count is None:
                 continue
-            x = count / filled.table.columns[size].scale * scale
+            x = count / filled.table.columns[size or 0].scale * _AXES[metric][1]
             if filled.table.of and cell.printed is not None:
-                axis.plot(x, cell.printed, look.marker, color=look.colour, **_white())
-                points.append((x, cell.printed))
-                joined.setdefault((line.row.label, True), []).append(points[-1])
+                found[-1].append(_Point(label, True, name, x, cell.printed))
             if cell.mean is not None:
-                axis.errorbar(x, cell.mean, cell.std, fmt=look.marker, color=look.colour)
-                points.append((x, cell.mean))
-                joined.setdefault((line.row.label, False), []).append(points[-1])
-        _tag(axis, name, points, number)
-    for (row, printed), points in joined.items():
-        if len(points) > 1:
-            style = "--" if printed else "-"
-            axis.plot(*zip(*points, strict=True), style, color=looks[row].colour, linewidth=0.7, alpha=0.6, zorder=1)
-    axis.set_xlabel(label)
-    axis.margins(0.12)
-    axis.xaxis.set_major_locator(MaxNLocator(6))
+                found[-1].append(_Point(label, False, name, x, cell.mean, cell.std))
+    return found
 
 
-def _tag(axis: Axes, name: str, points: Sequence[tuple[float, float]], number: int) -> None:
-    """Names a series beside its points; of more than two, above the highest."""
-    text = {"fontsize": 8, "color": "0.25", "textcoords": "offset points"}
-    if not name or not points:
-        return
-    if len(points) > 2:
-        highest = max(points, key=lambda point: point[1])
-        axis.annotate(name, highest, (0, 6), ha="center", va="bottom", **text)  # type: ignore[arg-type]
-        return
-    side = -1 if number % 2 else 1
+def _mark(axis: Axes, points: Iterable[_Point], looks: Mapping[str, _Look]) -> None:
     for point in points:
-        where = "left" if side > 0 else "right"
-        axis.annotate(name, point, (7 * side, 0), ha=where, va="center", **text)  # type: ignore[arg-type]
+        look = looks[point.label]
+        if point.printed:
+            axis.plot(point.x, point.y, look.marker, color=look.colour, **_HOLLOW)
+        else:
+            axis.errorbar(point.x, point.y, point.spread, fmt=look.marker, color=look.colour)
+
+
+def _against(axis: Axes, found: Sequence[Sequence[_Point]], looks: Mapping[str, _Look]) -> None:
+    """A panel of `accuracy`: its markers, and lines that join those of one row."""
+    every = [point for points in found for point in points]
+    _mark(axis, every, looks)
+    chains: dict[tuple[str, bool], list[_Point]] = {}
+    for point in every:
+        chains.setdefault((point.label, point.printed), []).append(point)
+    for (row, printed), chain in chains.items():
+        if len(chain) > 1:
+            way = [point.x for point in chain], [point.y for point in chain]
+            axis.plot(*way, "--" if printed else "-", color=looks[row].colour, linewidth=0.7, alpha=0.6, zorder=1)
+    axis.margins(0.12)
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    text: dict[str, Any] = {"fontsize": 8, "color": "0.25", "textcoords": "offset points"}
+    if len(found) > 1 and max(len({point.label for point in points}) for points in found) > 2:
+        for points in found:
+            if points:
+                highest = max(points, key=lambda point: point.y + (point.spread or 0))
+                place = (highest.x, highest.y + (highest.spread or 0))
+                axis.annotate(highest.series, place, (0, 7), ha="center", va="bottom", **text)
+    elif len(found) > 1:  # names beside each marker would lie over each other
+        middle = sum(axis.get_xlim()) / 2
+        for chain in chains.values():
+            last, name = chain[-1], f"{chain[0].series} … {chain[-1].series}"
+            side = 1 if last.x < middle else -1
+            axis.annotate(
+                name, (last.x, last.y), (9 * side, -9), ha="left" if side > 0 else "right", va="center", **text
+            )
+    else:
+        _zoom(axis, every, looks)
+
+
+def _zoom(axis: Axes, points: Sequence[_Point], looks: Mapping[str, _Look]) -> None:
+    """Shows three and more markers that lie over each other once more, larger, where the panel is empty."""
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    shares = [((point.x - left) / (right - left), (point.y - low) / (high - low)) for point in points]
+    near = [[i for i, (x, y) in enumerate(shares) if abs(x - u) < 0.06 and abs(y - v) < 0.04] for u, v in shares]
+    crowd = max(near, key=len, default=[])
+    side = 0.42
+    corners = [(x, y) for y in (0.5, 0.3, 0.1) for x in (0.3, 0.54, 0.2)]
+    empty = [
+        (x, y)
+        for x, y in corners
+        # Left of it and below, its own numbers.
+        if not any(x - 0.22 < u < x + side + 0.04 and y - 0.16 < v < y + side + 0.1 for u, v in shares)
+    ]
+    if len(crowd) < 3 or not empty:
+        return
+    inset = axis.inset_axes((*empty[0], side, side))
+    _mark(inset, [points[i] for i in crowd], looks)
+    inset.margins(0.2)
+    inset.xaxis.set_major_locator(MaxNLocator(2))
+    inset.yaxis.set_major_locator(MaxNLocator(3))
+    inset.spines[:].set(visible=True, color="0.6")
+    inset.set_title("enlarged", pad=2)
 
 
 def _records(series: _Series, line: Line, known: Mapping[str, Evidence]) -> list[Record]:
@@ -410,7 +471,7 @@ def by_size(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
                 x = place + 0.75 * ((number + 0.5) / len(rows) - 0.5)
                 look, key = looks[row], (metric, row)
                 if key in printed:
-                    axis.plot(x, printed[key], look.marker, color=look.colour, **_white())
+                    axis.plot(x, printed[key], look.marker, color=look.colour, **_HOLLOW)
                 if key in values:
                     spread = statistics.stdev(values[key]) if len(values[key]) > 1 else None
                     axis.errorbar(x, statistics.fmean(values[key]), spread, fmt=look.marker, color=look.colour)
@@ -422,15 +483,16 @@ def by_size(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
         axis.set_ylabel("AP, AR in percent" if percent else "AP, AR")
         axis.set_title(name, loc="left")
     shown = [key[1] for values, printed in found for key in (*values, *printed)]
-    cells = [x.cells[i] for series in chosen for x in series.lines for i in _size_columns(columns, series)]
-    _legend(figure, filled, [look.handle(label) for label, look in looks.items() if label in shown], cells)
-    _headed(figure, filled, "By the size of objects (S, M, L). " + _origin(filled, cells))
+    cells = [cell for series in chosen for line in series.lines for cell in _of_sizes(columns, series, line)]
+    _legend(figure, filled, {label: look for label, look in looks.items() if label in shown}, cells)
+    _headed(figure, filled, "By the size of objects (S, M, L); " + _origin(filled, cells))
     return figure
 
 
-def _size_columns(columns: Sequence[Column], series: _Series) -> tuple[int, ...]:
-    """Those of sizes; where there is none, the first: its records have them."""
-    return tuple(i for i in series.columns if columns[i].metric in SIZES) or series.columns[:1]
+def _of_sizes(columns: Sequence[Column], series: _Series, line: Line) -> list[Cell]:
+    """A row's cells of sizes; where there is none, what is measured of the first: its records have them."""
+    cells = [line.cells[index] for index in series.columns if columns[index].metric in SIZES]
+    return cells or [dataclasses.replace(line.cells[series.columns[0]], printed=None)]
 
 
 def over_seeds(found: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
@@ -483,11 +545,12 @@ def curves(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
             axis.set_title(f"{name}: {key}" if name else key, loc="left")
             _steps(axis)
     labels = {label for rows in found for label in rows}
-    _legend(figure, filled, [look.handle(label, line=True) for label, look in looks.items() if label in labels])
+    handles = [look.handle(label, line=True) for label, look in looks.items() if label in labels]
+    figure.legend(handles=handles, loc="outside right upper")
     cells = [line.cells[series.columns[0]] for series in chosen for line in series.lines]
     states = ", ".join(dict.fromkeys(cell.state for cell in cells if cell.values))
     seeds = sorted({len(records) for rows in found for records in rows.values()})
-    many = "one seed each" if seeds == [1] else f"mean of {_span(seeds)} seeds, band from the lowest to the highest"
+    many = "one seed each" if seeds == [1] else f"mean of {_span(seeds)} seeds, band: lowest to highest"
     _headed(figure, filled, f"Learning curves of ours ({states}), {many}")
     return figure
 
@@ -581,7 +644,8 @@ def gradient_map(
             (gradient,) = torch.autograd.grad(centre, image)
             share = gradient[0].abs().sum(dim=0).numpy()
             total += share / max(share.sum(), np.finfo(float).tiny)
-    return total / max(total.max(), np.finfo(float).tiny)
+    total /= max(total.max(), np.finfo(float).tiny)
+    return total
 
 
 def support(field: np.ndarray) -> tuple[int, int]:
@@ -602,7 +666,7 @@ def _of_operator(name: str) -> Callable[[], torch.nn.Module]:
 
 
 def _of_backbone(name: str, feature: str) -> Callable[[], torch.nn.Module]:
-    from torch import Tensor, nn
+    from torch import nn
 
     from sis_lightning.backbones import create_backbone
 
@@ -611,7 +675,7 @@ def _of_backbone(name: str, feature: str) -> Callable[[], torch.nn.Module]:
 
         def __init__(self) -> None:
             super().__init__()
-            self.body = create_backbone(_STEM_BACKBONE, operator=name)
+            self.body = create_backbone(_BODY, operator=name)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.body.pyramid(x, feature)[feature]
@@ -639,28 +703,27 @@ def receptive_fields(names: Sequence[str] | None = None) -> Figure:
     # By strides of 8, px 48 of 97 is the centre of the map's middle.
     rows: list[tuple[str, list[np.ndarray]]] = [
         ("one operator", [gradient_map(_of_operator(name), 16, 15, 32) for name in names]),
-        (f"{_STEM_BACKBONE}, c3", [gradient_map(_of_backbone(name, "c3"), 3, 97, 12) for name in names]),
+        (f"{_BODY}, c3", [gradient_map(_of_backbone(name, "c3"), 3, 97, 12) for name in names]),
     ]
-    figure = Figure(figsize=(max(3.5, 1.15 * len(names) + 0.9), 3.5))
+    figure = Figure(figsize=(max(4.8, 1.15 * len(names) + 0.9), 3.3))
     panels = figure.subplots(2, len(names), squeeze=False)
     norm = PowerNorm(0.5, 0, 1)
-    for line, (what, fields) in zip(panels, rows, strict=True):
-        for axis, name, field in zip(line, names, fields, strict=True):
+    for number, (what, fields) in enumerate(rows):
+        for axis, name, field in zip(panels[number], names, fields, strict=True):
             image = axis.imshow(field, norm=norm, interpolation="nearest")
             height, width = support(field)
             cut = "≥ " if max(height, width) >= len(field) else ""
             title = f"{cut}{height}×{width}"
-            axis.set_title(f"{name}\n{title}" if line is panels[0] else title)
+            axis.set_title(title if number else f"{name}\n{title}")
             axis.set(xticks=[], yticks=[])
             axis.grid(visible=False)
             axis.spines[:].set_visible(False)
         size = len(fields[0])
-        line[0].set_ylabel(f"{what}\n{size}×{size} px")
+        panels[number][0].set_ylabel(f"{what}\n{size}×{size} px")
     bar = figure.colorbar(image, ax=panels, shrink=0.8, aspect=30, ticks=[0, 0.05, 0.25, 0.5, 1])
     bar.set_label("|gradient| / largest, square-root scale")
-    bar.outline.set_visible(False)  # type: ignore[operator]
     figure.suptitle(
-        "Effective receptive fields at random weights; below the names, the box of gradients that are not 0",
+        "Effective receptive fields at random weights; above each, the box of gradients that are not 0",
         x=0.01,
         horizontalalignment="left",
     )
@@ -759,22 +822,25 @@ def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
     shown = [source[int(index)] for index in indices]
     names = [one.name for one in trained]
     heads = names if len({*names}) == len(names) else [str(one.path) for one in trained]
-    figure = Figure(figsize=(1.75 * (1 + len(trained)) + 0.8, 1.75 * len(shown) + 1.0))
+    width = max(4.8, 1.75 * (1 + len(trained)) + 0.8)
+    figure = Figure(figsize=(width, 1.75 * len(shown) + 1.0))
     panels = figure.subplots(len(shown), 1 + len(trained), squeeze=False)
     for line, sample in zip(panels, shown, strict=True):
-        seen = first.data.eval_transform(sample)["image"]
-        picture = (torch.as_tensor(seen).float() / 255).permute(1, 2, 0).numpy()
-        line[0].imshow(picture)
         line[0].set_ylabel(f"true: {first.classes[sample['label']]}")
-        for axis, one in zip(line[1:], trained, strict=True):
-            own = one.data.normalize(one.data.eval_transform(sample)["image"]).as_subclass(torch.Tensor)
-            maps, probabilities = class_activation_map(one.network, own[None])
-            field = F.interpolate(maps[None], own.shape[1:], mode="bilinear", align_corners=False)[0, 0].clamp_min(0)
-            field = (field / field.max().clamp_min(1e-12)).numpy()
+        for axis, one in zip(line, (first, *trained), strict=True):
+            image = one.data.eval_transform(sample)["image"].as_subclass(torch.Tensor)
+            picture = image.permute(1, 2, 0).numpy() / 255
+            if axis is line[0]:
+                axis.imshow(picture)
+                continue
+            maps, probabilities = class_activation_map(one.network, one.data.normalize(image)[None])
+            large = F.interpolate(maps[None], image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+            field = (large / large.max().clamp_min(1e-12)).clamp_min(0).numpy()
             axis.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
             overlay = axis.imshow(field, vmin=0, vmax=1, alpha=0.6)
             if field.min() < 0.5 < field.max():
-                axis.contour(field, levels=[0.5], colors="white", linewidths=1.2)
+                for colour, thickness in (("black", 2.4), ("white", 1.2)):
+                    axis.contour(field, levels=[0.5], colors=colour, linewidths=thickness)
             best = int(probabilities[0].argmax())
             axis.set_title(f"{one.classes[best]} {float(probabilities[0, best]):.2f}")
     for axis in panels.reshape(-1):
@@ -785,9 +851,8 @@ def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
         axis.set_xlabel("\n".join(textwrap.wrap(head, 22)))
     bar = figure.colorbar(overlay, ax=panels, shrink=0.5, aspect=30)
     bar.set_label("activation of the class above / largest")
-    figure.suptitle(
-        f"Class activation maps\non {first.data.identity()} data; contour at half of the largest",
-        x=0.01,
-        horizontalalignment="left",
-    )
+    said = "Above each map the class that it is of and its probability; contour: half of the largest. "
+    said += f"Validation images, {first.data.identity()}"
+    lines = ["Class activation maps", *textwrap.wrap(said, int(13 * width))]
+    figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left")
     return figure

@@ -63,9 +63,9 @@ class Missing:
 def code_digest() -> str:
     """Of the code and the configurations that settle what an experiment resolves to."""
     here = Path(__file__).parents[1]
-    files = [path for pattern in _PARTS for path in here.glob(pattern)]
-    files += [path for folder in ("tasks", "datamodules", "configs") for path in (PACKAGED / folder).rglob("*.yaml")]
-    return digest_files(files, PACKAGED)
+    code = [path for pattern in _PARTS for path in here.glob(pattern)]
+    files = [path for folder in ("tasks", "datamodules", "configs") for path in (PACKAGED / folder).rglob("*.yaml")]
+    return digest([digest_files(code, here), digest_files(files, PACKAGED)])
 
 
 def differences(before: Models, now: Models) -> list[str]:
@@ -99,7 +99,10 @@ def count(book: Book, known: Models) -> Models:
     # Of operators that are not ours, nobody tells whether they changed.
     kept = known.by_key if known.code == code else {}
     found: dict[str, Model | None] = {}
-    for key, experiment in book.with_operators(operators).experiments().items():
+    experiments = book.with_operators(operators).experiments()
+    if (new := len(experiments.keys() - kept.keys())) > 9:
+        print(f"counting {new} rows anew, as the code or the books changed: a minute or two", file=sys.stderr)
+    for key, experiment in experiments.items():
         fields = dict(experiment.fields)
         operator = fields.get("operator")
         if operator and fields.get("steps", 2) != 2 and not operator_class(operator).recurrent:
