@@ -345,6 +345,7 @@ class RunCLI(LightningCLI):
                 # Nobody knows how long a start ran that was killed.
                 "seconds": None if None in seconds else sum(second or 0 for second in seconds),
                 "devices": run.get("world_size"),
+                "changed": run.get("changed", []),
             },
             "curves": curves(path.parent.parent, task.monitor),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -24,6 +24,7 @@ from sis_lightning.cluster.logs import MetricsCSV
 from sis_lightning.cluster.starts import read_starts, requeue
 from sis_lightning.datamodules.base import EpochSampler
 from sis_lightning.errors import DataError
+from sis_lightning.results.records import read_record
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/seg_voc/res2net14-4w4s-basic-8ch/seed0")
@@ -300,6 +301,28 @@ def test_a_run_is_not_gone_on_with_by_mistake(command, small, tmp_path):
     assert other.code == 0, other.err
 
 
+@pytest.mark.parametrize("task", ["seg_voc", "det_coco"])
+def test_a_run_that_was_killed_in_its_last_validation_finishes(command, small, tmp_path, task):
+    """All steps are done then, by which Lightning would take it for finished, without its last figures."""
+    options = [*small(task, steps=4), "--run_dir", "run", "--resume", "auto", "--checkpoint_every", "1"]
+    assert command("fit", *options).code == 0
+    run = tmp_path / "run"
+    logged, ended = (run / "csv/fit/metrics.csv").read_text(), read_checkpoint(run / "checkpoints/last.ckpt")
+    newest = max((run / "checkpoints").glob("step-*.ckpt"))
+    assert read_checkpoint(newest)[RUN]["point"] == "validation"
+    (run / "checkpoints/last.ckpt").unlink()
+    os.link(newest, run / "checkpoints/last.ckpt")
+    result = command("fit", *options)
+    assert result.code == 0, result.err
+    assert "validation at step 4" in result.out
+    again = read_checkpoint(run / "checkpoints/last.ckpt")
+    assert again[RUN]["point"] == "end"
+    assert (run / "csv/fit/metrics.csv").read_text() == logged
+    for name, weights in ended["state_dict"].items():
+        assert torch.equal(weights, again["state_dict"][name])
+    assert read_starts(run)[-1]["how"] == "finished"
+
+
 def test_the_first_configuration_is_kept(command, small, tmp_path):
     options = [*small("seg_voc", steps=4), "--run_dir", "run", "--resume", "auto", "--checkpoint_every", "1"]
     assert command("fit", *options).code == 0
@@ -312,6 +335,35 @@ def test_the_first_configuration_is_kept(command, small, tmp_path):
         for name in ("config.yaml", "config-2.yaml")
     )
     assert (first, second) == (0.2, 0.4)
+    # And what was measured after it says so.
+    tested = command("test", *options, "--model.background_weight", 0.4)
+    assert tested.code == 0, tested.err
+    training = read_record(tmp_path / "run" / "test.json")["training"]
+    assert training["changed"] == ["model.init_args.background_weight"]
+
+
+def test_what_was_trained_on_is_kept_through_a_resume(command, small, synthetic, tmp_path):
+    shutil.copytree(synthetic, tmp_path / "mine")
+    options = [*small("seg_voc", steps=4), "--data.root", "mine", "--run_dir", "run", "--checkpoint_every", "1"]
+    assert command("fit", *options).code == 0
+    assert command("test", *options).code == 0
+    before = read_record(tmp_path / "run" / "test.json")
+    assert len(before["data"]["trained_on"]) == 1
+    assert before["curves"]["train/loss"][-1][0] == 4
+    assert before["tested_otherwise"] == {}
+    # Gone on with elsewhere, on other files by the same names.
+    for path in (tmp_path / "mine").rglob("VOC2012/JPEGImages/*.jpg"):
+        path.write_bytes(path.read_bytes() + b" ")
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    resumed = command("fit", *options, "--resume", "auto")
+    assert resumed.code == 0, resumed.err
+    assert "the training data is not what it was before" in resumed.out
+    assert command("test", *options, "--trainer.limit_test_batches", 1).code == 0
+    after = read_record(tmp_path / "run" / "test.json")
+    assert after["data"]["trained_on"][0] == before["data"]["trained_on"][0]
+    assert len(after["data"]["trained_on"]) == 2
+    assert after["data"]["fingerprint"] != before["data"]["fingerprint"]
+    assert after["tested_otherwise"] == {"trainer.limit_test_batches": [None, 1]}
 
 
 def test_two_fits_do_not_share_a_directory(command, small, tmp_path):

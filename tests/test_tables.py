@@ -139,6 +139,7 @@ def test_a_record_counts_where_everything_is_the_cells():
         "part of the test images": ("other recipe", {"tested_otherwise": {"trainer.limit_test_batches": [None, 5]}}),
         "other test images": ("other recipe", {"tested_otherwise": {"data.init_args.limit": [None, 4]}}),
         "code that no commit holds": ("other recipe", {"code__dirty": True}),
+        "a configuration that became the row's on the way": ("other recipe", {"training__changed": ["model.lr"]}),
         "batch norm for each device": ("other recipe", {"training__devices": 4}),
         "another metric": ("not run", {"metrics": {"test/top1": 0.5}}),
         "a metric without a value": ("not run", {"metrics": {"test/miou": None}}),

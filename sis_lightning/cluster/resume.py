@@ -26,6 +26,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from sis_lightning.cluster.checkpoints import RUN, Checkpoint, sync_folder
 from sis_lightning.cluster.logs import MetricsCSV
 from sis_lightning.cluster.signals import StopRequest
+from sis_lightning.configs import FREE_TO_CHANGE, changes
 from sis_lightning.datamodules.base import sample_seed
 from sis_lightning.errors import DataError, UsageError, UserError
 
@@ -74,11 +75,13 @@ class ExactResume(Callback):
         self._point = ""
         self._resumed: dict[str, Any] | None = None
         self._saved_at = -1
+        self._max_steps: int | None = None
         self._asked: tuple[torch.Tensor, Any] | None = None
         self.last_good: Path | None = None
         self.ended = False
         self._point_of_ranks: tuple[Any, ...] = ()
         self._trained_on: list[str] = []
+        self._changed: list[str] = []
 
     # What Lightning calls, in the order of a run.
 
@@ -93,6 +96,8 @@ class ExactResume(Callback):
             self._resumed = run
         self._saved_at = run["batches"]
         self._trained_on = run.get("trained_on", [])
+        keys = [key for key, _, _ in changes(run["config"], self.config) if not key.startswith(FREE_TO_CHANGE)]
+        self._changed = list(dict.fromkeys([*run.get("changed", []), *keys]))
         self._point_of_ranks = (run["point"], run["step"], run["batches"])
         self.last_good = Path(str(trainer.ckpt_path))
         for logger in trainer.loggers:
@@ -103,6 +108,12 @@ class ExactResume(Callback):
                 f"taken on {run['world_size']} device(s), gone on with on {trainer.world_size}: from the same sample, "
                 "but no longer bit-identical"
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets a run that was killed in its last validation come to it: Lightning counts its steps, and would stop."""
+        loop = trainer.fit_loop.epoch_loop
+        if self._resumed and self._resumed["point"] == "validation":
+            self._max_steps, loop.max_steps = loop.max_steps, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals from Lightning; notes which data it trains on.
@@ -213,6 +224,7 @@ class ExactResume(Callback):
             "csv_rows": csv[0] if csv else 0,
             "config": self.config,
             "trained_on": self._trained_on,
+            "changed": self._changed,
         }
         batches = loops["epoch_loop.batch_progress"]
         if self._point == "batch":
@@ -241,6 +253,8 @@ class ExactResume(Callback):
         state = self._resumed["progress"]
         _put_back(trainer.fit_loop, state)
         self._resumed = None
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self._max_steps
 
     def _save(self, trainer: Trainer, point: str) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress

@@ -122,6 +122,8 @@ class Evidence:
             reasons.append("its code had changes that no commit holds")
         training = self.record["training"]
         alone = not self.record["config"]["trainer"].get("sync_batchnorm")
+        if training.get("changed"):
+            reasons.append(f"its {training['changed'][0]} was changed on the way")
         if run.synchronised and (training["devices"] or 1) > 1 and alone:
             reasons.append("its batch norm saw one device at a time")
         if not of_data:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-import os
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sis_lightning.errors import DataError, UsageError, nearest
+from sis_lightning.files import write_bytes
 from sis_lightning.results.book import BUILT_IN, Column
 from sis_lightning.results.cells import Cell, Evidence, Filled, Line
 from sis_lightning.results.records import Record
@@ -125,13 +125,7 @@ def _write(figure: Figure, path: Path) -> None:
     """Whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], metadata=_ENDINGS[path.suffix])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_bytes(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)

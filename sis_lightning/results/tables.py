@@ -72,11 +72,12 @@ class Results:
         from sis_lightning.operators import operator_names
 
         book = self.shipped.with_operators(operator_names()).chosen(tables, rows)
-        if self.models.code == plan.code_digest() or not (tables or rows):
+        kept = self.models
+        if kept.by_key and kept.code != plan.code_digest() and (tables or rows):
+            models = plan.count(book, kept)  # a few rows of changed code need not wait for all the others
+        else:
             self.count()
             models = self.models
-        else:  # a few rows of changed code need not wait for all the others
-            models = plan.count(book, self.models)
         runs = {experiment.run.name for experiment in book.experiments().values()}
         for name in roots:
             if name not in runs:
@@ -110,10 +111,17 @@ class Results:
         return problems
 
     def draw(self, names: Sequence[str], runs: Sequence[Path]) -> list[Path]:
-        """Draws figures into `figures/`."""
+        """Draws figures into `figures/`; all of them, and what can no longer be drawn goes."""
         from sis_lightning.results.figures import draw
 
-        return draw(names, self.filled(), self.evidence, self.folder / "figures", runs)
+        folder = self.folder / "figures"
+        written = draw(names, self.filled(), self.evidence, folder, runs)
+        if not names:
+            kept = {*written, *(folder.glob("activation_maps.*") if not runs else ())}
+            for path in folder.glob("*.*"):
+                if path not in kept:
+                    path.unlink()
+        return written
 
 
 def seeds_of(text: str | None) -> list[int] | None:
