@@ -340,6 +340,13 @@ def test_from_a_run_to_its_cell_and_back(results, capfd):
     assert f"{mean:.4f}" in Path("results/tables.html").read_text()
     assert f"{mean:.4f}" in Path("results/latex/table_9.tex").read_text()
     assert results("check") == 0, capfd.readouterr().out
+    # What was tested elsewhere is told, and how it is taken in.
+    record = next(Path("results/records").glob("*seed1*.json"))
+    record.unlink()
+    assert results("plan", "--rows", "Res2Net") == 0
+    assert f"seed 1: tested: sis-lightning tables add {run.parent.parent}" in capfd.readouterr().out
+    assert results("add", "runs") == 0
+    assert record.is_file()
     # A second time, nothing is run again.
     capfd.readouterr()
     assert results("run", "--rows", "Res2Net") == 0

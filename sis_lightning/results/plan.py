@@ -20,7 +20,7 @@ from sis_lightning.errors import DataError, UserError
 from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import usable_cores
 from sis_lightning.results.book import BUILT_IN, Book, Experiment
-from sis_lightning.results.cells import Evidence, Model, Models, fill
+from sis_lightning.results.cells import Cell, Evidence, Model, Models, fill
 from sis_lightning.results.records import read_record
 
 #: What settles parameters, MACs and configurations.
@@ -37,7 +37,8 @@ class Missing:
         experiment: What it measures.
         seed: Of it.
         folder: Its directory, as `fit` chooses it.
-        state: `not begun`, `running`, `begun (step 300)`, or `trained`: to be tested.
+        state: `not begun`, `running`, `begun (step 300)`, `trained`: to be tested, `tested`: to be added, or why its
+            record does not count.
         root: Where its data lies; None for where its configuration says.
     """
 
@@ -155,7 +156,7 @@ def missing(
                     if seed in cell.values or (experiment.key, seed) in found:
                         continue
                     folder = directory(experiment, model, seed)
-                    state = _state(folder)
+                    state = _state(folder, evidence, cell)
                     root = (roots or {}).get(experiment.run.name)
                     entry = Missing(filled.table.id, line.row.label, experiment, seed, folder, state, root)
                     found[experiment.key, seed] = entry
@@ -177,14 +178,19 @@ def busy(book: Book, models: Models) -> Iterator[str]:
                 yield key
 
 
-def _state(folder: Path) -> str:
+def _state(folder: Path, evidence: Sequence[Evidence], cell: Cell) -> str:
     if is_running(folder):
         return "running"
     starts = read_starts(folder)
     if not starts:
         return "not begun"
     if starts[-1]["how"] == "finished":
-        return "trained"
+        if not (folder / "test.json").is_file():
+            return "trained"
+        checksum = read_record(folder / "test.json")["checksum"]
+        name = next((piece.name for piece in evidence if piece.record["checksum"] == checksum), None)
+        why = next((reason.partition(": ")[2] for reason in cell.reasons if name and reason.startswith(name)), "")
+        return f"tested, but does not count, as {why}" if why else f"tested: sis-lightning tables add {folder}"
     newest = last_row(folder)
     return f"begun (step {int(newest['step']) + 1 if 'step' in newest else 0:,})"
 
@@ -229,6 +235,9 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
 
     def one(number: int, entry: Missing) -> bool:
         name = f"[{number}/{len(wanted)}] table {entry.table}, {entry.row}, seed {entry.seed}"
+        if entry.state == "running":
+            print(f"{name}: another fit is at it", flush=True)
+            return True
         log = entry.folder.with_name(f"{entry.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{name}: {log}", flush=True)

@@ -67,11 +67,12 @@ def render(book: Book, tables: Sequence[Filled], folder: Path) -> dict[Path, str
         tables: To write.
         folder: For results; figures that lie in its `figures/` go into the page.
     """
+    figures = sorted((folder / "figures").glob("*.svg"))
     return {
-        folder / "TABLES.md": to_markdown(book, tables),
+        folder / "TABLES.md": to_markdown(book, tables, figures),
         folder / "tables.csv": to_csv(tables),
         **{folder / "latex" / f"{filled.table.slug}.tex": to_latex(book, filled) for filled in tables},
-        folder / "tables.html": to_html(book, tables, sorted((folder / "figures").glob("*.svg"))),
+        folder / "tables.html": to_html(book, tables, figures),
     }
 
 
@@ -134,8 +135,8 @@ def _evidence(filled: Filled) -> list[str]:
     return lines
 
 
-def to_markdown(book: Book, tables: Sequence[Filled]) -> str:
-    """All tables as one page."""
+def to_markdown(book: Book, tables: Sequence[Filled], figures: Sequence[Path] = ()) -> str:
+    """All tables as one page, with the figures that were drawn of them."""
     summary = _summary(tables)
     lines = [
         "# Tables",
@@ -153,7 +154,19 @@ def to_markdown(book: Book, tables: Sequence[Filled]) -> str:
     ]
     for filled in tables:
         lines += _markdown_table(book, filled)
+        lines += [f"![{_said(path)}](figures/{path.name})\n" for path in _of(filled, figures)]
+    general = [path for path in figures if not any(path in _of(filled, figures) for filled in tables)]
+    lines += ["## Figures\n", *(f"![{_said(path)}](figures/{path.name})\n" for path in general)] if general else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _of(filled: Filled, figures: Sequence[Path]) -> list[Path]:
+    """The figures of a table."""
+    return [path for path in figures if path.stem.endswith(f"_{filled.table.slug}")]
+
+
+def _said(figure: Path) -> str:
+    return figure.stem.replace("_", " ")
 
 
 def _markdown_cell(cell: Cell, column: Column, has_printed: bool) -> str:
@@ -345,10 +358,9 @@ def to_html(book: Book, tables: Sequence[Filled], figures: Sequence[Path]) -> st
                 "notes": notes.lines(),
                 "compared": bool(_compared(filled)),
                 "evidence": _evidence(filled),
-                "figures": [path.name for path in figures if path.stem.endswith(f"_{filled.table.slug}")],
+                "figures": [path.name for path in _of(filled, figures)],
             }
         )
-    own = {f"_{filled.table.slug}" for filled in tables}
-    general = [path.name for path in figures if not any(path.stem.endswith(ending) for ending in own)]
+    general = [path.name for path in figures if not any(path in _of(filled, figures) for filled in tables)]
     page = environment.get_template("tables.html.jinja")
     return page.render(tables=shown, meaning=_MEANING, summary=_summary(tables), figures=general) + "\n"
