@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from sis_lightning.datamodules import AnnotatedDataModule, Sample, SISDataModule, Source
 from sis_lightning.datamodules.base import Split
-from sis_lightning.errors import DataError
+from sis_lightning.datamodules.download import prove
+from sis_lightning.errors import DataError, UsageError
 from sis_lightning.machine import usable_cores
 
 # COCO's limits between small, medium and large objects, in px².
@@ -137,8 +139,20 @@ def to_text(census: Census) -> str:
     return text.getvalue() + "".join(f"  {defect}\n" for defect in census.defects)
 
 
-def check_data(layers: dict[str, Any], options: list[str], *, pictures: bool = True) -> int:
-    """Prints the census of a run's data; returns how many defects there are."""
+def check_data(
+    layers: dict[str, Any], options: list[str], *, pictures: bool = True, archives: Path | None = None
+) -> int:
+    """Prints the census of a run's data; returns how many defects there are.
+
+    Args:
+        layers: The composed YAML.
+        options: What the command line lays over it.
+        pictures: Decodes all images and masks.
+        archives: Folder with the published archives, by which the data is proved.
+
+    Raises:
+        DataError: Where the data is not what the archives hold.
+    """
     from sis_lightning.runs import run
 
     data = run(None, layers, options).datamodule
@@ -148,4 +162,20 @@ def check_data(layers: dict[str, Any], options: list[str], *, pictures: bool = T
         print(to_text(census), end="", flush=True)
         total += len(census.defects)
     print(f"{data.root}: {data.identity()}; " + (f"{total:,} defect(s)" if total else "nothing wrong"))
+    if archives is not None and not total:
+        print(_proof(data, archives), end="")
     return total
+
+
+def _proof(data: SISDataModule, folder: Path) -> str:
+    """That the data is the published, and how a book of tables knows it by that."""
+    if not data.archives:
+        raise UsageError(f"--archives: {type(data).__name__} is of no published data set")
+    data.setup("fit")
+    data.setup("test")
+    files = {path for split in ("train", "test") for path in data.sources[split].files()}
+    prove(files, data.home, data.archives, folder)
+    return (
+        f"proved by {', '.join(archive.file for archive in data.archives)}; for the data set in results/paper.yaml:\n"
+        f"    test: [{data.fingerprint('test')}]\n    train: [{data.listing('train')}]\n"
+    )

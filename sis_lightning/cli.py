@@ -445,12 +445,16 @@ def _check_data(arguments: list[str]) -> int:
     )
     parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="as for fit")
     parser.add_argument("--annotations-only", action="store_true", help="does not decode images and masks")
+    parser.add_argument(
+        "--archives", type=Path, metavar="DIR", help="proves by the published archives there that the data is official"
+    )
     chosen, options = parser.parse_known_args(arguments)
     _check_torch()
     from sis_lightning.check import check_data
 
     files = [f"--config={file}" for file in chosen.config]
-    return min(check_data(*resolve([*files, *options]), pictures=not chosen.annotations_only), 1)
+    pictures = not chosen.annotations_only
+    return min(check_data(*resolve([*files, *options]), pictures=pictures, archives=chosen.archives), 1)
 
 
 def _evaluate(arguments: list[str]) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from sis_lightning import datamodules
 from sis_lightning.cli import main
+from sis_lightning.datamodules.download import md5
 from sis_lightning.synthetic import write_synthetic
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -74,6 +79,45 @@ def small(synthetic) -> Callable[..., list[str]]:
         ]
 
     return options
+
+
+#: Each task's DataModule, and which folders of the synthetic data its archives hold.
+PUBLISHED = {
+    "cls_cifar100": (datamodules.CIFAR100DataModule, "", [["cifar-100-python"]]),
+    "seg_voc": (datamodules.VOCSegmentationDataModule, "", [["VOCdevkit/VOC2012"]]),
+    "det_voc": (datamodules.VOCDetectionDataModule, "", [["VOCdevkit/VOC2007"], [], ["VOCdevkit/VOC2012"]]),
+    "det_coco": (datamodules.COCODetectionDataModule, "coco", [["train2017"], ["val2017"], ["annotations"]]),
+    "kpt_coco": (datamodules.COCOKeypointsDataModule, "coco", [["train2017"], ["val2017"], ["annotations"]]),
+}
+
+
+def pack(path: Path, root: Path, folders: list[str]) -> None:
+    """A tar or zip, by its name."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for folder in folders:
+                for file in sorted((root / folder).rglob("*")):
+                    archive.write(file, file.relative_to(root))
+    else:
+        with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
+            for folder in folders:
+                archive.add(root / folder, folder)
+
+
+@pytest.fixture
+def publish(synthetic, monkeypatch) -> Callable[[str, Path], None]:
+    """Packs the synthetic data of a task into archives, as if it were published in them."""
+
+    def packed(task: str, folder: Path) -> None:
+        kind, below, contents = PUBLISHED[task]
+        folder.mkdir()
+        made = []
+        for archive, folders in zip(kind.archives, contents, strict=True):
+            pack(folder / archive.file, synthetic / below, folders)
+            made.append(dataclasses.replace(archive, md5=md5(folder / archive.file)))
+        monkeypatch.setattr(kind, "archives", tuple(made))
+
+    return packed
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from sis_lightning.datamodules import CIFAR100DataModule
-from sis_lightning.datamodules.download import download, extract, md5
+from sis_lightning.datamodules.download import Archive, download, extract, md5
 from sis_lightning.errors import DataError
 
 CONTENT = bytes(range(256)) * 5000
@@ -127,13 +127,11 @@ def test_extract_is_all_or_nothing(tmp_path):
 
 
 def test_cifar_is_downloaded_where_it_is_missing(server, synthetic, tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR100
-
     folder = synthetic / "cifar-100-python"
     server.content = archive(**{f"cifar-100-python/{n}": (folder / n).read_bytes() for n in ("train", "test", "meta")})
     server.limit = len(server.content) // 3
-    monkeypatch.setattr(CIFAR100, "url", server.url)
-    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(server.content).hexdigest())
+    published = Archive(server.url, hashlib.md5(server.content).hexdigest(), "cifar-100-python")
+    monkeypatch.setattr(CIFAR100DataModule, "archives", (published,))
     data = CIFAR100DataModule(str(tmp_path / "data"), download=True, num_workers=0)
     data.prepare_data()
     data.setup("fit")

@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.annotations import Defect
 from sis_lightning.cluster.signals import STOPPING
+from sis_lightning.datamodules.download import Archive, download, extract
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.files import digest_files, digest_listing
 from sis_lightning.layouts import SYNTHETIC_MARKER
@@ -306,6 +307,8 @@ class SISDataModule(LightningDataModule, ABC):
     category_ids: Sequence[int] = ()
     #: The figure that chooses checkpoints, where the data set decides it and not the task.
     headline: ClassVar[str | None] = None
+    #: As which the data set is published.
+    archives: ClassVar[tuple[Archive, ...]] = ()
     #: ImageNet's.
     mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)
     std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
@@ -410,8 +413,13 @@ class SISDataModule(LightningDataModule, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no server's format")
 
     def fetch(self) -> None:
-        """Downloads the data set into `root`."""
-        raise UsageError(f"data.download: {type(self).__name__} has nothing to download. {self.how_to_get()}")
+        """Downloads the data set into `root`, and unpacks it."""
+        archives = [archive for archive in self.archives if archive.fetched]
+        if not archives:
+            raise UsageError(f"data.download: {type(self).__name__} has nothing to download. {self.how_to_get()}")
+        for archive in archives:
+            path = download(archive.url, self.root / archive.file, archive.md5)
+            extract(path, self.root, archive.folder)
 
     def setup(self, stage: str) -> None:
         """Lists the splits that a stage needs, once; raises DataError where they are not usable."""

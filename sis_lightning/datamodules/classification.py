@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.transforms import v2
 
 from sis_lightning.datamodules.base import IMAGE_ENDINGS, Sample, SISDataModule, Source, Split, read_image
-from sis_lightning.datamodules.download import download, extract, md5
+from sis_lightning.datamodules.download import Archive, md5
 from sis_lightning.errors import DataError, UsageError
 
 
@@ -50,6 +50,7 @@ class CIFAR100DataModule(_ClassificationDataModule):
         DataError: In `setup`, for missing or unreadable files.
     """
 
+    archives = (Archive(CIFAR100.url, CIFAR100.tgz_md5, CIFAR100.base_folder),)
     mean = (0.5071, 0.4865, 0.4409)
     std = (0.2673, 0.2564, 0.2762)
     image_size = 32
@@ -64,11 +65,6 @@ class CIFAR100DataModule(_ClassificationDataModule):
         """Where the three files lie."""
         nested = self.root / CIFAR100.base_folder
         return nested if nested.is_dir() or not (self.root / "meta").is_file() else self.root
-
-    def fetch(self) -> None:
-        """Downloads and unpacks."""
-        archive = download(CIFAR100.url, self.root / CIFAR100.filename, CIFAR100.tgz_md5)
-        extract(archive, self.root, CIFAR100.base_folder)
 
     def source(self, split: Split) -> Source:
         """Reads `train`, or `test` for val and test."""

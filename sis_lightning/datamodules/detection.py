@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torchvision import tv_tensors
-from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import v2
 
 from sis_lightning.annotations import Annotations, read_coco, read_voc, voc_names
 from sis_lightning.datamodules.base import Sample, SISDataModule, Source, Split, read_image
-from sis_lightning.datamodules.download import download, extract
+from sis_lightning.datamodules.download import Archive, voc_archives
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.files import write_text
 from sis_lightning.layouts import VOC_CLASSES
@@ -78,6 +77,9 @@ class AnnotatedSource(Source):
         sizes = self.annotations.sizes
         groups: list[int] = (sizes[:, 0] < sizes[:, 1]).astype(int).tolist()
         return groups
+
+
+_COCO = "http://images.cocodataset.org"
 
 
 class AnnotatedDataModule(SISDataModule):
@@ -155,6 +157,17 @@ class COCOFiles(AnnotatedDataModule):
 
     kind: Kind
     task: str
+    # COCO publishes no checksums; these are those that PaddleDetection, fast.ai and others check their downloads by.
+    archives = (
+        Archive(f"{_COCO}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", fetched=False),
+        Archive(f"{_COCO}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", "val2017", fetched=False),
+        Archive(
+            f"{_COCO}/annotations/annotations_trainval2017.zip",
+            "f4bbac642086de4f52a3fdda2de5fa2c",
+            "annotations",
+            fetched=False,
+        ),
+    )
 
     def __init__(
         self,
@@ -266,6 +279,7 @@ class VOCDetectionDataModule(AnnotatedDataModule):
             in a run, for unreadable images or images of another size than their annotation says.
     """
 
+    archives = voc_archives("2007", "2007-test", "2012")
     headline = "AP50_voc07"
     ignored_name = "difficult objects"
 
@@ -298,13 +312,6 @@ class VOCDetectionDataModule(AnnotatedDataModule):
     def home(self) -> Path:
         """The folder of the first year to train on."""
         return self.year(self.train_splits[0].partition("/")[0])
-
-    def fetch(self) -> None:
-        """Downloads and unpacks all years."""
-        for key in ("2007", "2007-test", "2012"):
-            entry = DATASET_YEAR_DICT[key]
-            archive = download(entry["url"], self.root / entry["filename"], entry["md5"])
-            extract(archive, self.root, entry["base_dir"])
 
     def annotations(self, split: Split) -> Annotations:
         """Reads the XML of a split."""
@@ -343,5 +350,5 @@ class VOCDetectionDataModule(AnnotatedDataModule):
         years = sorted({split.partition("/")[0] for split in (*self.train_splits, *self.test_splits)})
         return (
             f"Wanted: VOCdevkit/VOC{{{','.join(years)}}}/{{JPEGImages,Annotations,ImageSets/Main}} below {self.root}\n"
-            f"  (--data.download true, or {DATASET_YEAR_DICT['2012']['url']} and the like)."
+            f"  (--data.download true, or {self.archives[-1].url} and the like)."
         )

@@ -1,4 +1,4 @@
-"""Fetches published archives: resumed where they broke off, checked, and never half there."""
+"""Published archives: fetched (resumed where they broke off, checked, never half there), and what they prove."""
 
 from __future__ import annotations
 
@@ -9,13 +9,46 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from sis_lightning.errors import DataError
 
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive as its publisher offers it.
+
+    Attributes:
+        url: Where.
+        md5: Its checksum.
+        folder: Of it, that a data set lies in.
+        fetched: Whether `--data.download true` fetches it; of larger ones people have copies.
+    """
+
+    url: str
+    md5: str
+    folder: str
+    fetched: bool = True
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return self.url.rpartition("/")[2]
+
+
+def voc_archives(*years: str) -> tuple[Archive, ...]:
+    """Pascal VOC's, by torchvision's names of the years: `2007`, `2007-test`, `2012`."""
+    entries = [DATASET_YEAR_DICT[year] for year in years]
+    return tuple(Archive(entry["url"], entry["md5"], entry["base_dir"]) for entry in entries)
 
 
 def md5(path: Path) -> str:
@@ -88,9 +121,72 @@ def extract(archive: Path, folder: Path, member: str) -> Path:
         shutil.rmtree(unpacked, ignore_errors=True)
         raise DataError(f"{archive}: holds no '{member}'")
     (folder / member).parent.mkdir(parents=True, exist_ok=True)
-    (unpacked / member).replace(folder / member)
+    if (folder / member).is_dir():  # of another archive of the same data set, as VOC 2007's two are
+        for path in sorted((unpacked / member).rglob("*")):
+            target = folder / member / path.relative_to(unpacked / member)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+    else:
+        (unpacked / member).replace(folder / member)
     shutil.rmtree(unpacked, ignore_errors=True)
     return folder / member
+
+
+def prove(files: Iterable[Path], home: Path, archives: Sequence[Archive], folder: Path) -> None:
+    """Checks that files are, byte by byte, those of published archives.
+
+    Args:
+        files: On disk; found in the archives by their own and their folder's name.
+        home: Of the data set.
+        archives: That it is published as.
+        folder: Where these lie.
+
+    Raises:
+        DataError: For an archive that is missing or is another, and files that are in none or differ.
+    """
+    wanted = {_name(path.relative_to(home) if path.is_relative_to(home) else path): path for path in files}
+    for archive in archives:
+        path = folder / archive.file
+        if not path.is_file():
+            raise DataError(f"{path} is not there, by which to prove the data. It comes from\n  {archive.url}")
+        if (found := md5(path)) != archive.md5:
+            raise DataError(f"{path}: MD5 is {found}, published is {archive.md5}: another archive, or a damaged one")
+        for name, member in _members(path):
+            own = wanted.pop(name, None) or wanted.pop(name.rpartition("/")[2], None)
+            if own is None:
+                continue
+            with own.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").digest() != hashlib.file_digest(member, "sha256").digest():  # type: ignore[arg-type]
+                    raise DataError(f"{own} is not the published file ({archive.file}: {name})")
+    if wanted:
+        names = ", ".join(archive.file for archive in archives)
+        raise DataError(
+            f"{min(wanted.values())} and so on, {len(wanted)} file(s), are in none of {names}.\n"
+            "  Leave out what was added, or train on the published splits alone."
+        )
+
+
+def _name(path: Path) -> str:
+    """A file's name with its folder's, by which it is the same wherever an archive was unpacked."""
+    return "/".join(path.parts[-2:])
+
+
+def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """The files of an archive in its own order, each to be read before the next."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    with archive.open(info) as member:
+                        yield _name(Path(info.filename)), member
+    else:
+        with tarfile.open(path, "r|*") as tar:
+            for entry in tar:
+                content = tar.extractfile(entry)
+                if entry.isfile() and content is not None:
+                    yield _name(Path(entry.name)), content
 
 
 def _transfer(url: str, part: Path) -> None:

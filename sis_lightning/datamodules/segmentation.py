@@ -11,17 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.annotations import Defect
 from sis_lightning.datamodules.base import Sample, SISDataModule, Source, Split, open_image, read_image
-from sis_lightning.datamodules.download import download, extract
+from sis_lightning.datamodules.download import voc_archives
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.layouts import VOC_CLASSES, VOID
-
-_YEAR = DATASET_YEAR_DICT["2012"]
 
 
 def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
@@ -88,6 +85,8 @@ class VOCSegmentationDataModule(SISDataModule):
             another size than its image, or with an id outside of the classes.
     """
 
+    archives = voc_archives("2012")
+
     def __init__(
         self,
         root: str,
@@ -116,13 +115,8 @@ class VOCSegmentationDataModule(SISDataModule):
     @property
     def home(self) -> Path:
         """Where `JPEGImages/` lies."""
-        candidates: list[Path] = [self.root / _YEAR["base_dir"], self.root / "VOC2012", self.root]
+        candidates: list[Path] = [self.root / self.archives[0].folder, self.root / "VOC2012", self.root]
         return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), candidates[0])
-
-    def fetch(self) -> None:
-        """Downloads and unpacks."""
-        archive = download(_YEAR["url"], self.root / _YEAR["filename"], _YEAR["md5"])
-        extract(archive, self.root, _YEAR["base_dir"])
 
     def train_transform(self, sample: Sample) -> Sample:
         """Scale, crop and flip, image and mask alike."""
@@ -154,7 +148,7 @@ class VOCSegmentationDataModule(SISDataModule):
         """The layout and its source."""
         return (
             f"Wanted: VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,ImageSets/Segmentation}} below {self.root},\n"
-            f"  from {_YEAR['url']} (--data.download true)."
+            f"  from {self.archives[0].url} (--data.download true)."
         )
 
     def _list(self, name: str) -> Path:
