@@ -160,6 +160,6 @@ def to_text(wanted: Sequence[plan.Missing]) -> str:
         return "nothing is missing\n"
     lines = [f"{len(wanted)} run(s) are missing:"]
     for entry in wanted:
-        what = f"table {entry.table}, {entry.row}, {entry.experiment.run.name}, seed {entry.seed}: {entry.state}"
-        lines += [what, f"  {entry.command}"]
+        where = f"table {entry.table}, {entry.row}, {entry.experiment.run.name} on {entry.folder.parent.name}"
+        lines += [f"{where}, seed {entry.seed}: {entry.state}", f"  {entry.command}"]
     return "\n".join(lines) + "\n"
