@@ -44,7 +44,7 @@ FREE_TO_CHANGE = (
 
 
 # How a run computes and logs; two runs that differ in it alone are runs of one recipe.
-_NOT_OF_THE_RECIPE = (
+NOT_OF_THE_RECIPE = (
     *("trainer.precision", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.benchmark", "trainer.plugins"),
     *("trainer.log_every_n_steps", "trainer.logger", "trainer.callbacks", "trainer.default_root_dir"),
     *("trainer.num_sanity_val_steps", "trainer.profiler", "trainer.detect_anomaly"),
@@ -227,7 +227,7 @@ def recipe(config: dict[str, Any]) -> dict[str, Any]:
     What is off is as if it were not there: a library's next release may have a switch more.
     """
     plain = settled(config)
-    return {k: value for k, value in plain.items() if value is not False and not k.startswith(_NOT_OF_THE_RECIPE)}
+    return {k: value for k, value in plain.items() if value is not False and not k.startswith(NOT_OF_THE_RECIPE)}
 
 
 def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

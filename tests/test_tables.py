@@ -114,6 +114,8 @@ def test_a_record_counts_where_everything_is_the_cells():
     # How it was computed is not its recipe; a switch that is off is as one that is not there.
     assert shown(piece(config__trainer__precision="bf16-mixed")).state == "reproduced"
     assert shown(piece(config__model__nesterov=False)).state == "reproduced"
+    otherwise = {"trainer.precision": ["bf16-mixed", "32"], "trainer.benchmark": [None, False]}
+    assert shown(piece(tested_otherwise=otherwise)).state == "reproduced"
     assert shown(piece(config__model__nesterov=True)).state == "other recipe"
 
 
@@ -138,6 +140,14 @@ def test_a_record_counts_where_everything_is_the_cells():
         "the best checkpoint": ("other recipe", {"checkpoint__finished": False}),
         "part of the test images": ("other recipe", {"tested_otherwise": {"trainer.limit_test_batches": [None, 5]}}),
         "other test images": ("other recipe", {"tested_otherwise": {"data.init_args.limit": [None, 4]}}),
+        "without the flipped image": (
+            "other recipe",
+            {"tested_otherwise": {"model.init_args.flip_test": [True, False]}},
+        ),
+        "people found by a detector": (
+            "other recipe",
+            {"tested_otherwise": {"data.init_args.person_boxes": [None, "boxes.json"]}},
+        ),
         "code that no commit holds": ("other recipe", {"code__dirty": True}),
         "a configuration that became the row's on the way": ("other recipe", {"training__changed": ["model.lr"]}),
         "batch norm for each device": ("other recipe", {"training__devices": 4}),

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sis_lightning.configs import recipe
+from sis_lightning.configs import NOT_OF_THE_RECIPE, recipe
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest
 from sis_lightning.results.book import Book, Column, Experiment, Group, Row, Table
@@ -113,7 +113,11 @@ class Evidence:
         of_data = bool(reasons)
         if self.recipe != model.recipe:
             reasons.append("its configuration is not the row's")
-        otherwise = [key for key in self.record["tested_otherwise"] if key.startswith(("data.", "trainer.limit_"))]
+        otherwise = [
+            key
+            for key, values in self.record["tested_otherwise"].items()
+            if not key.startswith(NOT_OF_THE_RECIPE) and not all(value in (None, False) for value in values)
+        ]
         if otherwise:
             reasons.append(f"it was tested under another {otherwise[0]}")
         if not self.record["checkpoint"]["finished"]:
