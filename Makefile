@@ -63,8 +63,9 @@ bench-gpu: .venv/installed
 	$(BIN)/sis-lightning bench sis50+deploy+graphs torchvision:resnet50+deploy+graphs sis50+deploy --mode inference \
 		--batch 1 --precision bf16 --device cuda --name gpu-latency
 
+# A thread for each of the two: on two cores, more of them wait for each other.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -28,8 +28,29 @@ def test_it_holds_every_yaml_and_no_more_than_the_package(wheel):
     for folder in ("tasks", "datamodules", "configs"):
         for path in (ROOT / folder).rglob("*.yaml"):
             assert f"sis_lightning/yaml/{path.relative_to(ROOT).as_posix()}" in names
+    for name in ("paper.yaml", "ours.yaml", "models.json"):
+        assert f"sis_lightning/yaml/results/{name}" in names
     assert "sis_lightning/py.typed" in names
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"sis_lightning"}
+
+
+def test_it_writes_the_tables_into_an_empty_folder(wheel, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere.mkdir()
+    for action in (["render"], ["plan", "--table", "3", "--rows", "Basic SIS"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "sis_lightning", "tables", *action],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=elsewhere,
+            env={**os.environ, "PYTHONPATH": str(site)},
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sis-lightning fit --config tasks/seg_voc.yaml --model.backbone sis50") == 6
+    assert "| Basic SIS" in (elsewhere / "results" / "TABLES.md").read_text()
+    assert (elsewhere / "results" / "tables.html").is_file()
 
 
 def test_it_starts_a_run_from_another_folder_that_holds_no_data(wheel, tmp_path):

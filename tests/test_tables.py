@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import html
 import json
 import os
 import re
@@ -527,6 +528,29 @@ def test_books_that_cannot_be_say_where(tmp_path, monkeypatch, capfd):
     Path("results/book.yaml").write_text("tables: [")
     assert main(["tables", "render"]) == 2
     assert "not valid YAML" in capfd.readouterr().err
+
+
+def test_labels_of_any_characters_are_shown_in_all_forms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+    label = "50 % | a_b & <c> $x$ #1 {y} ~^\\\\"
+    content["tables"][0]["groups"][0] = {"title": label, "rows": [{"label": label, "backbone": "sis_demo"}]}
+    Path("results").mkdir()
+    Path("results/book.yaml").write_text(yaml.safe_dump(content))
+    assert main(["tables", "count"]) == 0
+    assert main(["tables", "render"]) == 0
+    row = next(line for line in Path("results/TABLES.md").read_text().splitlines() if line.startswith("| 50 %"))
+    assert len(re.split(r"(?<!\\)\|", row)) == 6
+    assert html.escape(label) in Path("results/tables.html").read_text()
+    with Path("results/tables.csv").open(newline="") as file:
+        assert {line["row"] for line in csv.DictReader(file)} == {label}
+    if shutil.which("pdflatex"):
+        text = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{t}\\end{document}"
+        Path("all.tex").write_text(text)
+        shutil.copy("results/latex/table_9.tex", "t.tex")
+        line = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1500:]
 
 
 def test_seeds_and_roots():

@@ -76,7 +76,7 @@ def seconds(start: Start) -> float | None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def requeue(run: Path, step: int, max_restarts: int) -> str:

@@ -160,6 +160,11 @@ def to_markdown(book: Book, tables: Sequence[Filled], figures: Sequence[Path] = 
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _plain(text: str) -> str:
+    """Text that ends no cell of Markdown."""
+    return text.replace("|", "\\|")
+
+
 def _of(filled: Filled, figures: Sequence[Path]) -> list[Path]:
     """The figures of a table."""
     return [path for path in figures if path.stem.endswith(f"_{filled.table.slug}")]
@@ -181,11 +186,11 @@ def _markdown_table(book: Book, filled: Filled) -> list[str]:
     title = f"Table {table.id}: {table.title}"
     marks = "".join(f"<sup>{mark}</sup>" for mark in notes.general)
     lines = [f"## {title}{marks}", "", table.caption, ""]
-    heads = [_head(filled, index) for index in range(len(table.columns))]
+    heads = [_plain(_head(filled, index)) for index in range(len(table.columns))]
     lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for group in table.groups:
         if group.title:
-            lines.append(f"| **{group.title}** |" + " |" * len(heads))
+            lines.append(f"| **{_plain(group.title)}** |" + " |" * len(heads))
         for line in filled.lines:
             if line.group is not group:
                 continue
@@ -194,7 +199,7 @@ def _markdown_table(book: Book, filled: Filled) -> list[str]:
                 _markdown_cell(cell, column, _has_printed(filled, index))
                 for index, (cell, column) in enumerate(zip(line.cells, table.columns, strict=True))
             ]
-            lines.append(f"| {line.row.label}{marks} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_plain(line.row.label)}{marks} | " + " | ".join(cells) + " |")
     lines.append("")
     lines += _markdown_differences(filled)
     lines += [f"{mark}. {text}" for mark, text in notes.lines()]
@@ -213,12 +218,12 @@ def _markdown_differences(filled: Filled) -> list[str]:
         return []
     bases = dict.fromkeys(line.group.baseline for line in filled.lines if any(line.paired))
     lines = [f"Differences from {', '.join(map(str, bases))} over the seeds that both have (mean, 95 % interval):", ""]
-    lines += ["| | " + " | ".join(filled.table.columns[i].label for i in columns) + " |"]
+    lines += ["| | " + " | ".join(_plain(filled.table.columns[i].label) for i in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
     for line in filled.lines:
         if any(line.paired):
             cells = [paired(line.paired[i], filled.table.columns[i]) for i in columns]
-            lines.append(f"| {line.row.label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_plain(line.row.label)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
