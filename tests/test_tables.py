@@ -571,7 +571,7 @@ def many(toys, tmp_path, monkeypatch) -> Path:
     """The folder with 300 records."""
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sis_lightning.results.records._commit", dict)
+    monkeypatch.setattr("sis_lightning.results.records.commit", dict)
     record = read_record(next(Path("results/records").glob("*seed0*.json")))
     sealed = ("checksum", "code", "versions", "python", "date", "schema")
     content = {key: value for key, value in record.items() if key not in sealed}

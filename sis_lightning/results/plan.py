@@ -21,7 +21,7 @@ from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import usable_cores
 from sis_lightning.results.book import BUILT_IN, Book, Experiment
 from sis_lightning.results.cells import Cell, Evidence, Model, Models, fill
-from sis_lightning.results.records import read_record
+from sis_lightning.results.records import commit, read_record
 
 #: What settles parameters, MACs and configurations.
 _PARTS = ("operators.py", "complexity.py", "configs.py", "backbones/*.py", "tasks/*.py", "datamodules/*.py")
@@ -231,6 +231,12 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
     Returns:
         How many failed.
     """
+    if wanted and commit().get("dirty"):
+        print(
+            "note: the code here has changes that no commit holds. Records of it count in no table: commit them first, "
+            "or run from a clone",
+            file=sys.stderr,
+        )
     threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
 
     def one(number: int, entry: Missing) -> bool:

@@ -33,7 +33,7 @@ def write_record(path: Path, content: dict[str, Any]) -> Record:
     record: Record = {
         "schema": _SCHEMA,
         **content,
-        "code": {"sis_lightning": __version__, **_commit()},
+        "code": {"sis_lightning": __version__, **commit()},
         "versions": {package: version(package) for package in _PACKAGES if _installed(package)},
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,7 +92,7 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
     """The commit of the code, and whether it was changed since; nothing where it is not a checkout."""
     here = Path(__file__).parents[1]
 
