@@ -45,8 +45,8 @@ FREE_TO_CHANGE = (
 
 # How a run computes and logs; two runs that differ in it alone are runs of one recipe.
 NOT_OF_THE_RECIPE = (
-    *("trainer.precision", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.benchmark", "trainer.plugins"),
-    *("trainer.log_every_n_steps", "trainer.logger", "trainer.callbacks", "trainer.default_root_dir"),
+    *("trainer.precision", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.benchmark"),
+    *("trainer.log_every_n_steps", "trainer.logger", "trainer.default_root_dir"),
     *("trainer.num_sanity_val_steps", "trainer.profiler", "trainer.detect_anomaly"),
     *("model.init_args.compile_mode", "model.init_args.shown_score", "data.init_args.evaluator", "verbose"),
 )

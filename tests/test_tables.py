@@ -576,7 +576,8 @@ def many(toys, tmp_path, monkeypatch) -> Path:
     sealed = ("checksum", "code", "versions", "python", "date", "schema")
     content = {key: value for key, value in record.items() if key not in sealed}
     for seed in range(10, 308):
-        write_record(Path(f"results/records/{seed}.json"), {**content, "seed": seed})
+        own = {"seed": seed, "checkpoint": {**content["checkpoint"], "sha256": str(seed)}}
+        write_record(Path(f"results/records/{seed}.json"), {**content, **own})
     return tmp_path
 
 
@@ -639,3 +640,19 @@ def test_an_experiment_is_the_command_that_makes_it():
         "--config tasks/seg_voc.yaml --task mine --model.backbone sis50 --model.backbone.operator basic "
         "--model.backbone.depth 101 --data.crop_size 64"
     )
+
+
+def test_seeds_that_are_none_or_copies_do_not_count():
+    unseeded = shown(piece(seed=1, value=0.8), piece(value=0.9, name="x.json", seed=False))
+    assert unseeded.values == {1: 0.8}
+    twins = shown(piece(0, 0.8, checkpoint__sha256="same"), piece(1, 0.8, checkpoint__sha256="same"))
+    assert (twins.values, twins.missing) == ({0: 0.8}, (1,))
+    assert any("its weights are those of seed 0" in reason for reason in twins.reasons)
+    # The same weights tested twice are one measurement.
+    again = shown(piece(0, 0.8, checkpoint__sha256="same"), piece(0, 0.8, name="y", checkpoint__sha256="same"))
+    assert (again.values, again.superseded) == ({0: 0.8}, 0)
+
+
+def test_callbacks_are_of_the_recipe_and_off_is_not_zero():
+    assert shown(piece(config__trainer__callbacks=[{"class_path": "EarlyStopping"}])).state == "other recipe"
+    assert shown(piece(tested_otherwise={"data.init_args.limit": [None, 0]})).state == "other recipe"

@@ -105,6 +105,7 @@ def _fill_results(folder: Path, example: Path | None, records: int) -> None:
     for seed in range(records if example else 0):
         record = json.loads(example.read_bytes()) if example else {}
         record.pop("checksum")
+        record["checkpoint"]["sha256"] = str(seed)
         write_sealed(folder / "records" / f"{seed}.json", {**record, "seed": seed})
 
 

@@ -374,6 +374,9 @@ class _Reader:
             for name in value.get("notes", []):
                 self.find(name, notes, place)
             rows.append(self.make(Row, {**value, "printed": [None] * leading + printed if printed else []}, place))
+        labels = [row.label for row in rows]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise UsageError(f"{self.path}, {where}: two rows of a group are called '{twice[0]}'")
         group: Group = self.make(Group, {**entry, "rows": rows}, where)
         if group.baseline is not None:
             self.find(group.baseline, {row.label: row for row in rows}, f"{where}, baseline")

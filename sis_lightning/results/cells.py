@@ -97,8 +97,13 @@ class Evidence:
 
     @property
     def seed(self) -> int:
-        """Of its training."""
+        """Of its training, where it counts."""
         return int(self.record["seed"])
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of its checkpoint."""
+        return str(self.record["checkpoint"].get("sha256", self.name))
 
     def shortcomings(self, experiment: Experiment, model: Model) -> tuple[str, list[str]]:
         """What a record is for an experiment, and why it does not count.
@@ -118,7 +123,7 @@ class Evidence:
         otherwise = [
             key
             for key, values in self.record["tested_otherwise"].items()
-            if not key.startswith(NOT_OF_THE_RECIPE) and not all(value in (None, False) for value in values)
+            if not key.startswith(NOT_OF_THE_RECIPE) and not all(value is None or value is False for value in values)
         ]
         if otherwise:
             reasons.append(f"it was tested under another {otherwise[0]}")
@@ -128,6 +133,8 @@ class Evidence:
             reasons.append("its code had changes that no commit holds")
         training = self.record["training"]
         alone = not self.record["config"]["trainer"].get("sync_batchnorm")
+        if type(self.record["seed"]) is not int:
+            reasons.append("it was trained without a seed")
         if training.get("changed"):
             reasons.append(f"its {training['changed'][0]} was changed on the way")
         if run.synchronised and (training["devices"] or 1) > 1 and alone:
@@ -314,6 +321,7 @@ def _cell(
 ) -> Cell:
     """A cell of a metric, from the records that bear its recipe or its name."""
     full: dict[int, Evidence] = {}
+    seeds: dict[str, int] = {}
     superseded, aside, reasons, states = 0, [], [], []
     for piece in sorted(known, key=lambda piece: str(piece.record["date"])):
         value = piece.record["metrics"].get(column.metric)
@@ -325,7 +333,11 @@ def _cell(
             aside.append(value * column.scale)
             reasons += [f"{piece.name}: {reason}" for reason in why[:1]]
             continue
-        superseded += piece.seed in full
+        twin = seeds.setdefault(piece.weights, piece.seed)
+        if twin != piece.seed:
+            reasons.append(f"{piece.name}: its weights are those of seed {twin}")
+            continue
+        superseded += piece.seed in full and full[piece.seed].weights != piece.weights
         full[piece.seed] = piece
     values = {seed: full[seed].record["metrics"][column.metric] * column.scale for seed in sorted(full)}
     missing = tuple(seed for seed in experiment.run.seeds if seed not in values)

@@ -117,7 +117,8 @@ def compare(
     """
     sides = (_side(first, arguments), _side(second, arguments))
     before, now = (side.settings for side in sides)
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    absent = object()
+    keys = [key for key in sorted({*before, *now}) if before.get(key, absent) != now.get(key, absent)]
     others = [key for key in keys if not _allowed(key, allow)]
     if others:
         lines = [f"  {key}: {before.get(key)!r} of A, {now.get(key)!r} of B" for key in others[:2]]
@@ -190,7 +191,9 @@ class Comparison:
         a, b = self.first, self.second
         data = a.record["data"]["identity"] if a.record else None
         table = RichTable(title=f"A: {a.name}\nB: {b.name}", title_justify="left", caption_justify="left")
-        table.caption = f"Both on {data} data, seed {a.record['seed']}." if a.record and b.record else None
+        if a.record and b.record:
+            seeds = list(dict.fromkeys([a.record["seed"], b.record["seed"]]))
+            table.caption = f"On {data} data, seed {' and '.join(map(str, seeds))}."
         for heading in ("", "A", "B"):
             table.add_column(heading, justify="right" if heading else "left")
         for row in self.rows():

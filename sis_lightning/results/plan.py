@@ -210,10 +210,10 @@ def add(paths: Iterable[Path], folder: Path) -> list[Path]:
     added = []
     for path in found:
         record = read_record(path)
-        weights = record["checkpoint"]["sha256"][:8]
-        place = folder / f"{record['task']}-{record['backbone']}-seed{record['seed']}-{weights}.json"
-        if place.is_file() and read_record(place)["metrics"] == record["metrics"]:
-            continue  # the same weights, tested once more
+        name = f"{record['task']}-{record['backbone']}-seed{record['seed']}-{record['checksum'][:8]}.json"
+        place = folder / name
+        if place.is_file():
+            continue
         write_text(place, path.read_text(encoding="utf-8"))
         added.append(place)
     return added

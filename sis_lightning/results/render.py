@@ -216,12 +216,16 @@ def _markdown_differences(filled: Filled) -> list[str]:
     columns = _compared(filled)
     if not columns:
         return []
-    bases = dict.fromkeys(line.group.baseline for line in filled.lines if any(line.paired))
-    lines = [f"Differences from {', '.join(map(str, bases))} over the seeds that both have (mean, 95 % interval):", ""]
+    lines = ["Differences over the seeds that both have (mean, 95 % interval):", ""]
     lines += ["| | " + " | ".join(_plain(filled.table.columns[i].label) for i in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
+    group = None
     for line in filled.lines:
         if any(line.paired):
+            if line.group is not group:
+                group = line.group
+                title = f"{group.title}: " if group.title else ""
+                lines.append(f"| **{_plain(title)}from {_plain(str(group.baseline))}** |" + " |" * len(columns))
             cells = [paired(line.paired[i], filled.table.columns[i]) for i in columns]
             lines.append(f"| {_plain(line.row.label)} | " + " | ".join(cells) + " |")
     return [*lines, ""]

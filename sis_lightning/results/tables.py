@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -118,8 +119,9 @@ class Results:
         written = draw(names, self.filled(), self.evidence, folder, runs)
         if not names:
             kept = {*written, *(folder.glob("activation_maps.*") if not runs else ())}
+            own = re.compile(r"((accuracy|sizes|curves)_table_.+|receptive_fields|activation_maps)\.(png|svg)")
             for path in folder.glob("*.*"):
-                if path not in kept:
+                if path not in kept and own.fullmatch(path.name):
                     path.unlink()
         return written
 
