@@ -226,8 +226,11 @@ def recipe(config: dict[str, Any]) -> dict[str, Any]:
 
     What is off is as if it were not there: a library's next release may have a switch more.
     """
-    plain = settled(config)
-    return {k: value for k, value in plain.items() if value is not False and not k.startswith(NOT_OF_THE_RECIPE)}
+    plain = {k: value for k, value in settled(config).items() if value is not False}
+    # Weights in 16 bits learn otherwise; mixed precision keeps them in 32.
+    coarse = str(plain.get("trainer.precision")) in ("16-true", "bf16-true")
+    kept = ("trainer.precision",) if coarse else ()
+    return {k: value for k, value in plain.items() if k in kept or not k.startswith(NOT_OF_THE_RECIPE)}
 
 
 def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -50,8 +50,9 @@ from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import keep_freed_memory
 from sis_lightning.metrics.gathered import GatheredScores
+from sis_lightning.operators import operator_class
 from sis_lightning.parser import Parser, without_marks
-from sis_lightning.results.records import write_record
+from sis_lightning.results.records import code, write_record
 from sis_lightning.tasks import BaseTask
 
 # What these say is either done on purpose here or said better by us.
@@ -163,7 +164,9 @@ class RunCLI(LightningCLI):
             # First of all: what the others log of a step belongs behind its checkpoint.
             limit = self._get(self.config, "max_restarts")
             requeue = functools.partial(starts.requeue, self.run_dir, max_restarts=limit)
-            self.exact_resume = ExactResume(folder, every, seed, self.resolved, say, requeue)
+            self.exact_resume = ExactResume(
+                folder, every, seed, self.resolved, say, requeue, code(self._others_operators())
+            )
             callbacks.insert(0, self.exact_resume)
             callbacks += [
                 Announcement(),
@@ -308,6 +311,13 @@ class RunCLI(LightningCLI):
         content: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else self.resolved
         return content
 
+    def _others_operators(self) -> dict[str, type]:
+        """The operator, where a user registered it."""
+        assert isinstance(self.model, BaseTask)
+        name = self.model.backbone_config.operator
+        operator = operator_class(name)
+        return {} if operator.__module__ == operator_class("conv").__module__ else {name: operator}
+
     def _evidence(self, identity: str) -> dict[str, Any]:
         """What a test's figures were measured with and on."""
         data, task = self.datamodule, self.model
@@ -346,6 +356,7 @@ class RunCLI(LightningCLI):
                 "seconds": None if None in seconds else sum(second or 0 for second in seconds),
                 "devices": run.get("world_size"),
                 "changed": run.get("changed", []),
+                "code": run.get("code", []),
             },
             "curves": curves(path.parent.parent, task.monitor),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -366,7 +377,8 @@ class RunCLI(LightningCLI):
         shown = task.monitor.replace("val/", "test/")
         # JSON has no NaN: a class that occurs nowhere has no IoU.
         figures = {key: value if isfinite(value) else None for key, value in metrics.items()}
-        write_record(self.run_dir / "test.json", {"headline": shown, "metrics": figures, **self._evidence(identity)})
+        content = {"headline": shown, "metrics": figures, **self._evidence(identity)}
+        write_record(self.run_dir / "test.json", content, self._others_operators())
         if not metrics:
             console.print("no annotations to score against, so no figures: the results are for the data set's server")
             return

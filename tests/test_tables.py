@@ -153,6 +153,12 @@ def test_a_record_counts_where_everything_is_the_cells():
         "a configuration that became the row's on the way": ("other recipe", {"training__changed": ["model.lr"]}),
         "batch norm for each device": ("other recipe", {"training__devices": 4}),
         "another metric": ("not run", {"metrics": {"test/top1": 0.5}}),
+        "training by code that no commit holds": ("other recipe", {"training__code": [{"dirty": True}]}),
+        "an operator that was changed after training": (
+            "other recipe",
+            {"training__code": [{"operators": {"mine": "a"}}], "code": {"operators": {"mine": "b"}}},
+        ),
+        "weights in 16 bits": ("other recipe", {"config__trainer__precision": "bf16-true"}),
         "a metric without a value": ("not run", {"metrics": {"test/miou": None}}),
     }.values(),
     ids=str,
@@ -190,7 +196,7 @@ def _book(content: dict[str, Any], data: dict[str, DataSet]) -> Book:
     from sis_lightning.results.book import Group, Table
 
     groups = (Group(()),)
-    return Book(tuple(Table(t["id"], t["title"], (), groups, "the paper") for t in tables), {}, data)
+    return Book(tuple(Table(t["id"], t["title"], (), groups, "the paper") for t in tables), {}, data, {})
 
 
 _ROW = next(
@@ -415,6 +421,23 @@ def test_counts_that_the_code_does_not_give_are_found(results, capfd):
     assert "sis-lightning tables count" in capfd.readouterr().err
 
 
+def test_another_recipe_under_the_same_names_is_found(results, capfd):
+    """In the book, or in a backbone of the user's own."""
+    assert results("render") == 0
+    book = Path("results/toys.yaml")
+    text = book.read_text()
+    book.write_text(text.replace("data.crop_size: 32", "data.crop_size: 64"))
+    assert results("check") == 1
+    assert re.search(r"recipe was \w+, the code gives \w+", capfd.readouterr().out)
+    book.write_text(text)
+    assert results("check") == 0
+    own = Path("configs/backbones/sis_demo.yaml")
+    own.parent.mkdir(parents=True)
+    own.write_text((RESULTS.parent / own).read_text().replace("depth: 14", "depth: 26"))
+    assert results("check") == 1
+    assert "toy_seg sis_demo operator=basic: " in capfd.readouterr().out
+
+
 def test_what_is_missing_is_listed_with_commands_that_hold(results, capfd):
     capfd.readouterr()
     assert results("plan", "--seeds", "1,5") == 0
@@ -448,11 +471,19 @@ def test_a_cluster_gets_an_array_for_each_row(results, capfd):
 
 
 def test_a_run_that_fails_says_so_and_the_others_go_on(results, capfd):
-    assert results("run", "--rows", "basic", "--", "--config", "configs/nowhere.yaml") == 1
+    assert results("run", "--rows", "basic", "--", "--data.root", "nowhere", "--data.synthetic", "null") == 1
     captured = capfd.readouterr()
-    assert captured.err.count("fit failed (2)") == 2
-    assert "configs" in captured.err
+    assert captured.err.count("fit failed (1)") == 2
+    assert "nowhere" in captured.err
     assert not list(Path("results/records").glob("*basic*"))
+
+
+def test_options_that_make_another_run_of_it_are_refused(results, capfd):
+    assert results("run", "--rows", "basic", "--", "--data.crop_size", "64") == 2
+    err = capfd.readouterr().err
+    assert "data.init_args.crop_size: 32, with these options 64" in err
+    assert len(err.splitlines()) <= 5
+    assert not list(Path("runs/toy_seg").glob("*basic*/seed*"))
 
 
 TOY = '''
@@ -491,6 +522,13 @@ def test_an_operator_of_a_user_is_in_every_table_unasked(toys, tmp_path):
     out = call("tables", "plan", "--rows", "halved")
     assert out.count("--model.backbone sis_demo --model.backbone.operator halved") == 2
     call("tables", "render")
+    (tmp_path / "broken.py").write_text(TOY.replace("halved", "broken").replace("half, half", "half, 3"))
+    line = [sys.executable, "-m", "sis_lightning", "tables", "plan"]
+    environment = {**os.environ, "SIS_OPERATORS": "broken"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "the operator 'broken' cannot be built or run" in done.stderr
+    assert "Traceback" not in done.stderr
     (line,) = [line for line in (tmp_path / "results/TABLES.md").read_text().splitlines() if "| halved |" in line]
     parameters = float(line.split("|")[2])
     assert parameters > 0
@@ -525,6 +563,19 @@ def test_books_that_cannot_be_say_where(tmp_path, monkeypatch, capfd):
     assert "there is no 'tiny'" in refused(lambda b: b["tables"][0].update(notes=["tiny"]))
     assert "baseline" in refused(lambda b: b["tables"][0]["groups"][0].update(baseline="nobody"))
     assert "a book has no 'table'" in refused(lambda b: b.update(table=[]))
+    assert "data.toys.kind: Input should be" in refused(lambda b: b["data"]["toys"].update(kind="oficial"))
+    assert "runs.toy_seg.seeds" in refused(lambda b: b["runs"]["toy_seg"].update(seeds=3))
+    assert "better: Input should be" in refused(lambda b: b["tables"][0]["columns"][0].update(better="Lower"))
+    assert "id: Input should be a valid string, is 9" in refused(lambda b: b["tables"][0].update(id=9))
+    assert "must be a mapping" in refused(lambda b: b.update(runs=["toy_seg"]))
+    assert "must be a mapping" in refused(lambda b: b["tables"][0].update(groups=["all"]))
+    assert "must be a list" in refused(lambda b: b.update(tables={"9": {}}))
+    other = copy.deepcopy(good)
+    other["runs"]["toy_seg"]["seeds"] = [7]
+    other["tables"][0]["id"] = "10"
+    Path("results/another.yaml").write_text(yaml.safe_dump(other))
+    assert "runs.toy_seg: another book has something else" in refused(lambda b: None)
+    Path("results/another.yaml").unlink()
     Path("results/book.yaml").write_text("tables: [")
     assert main(["tables", "render"]) == 2
     assert "not valid YAML" in capfd.readouterr().err
@@ -571,7 +622,7 @@ def many(toys, tmp_path, monkeypatch) -> Path:
     """The folder with 300 records."""
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sis_lightning.results.records.commit", dict)
+    monkeypatch.setattr("sis_lightning.results.records._commit", dict)
     record = read_record(next(Path("results/records").glob("*seed0*.json")))
     sealed = ("checksum", "code", "versions", "python", "date", "schema")
     content = {key: value for key, value in record.items() if key not in sealed}
@@ -651,6 +702,18 @@ def test_seeds_that_are_none_or_copies_do_not_count():
     # The same weights tested twice are one measurement.
     again = shown(piece(0, 0.8, checkpoint__sha256="same"), piece(0, 0.8, name="y", checkpoint__sha256="same"))
     assert (again.values, again.superseded) == ({0: 0.8}, 0)
+
+
+def test_seeds_of_an_operator_that_was_changed_in_between_do_not_count_together():
+    sources = [{"operators": {"mine": digest}} for digest in ("a", "b")]
+    cell = shown(piece(0, 0.8, code=sources[0]), piece(1, 0.9, code=sources[1]))
+    assert (cell.values, cell.missing) == ({0: 0.8}, (1,))
+    assert "its operator's source is not that of seed 0" in cell.reasons[0]
+
+
+def test_a_record_without_the_metric_says_so():
+    cell = shown(piece(0, metrics={"test/top1": 0.5}))
+    assert cell.reasons == ("seed0-0.5.json: it has no test/miou",)
 
 
 def test_callbacks_are_of_the_recipe_and_off_is_not_zero():

@@ -56,6 +56,7 @@ class ExactResume(Callback):
         config: Resolved, as plain data: kept in each checkpoint.
         report: Gets lines for people, on rank 0.
         requeue: Puts the job back into its cluster's queue, given the step; returns what it did, for people.
+        code: That trains (`results.records.code`): of every start, kept in each checkpoint.
         keep: How many `step-N.ckpt` stay; at least 2.
     """
 
@@ -67,10 +68,12 @@ class ExactResume(Callback):
         config: dict[str, Any],
         report: Callable[[str], None],
         requeue: Callable[[int], str],
+        code: dict[str, Any],
         keep: int = 2,
     ) -> None:
         self.folder, self.every, self.seed, self.config = folder, every, seed, config
         self.report, self.requeue, self.keep = report, requeue, max(2, keep)
+        self._code = [code]
         self.request = StopRequest()
         self._point = ""
         self._resumed: dict[str, Any] | None = None
@@ -96,6 +99,7 @@ class ExactResume(Callback):
             self._resumed = run
         self._saved_at = run["batches"]
         self._trained_on = run.get("trained_on", [])
+        self._code = [*(known for known in run.get("code", []) if known not in self._code), *self._code]
         keys = [key for key, _, _ in changes(run["config"], self.config) if not key.startswith(FREE_TO_CHANGE)]
         self._changed = list(dict.fromkeys([*run.get("changed", []), *keys]))
         self._point_of_ranks = (run["point"], run["step"], run["batches"])
@@ -224,6 +228,7 @@ class ExactResume(Callback):
             "csv_rows": csv[0] if csv else 0,
             "config": self.config,
             "trained_on": self._trained_on,
+            "code": self._code,
             "changed": self._changed,
         }
         batches = loops["epoch_loop.batch_progress"]

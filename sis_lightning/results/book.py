@@ -15,10 +15,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from sis_lightning.configs import PACKAGED
 from sis_lightning.errors import DataError, UsageError, nearest
@@ -212,11 +214,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Book:
-    """All tables, and the footnotes that they name."""
+    """All tables, and what they name: footnotes, runs and data sets."""
 
     tables: tuple[Table, ...]
     notes: Mapping[str, str]
     data: Mapping[str, DataSet]
+    runs: Mapping[str, Run]
 
     def chosen(self, ids: Sequence[str], rows: Sequence[str] = ()) -> Book:
         """With the named tables, and in them the named rows; everything where nothing is named.
@@ -282,10 +285,15 @@ def read_books(paths: Sequence[Path]) -> Book:
     twice = [table.id for table in tables if [other.id for other in tables].count(table.id) > 1]
     if twice:
         raise UsageError(f"table '{twice[0]}' is in two of {', '.join(map(str, paths))}")
-    notes = {key: text for book in books for key, text in book.notes.items()}
     # `paper` comes before `ours`, by the paper's own order within.
     tables.sort(key=lambda table: not table.of)
-    return Book(tuple(tables), notes, {key: value for book in books for key, value in book.data.items()})
+    named: dict[str, dict[str, Any]] = {"notes": {}, "data": {}, "runs": {}}
+    for book, path in zip(books, paths, strict=True):
+        for kind, known in named.items():
+            for key, value in getattr(book, kind).items():
+                if known.setdefault(key, value) != value:
+                    raise UsageError(f"{path}, {kind}.{key}: another book has something else under this name")
+    return Book(tuple(tables), **named)
 
 
 def _read(path: Path) -> Book:
@@ -298,17 +306,25 @@ def _read(path: Path) -> Book:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a book of tables is a mapping with data, runs, notes and tables")
     reader = _Reader(path)
-    data = {key: reader.make(DataSet, value, f"data.{key}") for key, value in content.pop("data", {}).items()}
+    sections = {key: reader.mapping(content.pop(key, {}), key) for key in ("data", "runs", "notes")}
+    data = {key: reader.make(DataSet, value, f"data.{key}") for key, value in sections["data"].items()}
     runs = {}
-    for key, value in content.pop("runs", {}).items():
-        value = {**value, "data": reader.find(value.get("data"), data, f"runs.{key}.data")}
-        runs[key] = reader.make(Run, {"name": key, **value}, f"runs.{key}")
-    notes = content.pop("notes", {})
-    of = content.pop("of", "")
-    tables = tuple(reader.table(entry, runs, notes, of) for entry in content.pop("tables", []))
+    for key, value in sections["runs"].items():
+        value = {"name": key, **reader.mapping(value, f"runs.{key}")}
+        runs[key] = reader.make(
+            Run, {**value, "data": reader.find(value.get("data"), data, f"runs.{key}.data")}, f"runs.{key}"
+        )
+    notes = {key: reader.of_type(str, text, f"notes.{key}") for key, text in sections["notes"].items()}
+    of = reader.of_type(str, content.pop("of", ""), "of")
+    tables = tuple(reader.table(entry, runs, notes, of) for entry in reader.entries(content, "tables", ""))
     if content:
         raise UsageError(f"{path}: a book has no '{next(iter(content))}': data, runs, notes, of, tables")
-    return Book(tables, notes, data)
+    return Book(tables, notes, data, runs)
+
+
+@cache
+def _type_of(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 @dataclass(frozen=True)
@@ -320,16 +336,34 @@ class _Reader:
     def make(self, kind: type[Any], content: Any, where: str) -> Any:
         """An object of a dataclass."""
         known = [entry.name for entry in dataclasses.fields(kind)]
-        if not isinstance(content, dict):
-            raise UsageError(f"{self.path}, {where}: must be a mapping of {', '.join(known)}")
-        for key in content:
+        for key in self.mapping(content, where):
             if key not in known:
                 raise UsageError(f"{self.path}, {where}: no key '{key}': {nearest(str(key), known)}")
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        return self.of_type(kind, content, where)
+
+    def of_type(self, kind: Any, content: Any, where: str) -> Any:
+        """What is of a type, or can be read as one."""
         try:
-            return kind(**plain)
-        except TypeError as error:
-            raise UsageError(f"{self.path}, {where}: {str(error).partition(') ')[2]}") from None
+            return _type_of(kind).validate_python(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join([where, *map(str, first["loc"])])
+            is_ = "" if first["type"].startswith("missing") else f", is {first['input']!r}"
+            raise UsageError(f"{self.path}, {place}: {first['msg']}{is_}") from None
+
+    def mapping(self, content: Any, where: str) -> dict[Any, Any]:
+        """A mapping, its own copy: an anchor of YAML lets several places share one."""
+        if not isinstance(content, dict):
+            raise UsageError(f"{self.path}, {where}: must be a mapping of keys, is {content!r}")
+        return dict(content)
+
+    def entries(self, content: dict[str, Any], key: str, where: str) -> list[dict[Any, Any]]:
+        """Takes a list of mappings out of a mapping."""
+        found = content.pop(key, [])
+        where = f"{where}, {key}" if where else key
+        if not isinstance(found, list):
+            raise UsageError(f"{self.path}, {where}: must be a list, is {found!r}")
+        return [self.mapping(entry, f"{where} {number}") for number, entry in enumerate(found, 1)]
 
     def find(self, name: Any, known: Mapping[str, Any], where: str) -> Any:
         """What a name stands for."""
@@ -339,10 +373,9 @@ class _Reader:
 
     def table(self, entry: dict[str, Any], runs: Mapping[str, Run], notes: Mapping[str, str], of: str) -> Table:
         """A table, its `complexity` columns before its own."""
-        entry = dict(entry)  # an anchor of YAML lets several share one
         where = f"table {entry.get('id')}"
         columns: list[Column] = []
-        for number, sizes in enumerate(entry.pop("complexity", []), 1):
+        for number, sizes in enumerate(self.entries(entry, "complexity", where), 1):
             place = f"{where}, complexity {number}"
             shared = {"run": self.find(sizes.get("run"), runs, place), "backbone": sizes.get("backbone", {})}
             label = f" ({sizes['label']})" if "label" in sizes else ""
@@ -350,30 +383,30 @@ class _Reader:
             columns.append(Column(f"Params{label}, M", metric="parameters", digits=digits, scale=1e-6, **shared))
             columns.append(Column(f"MACs{label}, G", metric="macs", digits=digits + 1, scale=1e-9, **shared))
         leading = len(columns)
-        for number, value in enumerate(entry.pop("columns", []), 1):
+        for number, value in enumerate(self.entries(entry, "columns", where), 1):
             place = f"{where}, column {number}"
             columns.append(self.make(Column, {**value, "run": self.find(value.get("run"), runs, place)}, place))
-        groups = [self._group(group, where, leading, len(columns), notes) for group in entry.pop("groups", [])]
-        for name in entry.get("notes", []):
-            self.find(name, notes, f"{where}, notes")
+        found = self.entries(entry, "groups", where)
+        groups = [self._group(group, where, leading, len(columns), notes) for group in found]
         built: Table = self.make(Table, {"of": of, **entry, "columns": columns, "groups": groups}, where)
+        for name in built.notes:
+            self.find(name, notes, f"{where}, notes")
         return built
 
     def _group(self, entry: dict[str, Any], where: str, leading: int, width: int, notes: Mapping[str, str]) -> Group:
-        entry = dict(entry)
         host, fields = entry.get("host"), entry.get("fields", {})
         rows = []
-        for value in entry.pop("rows", []):
-            value = dict(value)
+        for value in self.entries(entry, "rows", where):
             place = f"{where}, row {value.get('label')}"
             if "operator" in value and "backbone" not in value:
                 value = {"backbone": host, "fields": fields, **value}
-            printed = value.pop("printed", [])
+            printed = self.of_type(list[float | None], value.pop("printed", []), f"{place}, printed")
             if printed and len(printed) + leading != width:
                 raise UsageError(f"{self.path}, {place}: {len(printed)} printed values for {width - leading} columns")
-            for name in value.get("notes", []):
+            row: Row = self.make(Row, {**value, "printed": [None] * leading + printed if printed else []}, place)
+            for name in row.notes:
                 self.find(name, notes, place)
-            rows.append(self.make(Row, {**value, "printed": [None] * leading + printed if printed else []}, place))
+            rows.append(row)
         labels = [row.label for row in rows]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise UsageError(f"{self.path}, {where}: two rows of a group are called '{twice[0]}'")

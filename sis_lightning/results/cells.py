@@ -36,6 +36,7 @@ class Model:
         parameters: Of the whole model.
         macs: Of one image.
         image: Its height and width.
+        source: Digest of the YAML and the options that it was resolved from.
     """
 
     recipe: str
@@ -43,6 +44,7 @@ class Model:
     parameters: int
     macs: int
     image: tuple[int, int]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Models:
     """What all experiments resolve to: `models.json` of a results folder.
 
     Attributes:
-        code: Digest of the files that settle it.
+        code: Digest of the code that settles it.
         operators: Registered ones, the paper's first.
         by_key: Of the experiments; None of one that cannot be, such as steps of an operator without recurrence.
     """
@@ -81,6 +83,24 @@ class Models:
         write_sealed(path, {"code": self.code, "operators": list(self.operators), "models": models})
 
 
+def shortcomings(record: Record) -> list[str]:
+    """Why a record counts for nothing, whatever it is of."""
+    reasons = []
+    if not record["checkpoint"]["finished"]:
+        reasons.append("its weights are not from the end of the schedule")
+    # Older records hold the code of the test alone.
+    codes = [record["code"], *record["training"].get("code", [])]
+    if any(code.get("dirty") for code in codes):
+        reasons.append("its code had changes that no commit holds")
+    if any(code.get("operators") != codes[0].get("operators") for code in codes):
+        reasons.append("its operator was changed on the way")
+    if type(record["seed"]) is not int:
+        reasons.append("it was trained without a seed")
+    if record["training"].get("changed"):
+        reasons.append(f"its {record['training']['changed'][0]} was changed on the way")
+    return reasons
+
+
 @dataclass(frozen=True)
 class Evidence:
     """A record as the tables see it: what is needed of it alone.
@@ -105,7 +125,13 @@ class Evidence:
         """SHA-256 of its checkpoint."""
         return str(self.record["checkpoint"].get("sha256", self.name))
 
-    def shortcomings(self, experiment: Experiment, model: Model) -> tuple[str, list[str]]:
+    @property
+    def operators(self) -> Mapping[str, str] | None:
+        """Digests of the sources of operators that are not ours."""
+        found: Mapping[str, str] | None = self.record["code"].get("operators")
+        return found
+
+    def judged(self, experiment: Experiment, model: Model) -> tuple[str, list[str]]:
         """What a record is for an experiment, and why it does not count.
 
         Returns:
@@ -127,16 +153,9 @@ class Evidence:
         ]
         if otherwise:
             reasons.append(f"it was tested under another {otherwise[0]}")
-        if not self.record["checkpoint"]["finished"]:
-            reasons.append("its weights are not from the end of the schedule")
-        if self.record["code"].get("dirty"):
-            reasons.append("its code had changes that no commit holds")
+        reasons += shortcomings(self.record)
         training = self.record["training"]
         alone = not self.record["config"]["trainer"].get("sync_batchnorm")
-        if type(self.record["seed"]) is not int:
-            reasons.append("it was trained without a seed")
-        if training.get("changed"):
-            reasons.append(f"its {training['changed'][0]} was changed on the way")
         if run.synchronised and (training["devices"] or 1) > 1 and alone:
             reasons.append("its batch norm saw one device at a time")
         if not of_data:
@@ -326,12 +345,16 @@ def _cell(
     for piece in sorted(known, key=lambda piece: str(piece.record["date"])):
         value = piece.record["metrics"].get(column.metric)
         if value is None:
+            reasons.append(f"{piece.name}: it has no {column.metric}")
             continue
-        state, why = piece.shortcomings(experiment, model)
+        state, why = piece.judged(experiment, model)
         if why:
             states.append(state)
             aside.append(value * column.scale)
             reasons += [f"{piece.name}: {reason}" for reason in why[:1]]
+            continue
+        if full and (other := next(iter(full.values()))).operators != piece.operators:
+            reasons.append(f"{piece.name}: its operator's source is not that of seed {other.seed}")
             continue
         twin = seeds.setdefault(piece.weights, piece.seed)
         if twin != piece.seed:

@@ -24,6 +24,7 @@ from sis_lightning.bench.paired import take_turns
 from sis_lightning.configs import config_names, resolve, settled
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.operators import operator_names
+from sis_lightning.results.cells import shortcomings
 from sis_lightning.results.records import Record, read_record
 from sis_lightning.runs import run
 from sis_lightning.tasks import BaseTask
@@ -194,6 +195,9 @@ class Comparison:
         if a.record and b.record:
             seeds = list(dict.fromkeys([a.record["seed"], b.record["seed"]]))
             table.caption = f"On {data} data, seed {' and '.join(map(str, seeds))}."
+        for name, side in (("A", a), ("B", b)):
+            if side.record and (flaws := shortcomings(side.record)):
+                table.caption = f"{table.caption or ''} {name}: {', '.join(flaws)}.".strip()
         for heading in ("", "A", "B"):
             table.add_column(heading, justify="right" if heading else "left")
         for row in self.rows():

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.style
@@ -29,6 +30,7 @@ from sis_lightning.files import write_bytes
 from sis_lightning.results.book import BUILT_IN, Column
 from sis_lightning.results.cells import Cell, Evidence, Filled, Line
 from sis_lightning.results.records import Record
+from sis_lightning.results.render import drawn_from
 
 if TYPE_CHECKING:
     import torch
@@ -108,23 +110,29 @@ def draw(
             for filled in tables:
                 figure = of_tables[name](filled)
                 if figure is not None:
-                    written += write(figure, folder / f"{name}_{filled.table.slug}")
+                    written += write(figure, folder / f"{name}_{filled.table.slug}", drawn_from(filled))
     return written
 
 
-def write(figure: Figure, stem: Path) -> list[Path]:
-    """Writes a figure as `stem`.png (200 dpi) and `stem`.svg, the same bytes for the same figure."""
+def write(figure: Figure, stem: Path, source: str | None = None) -> list[Path]:
+    """Writes a figure as `stem`.png (200 dpi) and `stem`.svg, the same bytes for the same figure.
+
+    Args:
+        figure: To write.
+        stem: Its path without an ending.
+        source: What it was drawn from (`drawn_from`), kept among its metadata.
+    """
     paths = [stem.with_name(f"{stem.name}{ending}") for ending in (".png", ".svg")]
     for path in paths:
-        _write(figure, path)
+        _write(figure, path, {"Source": source} if source else {})
     return paths
 
 
 @_styled
-def _write(figure: Figure, path: Path) -> None:
+def _write(figure: Figure, path: Path, more: Mapping[str, str] = MappingProxyType({})) -> None:
     """Whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], metadata=_ENDINGS[path.suffix])
+    figure.savefig(buffer, format=path.suffix[1:], metadata={**_ENDINGS[path.suffix], **more})
     write_bytes(path, buffer.getvalue())
 
 

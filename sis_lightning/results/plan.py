@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sis_lightning.cluster.starts import is_running, last_row, read_starts
-from sis_lightning.configs import PACKAGED, recipe, resolve
-from sis_lightning.errors import DataError, UserError
+from sis_lightning.configs import changes, recipe, resolve
+from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import usable_cores
 from sis_lightning.results.book import BUILT_IN, Book, Experiment
 from sis_lightning.results.cells import Cell, Evidence, Model, Models, fill
-from sis_lightning.results.records import commit, read_record
+from sis_lightning.results.records import code, read_record
 
 #: What settles parameters, MACs and configurations.
 _PARTS = ("operators.py", "complexity.py", "configs.py", "backbones/*.py", "tasks/*.py", "datamodules/*.py")
@@ -35,6 +35,7 @@ class Missing:
         table: The first that wants it.
         row: Its label.
         experiment: What it measures.
+        model: What that resolves to.
         seed: Of it.
         folder: Its directory, as `fit` chooses it.
         state: `not begun`, `running`, `begun (step 300)`, `trained`: to be tested, `tested`: to be added, or why its
@@ -45,6 +46,7 @@ class Missing:
     table: str
     row: str
     experiment: Experiment
+    model: Model
     seed: int
     folder: Path
     state: str
@@ -62,11 +64,9 @@ class Missing:
 
 
 def code_digest() -> str:
-    """Of the code and the configurations that settle what an experiment resolves to."""
+    """Of the code that settles what an experiment resolves to."""
     here = Path(__file__).parents[1]
-    code = [path for pattern in _PARTS for path in here.glob(pattern)]
-    files = [path for folder in ("tasks", "datamodules", "configs") for path in (PACKAGED / folder).rglob("*.yaml")]
-    return digest([digest_files(code, here), digest_files(files, PACKAGED)])
+    return digest_files([path for pattern in _PARTS for path in here.glob(pattern)], here)
 
 
 def differences(before: Models, now: Models) -> list[str]:
@@ -74,10 +74,12 @@ def differences(before: Models, now: Models) -> list[str]:
     found = []
     for key in before.by_key.keys() & now.by_key.keys():
         old, new = before.by_key[key], now.by_key[key]
-        if old != new:
-            pairs = [(name, getattr(old, name, None), getattr(new, name, None)) for name in Model.__annotations__]
-            name, was, is_ = next(pair for pair in pairs if pair[1] != pair[2])
-            found.append(f"{key}: {name} was {was}, the code gives {is_}")
+        # Of what it was resolved from, it matters alone what came of it.
+        names = [name for name in Model.__annotations__ if name != "source"]
+        for name, was, is_ in ((name, getattr(old, name, None), getattr(new, name, None)) for name in names):
+            if was != is_:
+                found.append(f"{key}: {name} was {was}, the code gives {is_}")
+                break
     added, gone = now.by_key.keys() - before.by_key.keys(), before.by_key.keys() - now.by_key.keys()
     found += [f"{len(added)} rows are new, such as {min(added)}"] if added else []
     found += [f"{len(gone)} rows are no more, such as {min(gone)}"] if gone else []
@@ -101,8 +103,7 @@ def count(book: Book, known: Models) -> Models:
     kept = known.by_key if known.code == code else {}
     found: dict[str, Model | None] = {}
     experiments = book.with_operators(operators).experiments()
-    if (new := len(experiments.keys() - kept.keys())) > 9:
-        print(f"counting {new} rows anew, as the code or the books changed: a minute or two", file=sys.stderr)
+    anew = []
     for key, experiment in experiments.items():
         fields = dict(experiment.fields)
         operator = fields.get("operator")
@@ -110,22 +111,45 @@ def count(book: Book, known: Models) -> Models:
             found[key] = None
             continue
         ours = operator is None or operator in BUILT_IN
-        found[key] = kept[key] if key in kept and ours else _resolve(experiment)
-    return Models(code, operators, found)
+        model = kept.get(key) if ours else None
+        found[key] = model
+        if model is None or model.source != _source(experiment):
+            anew.append(experiment)
+    if len(anew) > 9:
+        print(f"counting {len(anew)} rows anew, as code, YAML or books changed: a minute or two", file=sys.stderr)
+    return Models(code, operators, {**found, **{experiment.key: _resolve(experiment) for experiment in anew}})
+
+
+def _source(experiment: Experiment) -> str:
+    """Digest of what an experiment is resolved from."""
+    try:
+        return digest(list(resolve(experiment.options())))
+    except UserError as error:
+        raise type(error)(f"tables, {experiment.key}: {error}") from None
 
 
 def _resolve(experiment: Experiment) -> Model:
     from sis_lightning import complexity
     from sis_lightning.runs import run
 
+    source = _source(experiment)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             cli = run(None, *resolve(experiment.options()))
+            size = complexity.of_cli(cli, experiment.run.name)
     except UserError as error:
         raise type(error)(f"tables, {experiment.key}: {error}") from None
-    size = complexity.of_cli(cli, experiment.run.name)
+    except Exception as error:
+        operator = dict(experiment.fields).get("operator")
+        if operator is None or operator in BUILT_IN:
+            raise
+        raise UsageError(
+            f"tables, {experiment.key}: the operator '{operator}' cannot be built or run:\n"
+            f"  {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
+            "  Mend it, or leave it out: of $SIS_OPERATORS, or of what is installed."
+        ) from error
     image = (size.height, size.width)
-    return Model(digest(recipe(cli.resolved)), size.config, size.model_parameters, size.model_macs, image)
+    return Model(digest(recipe(cli.resolved)), size.config, size.model_parameters, size.model_macs, image, source)
 
 
 def missing(
@@ -158,8 +182,9 @@ def missing(
                     folder = directory(experiment, model, seed)
                     state = _state(folder, evidence, cell)
                     root = (roots or {}).get(experiment.run.name)
-                    entry = Missing(filled.table.id, line.row.label, experiment, seed, folder, state, root)
-                    found[experiment.key, seed] = entry
+                    found[experiment.key, seed] = Missing(
+                        filled.table.id, line.row.label, experiment, model, seed, folder, state, root
+                    )
     return list(found.values())
 
 
@@ -230,8 +255,13 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
 
     Returns:
         How many failed.
+
+    Raises:
+        UsageError: For options that make other runs of them than the cells wait for.
     """
-    if wanted and commit().get("dirty"):
+    if wanted and extra:
+        _refuse_other_recipes(wanted[0], extra)
+    if wanted and code({}).get("dirty"):
         print(
             "note: the code here has changes that no commit holds. Records of it count in no table: commit them first, "
             "or run from a clone",
@@ -241,7 +271,7 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
 
     def one(number: int, entry: Missing) -> bool:
         name = f"[{number}/{len(wanted)}] table {entry.table}, {entry.row}, seed {entry.seed}"
-        if entry.state == "running":
+        if is_running(entry.folder):
             print(f"{name}: another fit is at it", flush=True)
             return True
         log = entry.folder.with_name(f"{entry.folder.name}.log")
@@ -255,11 +285,17 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
                     line, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads}, check=False
                 ).returncode
             if code:
-                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                print(f"{name}: {command[0]} failed ({code}): {' '.join(last)}", file=sys.stderr, flush=True)
+                text = log.read_text(encoding="utf-8", errors="replace").strip()
+                # Our own words for it, or the end of a traceback.
+                said = text.rpartition("\nsis-lightning: ")[2] if code in (1, 2) else text.rpartition("\n")[2]
+                print(f"{name}: {command[0]} failed ({code}): {said[-500:]}", file=sys.stderr, flush=True)
                 return False
         add([entry.folder / "test.json"], records)
-        print(f"{name}: {_headline(entry.folder / 'test.json')}", flush=True)
+        record = read_record(entry.folder / "test.json")
+        print(f"{name}: {record['headline']} {record['metrics'].get(record['headline'])}", flush=True)
+        piece = Evidence(name, record, digest(recipe(record["config"])))
+        for reason in piece.judged(entry.experiment, entry.model)[1][:1]:
+            print(f"{name}: does not count, as {reason}", file=sys.stderr, flush=True)
         return True
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -267,9 +303,16 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
     return done.count(False)
 
 
-def _headline(path: Path) -> str:
-    record = read_record(path)
-    return f"{record['headline']} {record['metrics'].get(record['headline'])}"
+def _refuse_other_recipes(entry: Missing, extra: Sequence[str]) -> None:
+    from sis_lightning.runs import run
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        plain, other = (recipe(run(None, *resolve([*entry.options(), *more])).resolved) for more in ((), extra))
+    if changed := [f"  {key}: {old!r}, with these options {new!r}\n" for key, old, new in changes(plain, other)]:
+        raise UsageError(
+            f"{shlex.join(extra)} makes other runs than the cells wait for, and no cell would count them:\n"
+            f"{''.join(changed[:2])}  Leave it out, or run fit and test by hand."
+        )
 
 
 def submissions(wanted: Sequence[Missing], extra: Sequence[str]) -> list[list[str]]:

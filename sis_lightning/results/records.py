@@ -6,9 +6,11 @@ is told from one that was measured. Imports nothing heavy.
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,24 +18,25 @@ from typing import Any
 
 from sis_lightning import __version__
 from sis_lightning.errors import DataError
-from sis_lightning.files import digest, write_text
+from sis_lightning.files import digest, digest_files, write_text
 
 Record = dict[str, Any]
 _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "segmentation-models-pytorch", "pycocotools", "numpy")
 _SCHEMA = 1
 
 
-def write_record(path: Path, content: dict[str, Any]) -> Record:
+def write_record(path: Path, content: dict[str, Any], operators: Mapping[str, type] | None = None) -> Record:
     """Adds to what was measured when, by which code and on which machine, and a checksum; writes it.
 
     Args:
         path: Of the file.
         content: `metrics`, `data`, `config`, `checkpoint` and so on: plain data without NaN.
+        operators: That took part and are not ours.
     """
     record: Record = {
         "schema": _SCHEMA,
         **content,
-        "code": {"sis_lightning": __version__, **commit()},
+        "code": code(operators or {}),
         "versions": {package: version(package) for package in _PACKAGES if _installed(package)},
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,8 +95,18 @@ def _installed(package: str) -> bool:
         return False
 
 
-def commit() -> dict[str, Any]:
-    """The commit of the code, and whether it was changed since; nothing where it is not a checkout."""
+def code(operators: Mapping[str, type]) -> dict[str, Any]:
+    """The code that runs: its release, its commit and whether it was changed since, or a digest where it is installed.
+
+    Args:
+        operators: That take part and are not ours: of these, a digest of the file in which each is written.
+    """
+    sources = {name: inspect.getsourcefile(operator) for name, operator in operators.items()}
+    digests = {name: digest_files([Path(file)], Path(file).parent) for name, file in sources.items() if file}
+    return {"sis_lightning": __version__, **_commit(), **({"operators": digests} if operators else {})}
+
+
+def _commit() -> dict[str, Any]:
     here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str | None:
@@ -106,5 +119,5 @@ def commit() -> dict[str, Any]:
 
     # A package that is installed below another project's checkout is not that project's code.
     if git("ls-files", "--error-unmatch", str(here / "__init__.py")) is None:
-        return {}
+        return {"digest": digest_files([*here.rglob("*.py")], here)}
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", str(here)))}

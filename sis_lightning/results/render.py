@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sis_lightning.files import write_text
+from sis_lightning.files import digest, write_text
 from sis_lightning.results.book import Book, Column
 from sis_lightning.results.cells import Cell, Filled, Line, Paired
 
@@ -74,6 +74,22 @@ def render(book: Book, tables: Sequence[Filled], folder: Path) -> dict[Path, str
         **{folder / "latex" / f"{filled.table.slug}.tex": to_latex(book, filled) for filled in tables},
         folder / "tables.html": to_html(book, tables, figures),
     }
+
+
+def drawn_from(filled: Filled) -> str:
+    """Digest of what the figures of a table show; each carries that of which it was drawn."""
+    return digest(to_csv([filled]))
+
+
+def stale_figures(tables: Sequence[Filled], folder: Path) -> list[Path]:
+    """Figures of tables that were drawn of other cells than there are now."""
+    figures = sorted((folder / "figures").glob("*.svg"))
+    return [
+        path
+        for filled in tables
+        for path in _of(filled, figures)
+        if drawn_from(filled) not in path.read_text(encoding="utf-8")
+    ]
 
 
 def write_tables(book: Book, tables: Sequence[Filled], folder: Path) -> list[Path]:
@@ -313,8 +329,10 @@ def to_latex(book: Book, filled: Filled) -> str:
                 ]
                 lines.append(" & ".join([label, *cells]) + " \\\\")
     said = [f"${{}}^{{{mark}}}$~{tex(text)}" for mark, text in notes.lines()]
-    states = dict.fromkeys(cell.state for line in filled.lines for cell in line.cells if cell.values)
-    said += [f"Ours: {', '.join(name for name in states if name != 'counted')}."] if {*states} - {"counted"} else []
+    measured = [cell for line in filled.lines for cell in line.cells if cell.values and cell.state != "counted"]
+    if measured:
+        states = ", ".join(dict.fromkeys(cell.state for cell in measured))
+        said.append(f"Ours: {states}; mean $\\pm$ standard deviation over $n$ seeds (small).")
     lines += ["\\bottomrule", "\\end{tabular}"]
     lines += ["\\par\\raggedright " + " ".join(said)] if said else []
     return "\n".join([*lines, "\\end{table}"]) + "\n"
@@ -323,6 +341,8 @@ def to_latex(book: Book, filled: Filled) -> str:
 def _tex_cell(cell: Cell, column: Column, has_printed: bool) -> str:
     mean = tex(number(cell.mean, column)) if cell.mean is not None else "--"
     spread = f"\\,$\\pm$\\,{number(cell.std, column)}" if cell.std is not None else ""
+    if cell.values and cell.state != "counted":
+        spread += f"\\,{{\\tiny {len(cell.values)}}}"
     if not has_printed:
         return mean + spread
     printed = "--" if cell.printed is None else number(cell.printed, column)

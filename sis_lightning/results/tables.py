@@ -12,7 +12,7 @@ from sis_lightning.errors import UsageError
 from sis_lightning.results import plan
 from sis_lightning.results.book import Book, books_in, read_books
 from sis_lightning.results.cells import Evidence, Filled, Models, fill, read_records
-from sis_lightning.results.render import render, write_tables
+from sis_lightning.results.render import render, stale_figures, write_tables
 
 
 class Results:
@@ -104,12 +104,15 @@ class Results:
         problems = [f"models.json: {text}" for text in plan.differences(before, now)]
         if problems:
             return [*problems, "models.json is stale: sis-lightning tables count, then tables render"]
-        for path, text in render(self.book, self.filled(), self.folder).items():
+        # What was rendered while a fit ran says so; what was rendered before it began does not.
+        before_fits, text_of = (render(self.book, self.filled(running), self.folder) for running in (False, True))
+        for path, text in text_of.items():
             if not path.is_file():
                 problems.append(f"{path} is missing: sis-lightning tables render")
-            elif path.read_text(encoding="utf-8") != text:
+            elif path.read_text(encoding="utf-8") not in (text, before_fits[path]):
                 problems.append(f"{path} is not what books and records give: sis-lightning tables render")
-        return problems
+        stale = stale_figures(self.filled(), self.folder)
+        return [*problems, *(f"{path} was drawn of other cells: sis-lightning tables figures" for path in stale)]
 
     def draw(self, names: Sequence[str], runs: Sequence[Path]) -> list[Path]:
         """Draws figures into `figures/`; all of them, and what can no longer be drawn goes."""
