@@ -609,7 +609,8 @@ def test_seeds_and_roots():
     assert seeds_of("3") == [0, 1, 2]
     assert seeds_of("4,0,4") == [0, 4]
     assert seeds_of("0,") == [0]
-    for text in ("0", "-1", "a", "1..3"):
+    assert seeds_of("1..3") == [1, 2, 3]
+    for text in ("0", "-1", "a", "3..1"):
         with pytest.raises(UsageError, match="--seeds"):
             seeds_of(text)
     assert roots_of(["det_coco=/data/coco"]) == {"det_coco": "/data/coco"}

@@ -38,7 +38,7 @@ class Missing:
         model: What that resolves to.
         seed: Of it.
         folder: Its directory, as `fit` chooses it.
-        state: `not begun`, `running`, `begun (step 300)`, `trained`: to be tested, `tested`: to be added, or why its
+        progress: `not begun`, `running`, `begun (step 300)`, `trained`: to be tested, `tested`: to be added, or why its
             record does not count.
         root: Where its data lies; None for where its configuration says.
     """
@@ -49,7 +49,7 @@ class Missing:
     model: Model
     seed: int
     folder: Path
-    state: str
+    progress: str
     root: str | None = None
 
     def options(self) -> list[str]:
@@ -180,10 +180,10 @@ def missing(
                     if seed in cell.values or (experiment.key, seed) in found:
                         continue
                     folder = directory(experiment, model, seed)
-                    state = _state(folder, evidence, cell)
+                    progress = _progress(folder, evidence, cell)
                     root = (roots or {}).get(experiment.run.name)
                     found[experiment.key, seed] = Missing(
-                        filled.table.id, line.row.label, experiment, model, seed, folder, state, root
+                        filled.table.id, line.row.label, experiment, model, seed, folder, progress, root
                     )
     return list(found.values())
 
@@ -203,7 +203,7 @@ def busy(book: Book, models: Models) -> Iterator[str]:
                 yield key
 
 
-def _state(folder: Path, evidence: Sequence[Evidence], cell: Cell) -> str:
+def _progress(folder: Path, evidence: Sequence[Evidence], cell: Cell) -> str:
     if is_running(folder):
         return "running"
     starts = read_starts(folder)
@@ -320,7 +320,7 @@ def submissions(wanted: Sequence[Missing], extra: Sequence[str]) -> list[list[st
     seeds: dict[str, list[int]] = {}
     first: Mapping[str, Missing] = {entry.experiment.key: entry for entry in reversed(wanted)}
     for entry in wanted:
-        if entry.state != "running":
+        if entry.progress != "running":
             seeds.setdefault(entry.experiment.key, []).append(entry.seed)
     return [
         [

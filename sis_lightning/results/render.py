@@ -37,7 +37,7 @@ def ours(cell: Cell, column: Column) -> str:
     return number(cell.mean, column) + spread + difference
 
 
-def state(cell: Cell, column: Column) -> str:
+def standing(cell: Cell, column: Column) -> str:
     """What a cell is, and how many of the seeds it wants it has."""
     if cell.state in ("", "counted"):
         return ""
@@ -192,7 +192,7 @@ def _said(figure: Path) -> str:
 
 def _markdown_cell(cell: Cell, column: Column, has_printed: bool) -> str:
     parts = ["–" if cell.printed is None else number(cell.printed, column)] if has_printed else []
-    said = state(cell, column)
+    said = standing(cell, column)
     parts += [text for text in (ours(cell, column), f"*{said}*" if said else "") if text]
     return "<br>".join(parts)
 
@@ -367,7 +367,7 @@ def to_html(book: Book, tables: Sequence[Filled], figures: Sequence[Path]) -> st
                         if _has_printed(filled, index)
                         else "",
                         "ours": ours(cell, column),
-                        "state": state(cell, column),
+                        "state": standing(cell, column),
                         "kind": cell.state.replace(" ", "-"),
                         "paired": paired(line.paired[index], column),
                         "records": cell.records,

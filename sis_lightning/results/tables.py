@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from sis_lightning.cluster import slurm
 from sis_lightning.configs import PACKAGED
 from sis_lightning.errors import UsageError
 from sis_lightning.results import plan
@@ -130,20 +131,19 @@ class Results:
 
 
 def seeds_of(text: str | None) -> list[int] | None:
-    """`3` is the first three seeds, `0,5` these two; None stays None.
+    """`3` is the first three seeds, `0,5` these two, `0..4` these five, `0,` seed 0 alone; None stays None.
 
     Raises:
         UsageError: For anything else.
     """
     if text is None:
         return None
+    if re.fullmatch(r"[1-9]\d*", text):
+        return list(range(int(text)))
     try:
-        numbers = [int(part) for part in text.removesuffix(",").split(",")]
-    except ValueError:
-        numbers = [-1]
-    if min(numbers) < 0 or text == "0":
-        raise UsageError(f"--seeds is '{text}', must be how many (3) or which (0,1,4; 0, for seed 0 alone)")
-    return sorted(set(numbers)) if "," in text else list(range(numbers[0]))
+        return slurm.seeds_of(f"seeds={'' if text == '0' else text.removesuffix(',')}")
+    except UsageError:
+        raise UsageError(f"--seeds is '{text}', must be how many (3) or which (0,1,4 or 0..4; 0, is seed 0)") from None
 
 
 def roots_of(texts: Sequence[str]) -> dict[str, str]:
@@ -166,5 +166,5 @@ def to_text(wanted: Sequence[plan.Missing]) -> str:
     lines = [f"{len(wanted)} run(s) are missing:"]
     for entry in wanted:
         where = f"table {entry.table}, {entry.row}, {entry.experiment.run.name} on {entry.folder.parent.name}"
-        lines += [f"{where}, seed {entry.seed}: {entry.state}", f"  {entry.command}"]
+        lines += [f"{where}, seed {entry.seed}: {entry.progress}", f"  {entry.command}"]
     return "\n".join(lines) + "\n"
