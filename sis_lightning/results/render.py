@@ -309,7 +309,7 @@ def to_latex(book: Book, filled: Filled) -> str:
         "% Made by sis-lightning tables render; needs \\usepackage{booktabs}.",
         "\\begin{table}",
         "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
-        f"\\caption{{{tex(table.title)}. {tex(table.caption)}}}",
+        f"\\caption{{{tex(table.title)}. {tex(table.caption)}{_tex_marks(notes.general)}}}",
         f"\\label{{tab:sis-{table.id}}}",
         f"\\begin{{tabular}}{{l{'r' * width}}}",
         "\\toprule",
@@ -321,8 +321,7 @@ def to_latex(book: Book, filled: Filled) -> str:
             lines.append(f"\\multicolumn{{{width + 1}}}{{l}}{{\\emph{{{tex(group.title)}}}}} \\\\")
         for line in filled.lines:
             if line.group is group:
-                marks = ",".join(map(str, notes.of(line.row.notes)))
-                label = tex(line.row.label) + (f"$^{{{marks}}}$" if marks else "")
+                label = tex(line.row.label) + _tex_marks(notes.of(line.row.notes))
                 cells = [
                     _tex_cell(cell, column, _has_printed(filled, index))
                     for index, (cell, column) in enumerate(zip(line.cells, table.columns, strict=True))
@@ -332,10 +331,14 @@ def to_latex(book: Book, filled: Filled) -> str:
     measured = [cell for line in filled.lines for cell in line.cells if cell.values and cell.state != "counted"]
     if measured:
         states = ", ".join(dict.fromkeys(cell.state for cell in measured))
-        said.append(f"Ours: {states}; mean $\\pm$ standard deviation over $n$ seeds (small).")
+        said.append(f"Ours: {states}; mean $\\pm$ standard deviation, and in small print the number of seeds.")
     lines += ["\\bottomrule", "\\end{tabular}"]
     lines += ["\\par\\raggedright " + " ".join(said)] if said else []
     return "\n".join([*lines, "\\end{table}"]) + "\n"
+
+
+def _tex_marks(marks: Sequence[int]) -> str:
+    return f"$^{{{','.join(map(str, marks))}}}$" if marks else ""
 
 
 def _tex_cell(cell: Cell, column: Column, has_printed: bool) -> str:
