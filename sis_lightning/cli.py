@@ -335,9 +335,7 @@ def _tables(arguments: list[str]) -> int:
     parser.add_argument("--results", default="results", metavar="DIR", help="folder (default %(default)s)")
     parser.add_argument("--table", nargs="+", default=[], metavar="ID", help="of plan, run: such as 3 or 1-1")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="of plan, run: such as basic or Res2Net")
-    parser.add_argument(
-        "--seeds", metavar="N|A,B|A..B", help="of plan, run: how many, or which (the runs' own)"
-    )
+    parser.add_argument("--seeds", metavar="N|A,B|A..B", help="of plan, run: how many, or which (the runs' own)")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="of run (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="of run, local: at once, sharing the cores (%(default)s)")
     parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="of figures: for activation-maps")

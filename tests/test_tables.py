@@ -341,6 +341,9 @@ def test_from_a_run_to_its_cell_and_back(results, capfd):
     for path in Path("results/records").glob("*.json"):
         record = read_record(path)
         measured[record["seed"]] = record["metrics"]["test/miou"]
+        # Trained and tested by the same code, of which an installed package has a digest in place of a commit.
+        assert record["training"]["code"] == [record["code"]]
+        assert {*record["code"]} == {"sis_lightning", "digest"}
         # The record is that of the run, byte by byte.
         run = Path("runs/toy_seg", record["backbone"], f"seed{record['seed']}", "test.json")
         assert run.read_bytes() == path.read_bytes()
