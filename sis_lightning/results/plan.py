@@ -271,12 +271,18 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
 
     def one(number: int, entry: Missing) -> bool:
         name = f"[{number}/{len(wanted)}] table {entry.table}, {entry.row}, seed {entry.seed}"
+
+        def say(what: str, error: bool = False) -> None:
+            # In one write: print writes the line's end by itself, and another thread's line comes between.
+            (sys.stderr if error else sys.stdout).write(f"{name}: {what}\n")
+            sys.stdout.flush()
+
         if is_running(entry.folder):
-            print(f"{name}: another fit is at it", flush=True)
+            say("another fit is at it")
             return True
         log = entry.folder.with_name(f"{entry.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{name}: {log}", flush=True)
+        say(str(log))
         options = [*entry.options(), "--seed_everything", str(entry.seed), *extra]
         for command in (["fit", *options, "--resume", "auto"], ["test", *options]):
             line = [sys.executable, "-m", "sis_lightning", *command]
@@ -288,14 +294,14 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
                 text = log.read_text(encoding="utf-8", errors="replace").strip()
                 # Our own words for it, or the end of a traceback.
                 said = text.rpartition("\nsis-lightning: ")[2] if code in (1, 2) else text.rpartition("\n")[2]
-                print(f"{name}: {command[0]} failed ({code}): {said[-500:]}", file=sys.stderr, flush=True)
+                say(f"{command[0]} failed ({code}): {said[-500:]}", error=True)
                 return False
         add([entry.folder / "test.json"], records)
         record = read_record(entry.folder / "test.json")
-        print(f"{name}: {record['headline']} {record['metrics'].get(record['headline'])}", flush=True)
+        say(f"{record['headline']} {record['metrics'].get(record['headline'])}")
         piece = Evidence(name, record, digest(recipe(record["config"])))
         for reason in piece.judged(entry.experiment, entry.model)[1][:1]:
-            print(f"{name}: does not count, as {reason}", file=sys.stderr, flush=True)
+            say(f"does not count, as {reason}", error=True)
         return True
 
     with ThreadPoolExecutor(jobs) as pool:
