@@ -398,6 +398,7 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument(
         "--rounds", type=int, default=7, help="turns of each, timed; 0: not timed (default %(default)s)"
     )
+    parser.add_argument("--device", default="cpu", help="for the turns: cpu or cuda (default %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="draws their curves: a .png, .svg or .pdf")
     chosen, options = parser.parse_known_args(arguments)
     if options and not chosen.config:
@@ -406,7 +407,7 @@ def _compare(arguments: list[str]) -> int:
     from sis_lightning.results.compare import compare
 
     files = [f"--config={file}" for file in chosen.config]
-    comparison = compare(chosen.first, chosen.second, [*files, *options], chosen.allow, chosen.rounds)
+    comparison = compare(chosen.first, chosen.second, [*files, *options], chosen.allow, chosen.rounds, chosen.device)
     print(comparison.to_table(), end="")
     if chosen.out:
         comparison.draw(Path(chosen.out))

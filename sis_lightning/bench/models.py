@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sis_lightning.backbones import create_classifier
-from sis_lightning.bench.paired import Timing, take_turns
+from sis_lightning.bench.paired import Timing, take_turns, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.deploy import deploy
 from sis_lightning.errors import UsageError, nearest
@@ -169,11 +169,9 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
         UsageError: For what cannot be built.
     """
     contenders = [Contender.parse(name) for name in names]
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {settings.device}: torch sees no GPU here")
+    wait = waits_for(settings.device)
     works = [work(contender, settings) for contender in contenders]
     on_gpu = settings.device.startswith("cuda")
-    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
     timings = take_turns(works, rounds=rounds, seconds=seconds, warmup=5 if on_gpu else 2, wait=wait)
     del works
     rows: list[dict[str, str | float]] = []

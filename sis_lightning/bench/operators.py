@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sis_lightning.bench.paired import take_turns
+from sis_lightning.bench.paired import take_turns, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.operators import create_operator, operator_names
 
@@ -26,9 +26,12 @@ def time_operators(
         device: `cpu` or `cuda`.
         rounds: Turns of each.
         seconds: Of a turn.
+
+    Raises:
+        UsageError: Where torch has no such device.
     """
     names = names or [name for name in operator_names() if name != "conv"]
-    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    wait = waits_for(device)
     rows: list[dict[str, str | float]] = []
     for channels, side in SHAPES:
         torch.manual_seed(0)

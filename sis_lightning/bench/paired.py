@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 
+import torch
+
+from sis_lightning.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -60,6 +64,22 @@ class Timing:
     def faster_than(self, other: Timing) -> Ratio:
         """How many times as fast, by the clock."""
         return Ratio.of([theirs / mine for mine, theirs in zip(self.wall, other.wall, strict=True)])
+
+
+def waits_for(device: str) -> Callable[[], object]:
+    """What returns when `device` has done all that it was asked to.
+
+    Args:
+        device: `cpu` or `cuda`.
+
+    Raises:
+        UsageError: Where torch has no such device.
+    """
+    if not device.startswith("cuda"):
+        return lambda: None
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch sees no GPU here")
+    return torch.cuda.synchronize
 
 
 def take_turns(

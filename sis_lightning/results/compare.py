@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from rich.table import Table as RichTable
 from torch import Tensor, nn
 
 from sis_lightning import complexity
-from sis_lightning.bench.paired import take_turns
+from sis_lightning.bench.paired import take_turns, waits_for
 from sis_lightning.configs import config_names, resolve, settled
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.machine import keep_freed_memory
 from sis_lightning.operators import operator_names
 from sis_lightning.results.cells import shortcomings
 from sis_lightning.results.records import Record, read_record
@@ -101,7 +103,12 @@ def _allowed(key: str, names: Sequence[str]) -> bool:
 
 
 def compare(
-    first: str, second: str, arguments: Sequence[str], allow: Sequence[str] = (), rounds: int = 7
+    first: str,
+    second: str,
+    arguments: Sequence[str],
+    allow: Sequence[str] = (),
+    rounds: int = 7,
+    device: str = "cpu",
 ) -> Comparison:
     """Resolves both, and refuses what may not differ.
 
@@ -111,6 +118,7 @@ def compare(
         arguments: Of `fit`; none for runs.
         allow: Keys that may differ besides the operator, or parts of them: `backbone`, `steps`.
         rounds: Turns of each in which the bodies are timed; 0 for none.
+        device: Where: `cpu` or `cuda`.
 
     Raises:
         UsageError: Where anything else differs, or nothing does: the keys with both values.
@@ -128,25 +136,34 @@ def compare(
         raise UsageError("\n".join([f"{first} and {second} differ in more than the operator:", *lines]))
     if not keys:
         raise UsageError(f"{first} and {second} differ in nothing: there is nothing to compare")
-    return Comparison(*sides, tuple(keys), _timed(sides, rounds) if rounds > 0 else ())
+    return Comparison(*sides, tuple(keys), _timed(sides, rounds, torch.device(device)) if rounds > 0 else ())
 
 
-def _timed(sides: tuple[Side, Side], rounds: int) -> tuple[tuple[str, str, str], ...]:
+def _timed(sides: tuple[Side, Side], rounds: int, device: torch.device) -> tuple[tuple[str, str, str], ...]:
     """Training passes of the bodies alone, in turns."""
-    batch = 8
+    wait, on_gpu = waits_for(device.type), device.type == "cuda"
+    keep_freed_memory()
+    # On a CPU so many images as take a few seconds at most: a recipe's own batch can take minutes a pass.
+    batch = 8 if on_gpu else max(1, min(8, round(20e9 / max(side.size.model_macs for side in sides))))
+    what = f"{batch} × {sides[0].size.height}×{sides[0].size.width}"
+    print(
+        f"timing both backbones on {what}, forward and backward, {rounds} turns each (--rounds 0: not)", file=sys.stderr
+    )
     works: list[Callable[[], object]] = []
     for side in sides:
-        image = torch.randn(batch, 3, side.size.height, side.size.width).contiguous(memory_format=torch.channels_last)
+        image = torch.randn(batch, 3, side.size.height, side.size.width, device=device)
+        image = image.contiguous(memory_format=torch.channels_last)
+        side.backbone.to(device)
 
         def work(body: nn.Module = side.backbone, image: Tensor = image) -> None:
             torch.autograd.backward(list(body(image).values())[-1].mean())
 
         works.append(work)
-    a, b = take_turns(works, rounds=rounds, seconds=0.5, warmup=1)
+    a, b = take_turns(works, rounds=rounds, seconds=0.5, warmup=5 if on_gpu else 1, wait=wait)
     ratio = a.faster_than(b)
-    head = f"backbone, images/s ({batch} × {sides[0].size.height}×{sides[0].size.width}, forward and backward)"
+    head = f"backbone, images/s ({what}, forward and backward, {device.type})"
     verdict = {"faster": "A faster", "slower": "A slower"}.get(ratio.verdict, "not told apart")
-    return ((head, f"{batch / median(a.wall):.1f}", f"{batch / median(b.wall):.1f}"), ("A / B", str(ratio), verdict))
+    return ((head, f"{batch / median(a.wall):.3g}", f"{batch / median(b.wall):.3g}"), ("A / B", str(ratio), verdict))
 
 
 @dataclass(frozen=True)
