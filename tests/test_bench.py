@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,3 +132,10 @@ def test_bench_keeps_its_figures_and_the_others(command, tmp_path):
     spoilt = command("bench", "--eval", "--images", "1", "--out", "kept")
     assert spoilt.code == 1
     assert "other.json is not the result of a benchmark" in spoilt.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
+@pytest.mark.parametrize("what", [["--operators"], ["sis50", "resnet50"]])
+def test_a_device_that_is_not_there_is_told_at_once(command, what):
+    result = command("bench", *what, "--device", "cuda")
+    assert (result.code, result.err) == (2, "sis-lightning: --device cuda: torch sees no GPU here\n")
