@@ -189,7 +189,7 @@ class Target:
             raise DataError(f"targets.yaml: {self.benchmark}.json has no row {self.row}")
         if any(row.get(self.column, "unknown") == "unknown" for row in rows):  # an earlier release, another system
             return [self.what, bound, "not measured yet", "", self.note]
-        values = {str(row[self.column]): float(str(row[self.column]).split()[0]) for row in rows}
+        values = {_shown(row[self.column]): float(str(row[self.column]).split()[0]) for row in rows}
         worst = (min if self.at_least is not None else max)(values, key=lambda text: values[text])
         limit = self.at_least if self.at_least is not None else self.at_most
         assert limit is not None
