@@ -350,19 +350,20 @@ def _tables(arguments: list[str]) -> int:
     if chosen.jobs < 1:
         raise UsageError(f"--jobs is {chosen.jobs}, must be at least 1")
     from sis_lightning.results import tables
-    from sis_lightning.results.plan import run_here, submissions
+    from sis_lightning.results.plan import run_here, submissions, to_do
 
     results = tables.Results(Path(chosen.results))
     if chosen.action in ("plan", "run"):
         _check_torch()
         roots = tables.roots_of(chosen.roots)
         wanted = results.missing(chosen.table, chosen.rows, tables.seeds_of(chosen.seeds), roots)
-        if chosen.action == "plan":
+        if chosen.action == "plan" or not wanted:
             print(tables.to_text(wanted), end="")
             return 0
+        left = to_do(wanted, results.records)
         if chosen.launcher == "slurm":
-            return max([0, *(_submit(line) for line in submissions(wanted, options))])
-        return min(run_here(wanted, results.records, chosen.jobs, options), 1)
+            return max([0, *(_submit(line) for line in submissions(left, options))])
+        return min(run_here(left, results.records, chosen.jobs, options), 1)
     if chosen.action == "add":
         print(
             "\n".join(f"added {path}" for path in results.add([Path(name) for name in chosen.names])) or "nothing new"

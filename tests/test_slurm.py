@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -327,3 +328,31 @@ def test_a_job_that_fails_for_its_own_reason_is_not_requeued(submitted, tmp_path
     wait_for(lambda: "failed" in state(job), 120, log(run))
     assert "does not exist" in log(run)()
     assert read_starts(run) == []
+
+
+@pytest.mark.slurm
+def test_what_waits_in_the_queue_is_not_submitted_again(slurm, command, tmp_path):
+    (tmp_path / "here.yaml").write_text(f"python: {sys.executable}\ncpus_per_task: 1\n")
+    rows = ["--table", 3, "--rows", "basic"]
+    there = ["run", *rows, "--launcher", "slurm", "--", "--cluster", "here.yaml"]
+    output("scontrol", "update", "PartitionName=all", "State=DOWN")
+    try:
+        first = command("tables", *there)
+        assert first.code == 0, first.err
+        jobs = re.findall(r"^job (\d+): ", first.out, re.MULTILINE)
+        assert len(jobs) == 2  # of 50 layers and of 101, an array over the seeds each
+        # One of the seeds has been called off.
+        wait_for(lambda: "pending" in state(jobs[0]), 30)
+        output("scancel", f"{jobs[0]}_2")
+        wait_for(lambda: f"{jobs[0]}_2" not in output("squeue", "--noheader", "--array", "--format=%i").split(), 30)
+        plan = command("tables", "plan", *rows).out
+        assert len(re.findall(rf"queued \(SLURM's job (?:{'|'.join(jobs)})_\d\)", plan)) == 5
+        assert plan.count("not begun") == 1
+        second = command("tables", *there)
+        assert second.code == 0, second.err
+        assert second.out.count("queued") == 5
+        assert len(re.findall(r"^job \d+: ", second.out, re.MULTILINE)) == 1
+        assert "#SBATCH --array=2\n" in Path("runs/seg_voc/res2net50-26w4s-basic/job.sh").read_text()
+    finally:
+        output("scancel", "--user=root")
+        output("scontrol", "update", "PartitionName=all", "State=UP")

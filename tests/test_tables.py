@@ -367,10 +367,16 @@ def test_from_a_run_to_its_cell_and_back(results, capfd):
     assert f"seed 1: tested: sis-lightning tables add {run.parent.parent}" in capfd.readouterr().out
     assert results("add", "runs") == 0
     assert record.is_file()
-    # A second time, nothing is run again.
+    # `run` takes it in too, and runs nothing again.
+    record.unlink()
+    untouched = run.stat().st_mtime_ns
     capfd.readouterr()
     assert results("run", "--rows", "Res2Net") == 0
-    assert capfd.readouterr().out == ""
+    assert re.fullmatch(r"table 9, Res2Net, seed 1: test/miou 0\.\d+\n", capfd.readouterr().out)
+    assert record.is_file()
+    assert run.stat().st_mtime_ns == untouched
+    assert results("run", "--rows", "Res2Net") == 0
+    assert capfd.readouterr().out == "nothing is missing\n"
     assert results("add", "runs") == 0
     assert "nothing new" in capfd.readouterr().out
 

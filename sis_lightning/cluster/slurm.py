@@ -195,22 +195,26 @@ def submit(
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
     """What SLURM says of jobs: of those in the queue by squeue, of others by sacct; nothing where there is neither."""
-    found: dict[str, str] = {}
+    return _asked(jobs, "sacct", "--parsable2", "--allocations", "--format=JobID,State") | queued(jobs)
+
+
+def queued(jobs: Sequence[str]) -> dict[str, str]:
+    """Those of the jobs that wait or are at work, an array's elements one by one, with their states."""
+    return _asked(jobs, "squeue", "--array", "--format=%i|%T")
+
+
+def _asked(jobs: Sequence[str], *line: str) -> dict[str, str]:
     if not jobs:
-        return found
+        return {}
     wanted = ",".join(sorted({job.partition("_")[0] for job in jobs}))
-    for line in (
-        ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={wanted}"],
-        ["squeue", "--noheader", "--array", "--format=%i|%T", f"--jobs={wanted}"],
-    ):
-        try:
-            result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=30)
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            continue
-        for row in result.stdout.splitlines():
-            job, _, state = row.partition("|")
-            found[job] = state.partition(" ")[0].lower()
-    return found
+    try:
+        result = subprocess.run(
+            [*line, "--noheader", f"--jobs={wanted}"], capture_output=True, text=True, check=False, timeout=30
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+    rows = [row.partition("|") for row in result.stdout.splitlines()]
+    return {job: state.partition(" ")[0].lower() for job, _, state in rows}
 
 
 def _number(job: str | None) -> int:

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TextIO
 
+from sis_lightning.cluster import slurm
 from sis_lightning.cluster.starts import is_running, last_row, read_starts
 from sis_lightning.configs import changes, recipe, resolve
 from sis_lightning.errors import DataError, UsageError, UserError
@@ -22,6 +24,8 @@ from sis_lightning.machine import usable_cores
 from sis_lightning.results.book import BUILT_IN, Book, Experiment
 from sis_lightning.results.cells import Cell, Evidence, Model, Models, fill
 from sis_lightning.results.records import code, read_record
+
+State = Literal["not begun", "queued", "running", "begun", "trained", "tested", "refused"]
 
 #: What settles parameters, MACs and configurations.
 _PARTS = ("operators.py", "complexity.py", "configs.py", "backbones/*.py", "tasks/*.py", "datamodules/*.py")
@@ -38,8 +42,8 @@ class Missing:
         model: What that resolves to.
         seed: Of it.
         folder: Its directory, as `fit` chooses it.
-        progress: `not begun`, `running`, `begun (step 300)`, `trained`: to be tested, `tested`: to be added, or why its
-            record does not count.
+        state: How far it is; `tested`: its record is to be added; `refused`: that was, and does not count.
+        progress: The same in words, with the step, the job or the reason.
         root: Where its data lies; None for where its configuration says.
     """
 
@@ -49,8 +53,12 @@ class Missing:
     model: Model
     seed: int
     folder: Path
+    state: State
     progress: str
     root: str | None = None
+
+    def __str__(self) -> str:
+        return f"table {self.table}, {self.row}, seed {self.seed}"
 
     def options(self) -> list[str]:
         """Of `fit` and `test`, without the seed."""
@@ -168,7 +176,7 @@ def missing(
         seeds: In place of those that each run wants.
         roots: Where the data of a run lies, by the run's name.
     """
-    found: dict[tuple[str, int], Missing] = {}
+    wanted: dict[tuple[str, int], tuple[str, str, Experiment, Model, Cell]] = {}
     for filled in fill(book, evidence, models):
         for line in filled.lines:
             for column, cell in zip(filled.table.columns, line.cells, strict=True):
@@ -177,15 +185,35 @@ def missing(
                 if column.counted or model is None:
                     continue
                 for seed in experiment.run.seeds if seeds is None else seeds:
-                    if seed in cell.values or (experiment.key, seed) in found:
-                        continue
-                    folder = directory(experiment, model, seed)
-                    progress = _progress(folder, evidence, cell)
-                    root = (roots or {}).get(experiment.run.name)
-                    found[experiment.key, seed] = Missing(
-                        filled.table.id, line.row.label, experiment, model, seed, folder, progress, root
-                    )
-    return list(found.values())
+                    if seed not in cell.values:
+                        first = (filled.table.id, line.row.label, experiment, model, cell)
+                        wanted.setdefault((experiment.key, seed), first)
+    queue = _queue({directory(experiment, model, 0).parent for _, _, experiment, model, _ in wanted.values()})
+    found = []
+    for (_, seed), (table, row, experiment, model, cell) in wanted.items():
+        folder = directory(experiment, model, seed)
+        state, progress = _progress(folder, evidence, cell)
+        if job := queue.get(folder):
+            state, progress = "queued", f"queued (SLURM's job {job})"
+        root = (roots or {}).get(experiment.run.name)
+        found.append(Missing(table, row, experiment, model, seed, folder, state, progress, root))
+    return found
+
+
+def _queue(arrays: Iterable[Path]) -> dict[Path, str]:
+    """The runs that SLURM has, waiting or at work, with their jobs, which an array's folder lists."""
+    submitted = {
+        job: folder
+        for folder in arrays
+        if (folder / "jobs.txt").is_file()
+        for job in (folder / "jobs.txt").read_text().split()
+    }
+    found = {}
+    for element in slurm.queued(list(submitted)):
+        job, _, seed = element.partition("_")
+        if job in submitted and seed:
+            found[submitted[job] / f"seed{seed}"] = element
+    return found
 
 
 def directory(experiment: Experiment, model: Model, seed: int) -> Path:
@@ -203,21 +231,23 @@ def busy(book: Book, models: Models) -> Iterator[str]:
                 yield key
 
 
-def _progress(folder: Path, evidence: Sequence[Evidence], cell: Cell) -> str:
+def _progress(folder: Path, evidence: Sequence[Evidence], cell: Cell) -> tuple[State, str]:
     if is_running(folder):
-        return "running"
+        return "running", "running"
     starts = read_starts(folder)
     if not starts:
-        return "not begun"
+        return "not begun", "not begun"
     if starts[-1]["how"] == "finished":
         if not (folder / "test.json").is_file():
-            return "trained"
+            return "trained", "trained"
         checksum = read_record(folder / "test.json")["checksum"]
         name = next((piece.name for piece in evidence if piece.record["checksum"] == checksum), None)
         why = next((reason.partition(": ")[2] for reason in cell.reasons if name and reason.startswith(name)), "")
-        return f"tested, but does not count, as {why}" if why else f"tested: sis-lightning tables add {folder}"
+        if name:
+            return "refused", f"tested, but does not count{f', as {why}' if why else ''}"
+        return "tested", f"tested: sis-lightning tables add {folder}"
     newest = last_row(folder)
-    return f"begun (step {int(newest['step']) + 1 if 'step' in newest else 0:,})"
+    return "begun", f"begun (step {int(newest['step']) + 1 if 'step' in newest else 0:,})"
 
 
 def add(paths: Iterable[Path], folder: Path) -> list[Path]:
@@ -242,6 +272,37 @@ def add(paths: Iterable[Path], folder: Path) -> list[Path]:
         write_text(place, path.read_text(encoding="utf-8"))
         added.append(place)
     return added
+
+
+def to_do(wanted: Sequence[Missing], records: Path) -> list[Missing]:
+    """Those that are left to be trained or tested: takes in what was tested, leaves out what is under way, and says so.
+
+    Args:
+        wanted: The runs.
+        records: Where their records go.
+    """
+    for entry in wanted:
+        if entry.state == "tested":
+            _take_in(entry, records)
+        elif entry.state in ("running", "queued"):
+            print(f"{entry}: {entry.progress}")
+    return [entry for entry in wanted if entry.state not in ("tested", "running", "queued")]
+
+
+def _take_in(entry: Missing, records: Path, number: str = "") -> None:
+    add([entry.folder / "test.json"], records)
+    record = read_record(entry.folder / "test.json")
+    _say(f"{number}{entry}: {record['headline']} {record['metrics'].get(record['headline'])}")
+    piece = Evidence(str(entry.folder), record, digest(recipe(record["config"])))
+    for reason in piece.judged(entry.experiment, entry.model)[1][:1]:
+        _say(f"{number}{entry}: does not count, as {reason}", sys.stderr)
+
+
+def _say(what: str, to: TextIO | None = None) -> None:
+    # In one write: print writes the line's end by itself, and another thread's line comes between.
+    to = to or sys.stdout
+    to.write(f"{what}\n")
+    to.flush()
 
 
 def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequence[str]) -> int:
@@ -270,19 +331,13 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
     threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
 
     def one(number: int, entry: Missing) -> bool:
-        name = f"[{number}/{len(wanted)}] table {entry.table}, {entry.row}, seed {entry.seed}"
-
-        def say(what: str, error: bool = False) -> None:
-            # In one write: print writes the line's end by itself, and another thread's line comes between.
-            (sys.stderr if error else sys.stdout).write(f"{name}: {what}\n")
-            sys.stdout.flush()
-
-        if is_running(entry.folder):
-            say("another fit is at it")
+        place = f"[{number}/{len(wanted)}] "
+        if is_running(entry.folder):  # since the others were begun
+            _say(f"{place}{entry}: another fit is at it")
             return True
         log = entry.folder.with_name(f"{entry.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        say(str(log))
+        _say(f"{place}{entry}: {log}")
         options = [*entry.options(), "--seed_everything", str(entry.seed), *extra]
         for command in (["fit", *options, "--resume", "auto"], ["test", *options]):
             line = [sys.executable, "-m", "sis_lightning", *command]
@@ -294,14 +349,9 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
                 text = log.read_text(encoding="utf-8", errors="replace").strip()
                 # Our own words for it, or the end of a traceback.
                 said = text.rpartition("\nsis-lightning: ")[2] if code in (1, 2) else text.rpartition("\n")[2]
-                say(f"{command[0]} failed ({code}): {said[-500:]}", error=True)
+                _say(f"{place}{entry}: {command[0]} failed ({code}): {said[-500:]}", sys.stderr)
                 return False
-        add([entry.folder / "test.json"], records)
-        record = read_record(entry.folder / "test.json")
-        say(f"{record['headline']} {record['metrics'].get(record['headline'])}")
-        piece = Evidence(name, record, digest(recipe(record["config"])))
-        for reason in piece.judged(entry.experiment, entry.model)[1][:1]:
-            say(f"does not count, as {reason}", error=True)
+        _take_in(entry, records, place)
         return True
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -326,8 +376,7 @@ def submissions(wanted: Sequence[Missing], extra: Sequence[str]) -> list[list[st
     seeds: dict[str, list[int]] = {}
     first: Mapping[str, Missing] = {entry.experiment.key: entry for entry in reversed(wanted)}
     for entry in wanted:
-        if entry.progress != "running":
-            seeds.setdefault(entry.experiment.key, []).append(entry.seed)
+        seeds.setdefault(entry.experiment.key, []).append(entry.seed)
     return [
         [
             *first[key].options(),
