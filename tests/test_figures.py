@@ -19,7 +19,7 @@ from torch import nn
 from sis_lightning.backbones import create_backbone, create_classifier
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.operators import create_operator, operator_names
-from sis_lightning.results import figures
+from sis_lightning.results import attribution, figures
 from sis_lightning.results.book import Column, DataSet, Group, Row, Run, Table
 from sis_lightning.results.cells import Cell, Evidence, Filled, Line
 from sis_lightning.synthetic import write_synthetic
@@ -189,13 +189,13 @@ def test_curves_are_the_mean_between_the_lowest_and_the_highest_seed():
 @pytest.mark.parametrize(("operator", "side"), [("conv", 3), *((name, 7) for name in operator_names()[1:6])])
 def test_an_operator_sees_as_far_as_the_paper_says(operator, side):
     state = torch.get_rng_state()
-    field = figures.gradient_map(lambda: create_operator(operator, 16, 16), 16, 15, 3)
+    field = attribution.gradient_map(lambda: create_operator(operator, 16, 16), 16, 15, 3)
     assert torch.equal(state, torch.get_rng_state())
-    assert figures.support(field) == (side, side)
+    assert attribution.support(field) == (side, side)
     rows, columns = np.nonzero(field)
     assert {rows.min(), columns.min()} == {7 - side // 2}  # around the centre
     assert field.max() == 1
-    np.testing.assert_array_equal(field, figures.gradient_map(lambda: create_operator(operator, 16, 16), 16, 15, 3))
+    np.testing.assert_array_equal(field, attribution.gradient_map(lambda: create_operator(operator, 16, 16), 16, 15, 3))
 
 
 @pytest.mark.parametrize(("operator", "reach"), [("conv", (1, 0, 0)), ("interactive2", (1, 1, 1))])
@@ -212,12 +212,12 @@ def test_a_body_sees_what_its_kernels_add_up_to(operator, reach):
         def forward(self, x):
             return self.body(x)["c3"]
 
-    assert figures.support(figures.gradient_map(Map, 3, 97, 4)) == (side, side)
+    assert attribution.support(attribution.gradient_map(Map, 3, 97, 4)) == (side, side)
 
 
 def test_a_gradient_map_is_the_gradient():
     kernel = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    field = figures.gradient_map(lambda: lambda x: torch.conv2d(x, kernel, padding=1), 2, 9, 2)
+    field = attribution.gradient_map(lambda: lambda x: torch.conv2d(x, kernel, padding=1), 2, 9, 2)
     wanted = kernel.sum(dim=0).abs().sum(dim=0)
     np.testing.assert_allclose(field[3:6, 3:6], wanted / wanted.max())
     assert field.sum() == pytest.approx(float((wanted / wanted.max()).sum()))
@@ -227,7 +227,7 @@ def test_the_mean_of_an_activation_map_is_the_logit_without_its_bias():
     torch.manual_seed(0)
     network = create_classifier("sis_demo", 7, stem="cifar").eval()
     images = torch.randn(3, 3, 32, 32)
-    maps, probabilities = figures.class_activation_map(network, images)
+    maps, probabilities = attribution.class_activation_map(network, images)
     with torch.no_grad():
         logits = network(images)
     torch.testing.assert_close(probabilities, logits.softmax(dim=1))
@@ -252,7 +252,7 @@ def test_activation_maps_show_runs_over_the_same_images(fitted, command, small):
     first = fitted("first")
     second = fitted("second", "cls_cifar100", "--model.backbone.operator", "conv")
     state = torch.get_rng_state()
-    figure = figures.activation_maps([first, second], images=2)
+    figure = attribution.activation_maps([first, second], images=2)
     assert torch.equal(state, torch.get_rng_state())
     panels = [axis for axis in figure.axes if axis.images]
     assert len(panels) == 2 * 3
@@ -279,12 +279,12 @@ def test_runs_that_cannot_be_shown_together_are_refused(fitted, tmp_path):
     write_synthetic(tmp_path / "other", images=24, size=64, seed=2, min_object=12, kinds=["cifar"])
     other = fitted("second", "cls_cifar100", "--data.root", str(tmp_path / "other"))
     with pytest.raises(UsageError, match="different data"):
-        figures.activation_maps([first, other])
+        attribution.activation_maps([first, other])
     segmentation = fitted("third", "seg_voc")
     with pytest.raises(UsageError, match=r"third is a run of SegmentationTask"):
-        figures.activation_maps([first, segmentation])
+        attribution.activation_maps([first, segmentation])
     with pytest.raises(DataError, match=r"no config\.yaml"):
-        figures.activation_maps([tmp_path])
+        attribution.activation_maps([tmp_path])
 
 
 def paper_and_ours() -> tuple[list[Filled], list[Evidence]]:
