@@ -200,8 +200,7 @@ def _markdown_cell(cell: Cell, column: Column, has_printed: bool) -> str:
 def _markdown_table(book: Book, filled: Filled) -> list[str]:
     table, notes = filled.table, _Footnotes(book, filled)
     title = f"Table {table.id}: {table.title}"
-    marks = "".join(f"<sup>{mark}</sup>" for mark in notes.general)
-    lines = [f"## {title}{marks}", "", table.caption, ""]
+    lines = [f"## {title}{_marks(notes.general)}", "", table.caption, ""]
     heads = [_plain(_head(filled, index)) for index in range(len(table.columns))]
     lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for group in table.groups:
@@ -210,17 +209,21 @@ def _markdown_table(book: Book, filled: Filled) -> list[str]:
         for line in filled.lines:
             if line.group is not group:
                 continue
-            marks = "".join(f"<sup>{mark}</sup>" for mark in notes.of(line.row.notes))
+            label = _plain(line.row.label) + _marks(notes.of(line.row.notes))
             cells = [
                 _markdown_cell(cell, column, _has_printed(filled, index))
                 for index, (cell, column) in enumerate(zip(line.cells, table.columns, strict=True))
             ]
-            lines.append(f"| {_plain(line.row.label)}{marks} | " + " | ".join(cells) + " |")
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append("")
     lines += _markdown_differences(filled)
     lines += [f"{mark}. {text}" for mark, text in notes.lines()]
     lines += ["", "Evidence: " + "; ".join(_evidence(filled)) + ".", ""]
     return lines
+
+
+def _marks(marks: Sequence[int]) -> str:
+    return f"<sup>{','.join(map(str, marks))}</sup>" if marks else ""
 
 
 def _compared(filled: Filled) -> list[int]:
