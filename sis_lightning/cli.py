@@ -251,8 +251,7 @@ def _complexity(arguments: list[str]) -> int:
     return 0
 
 
-def _submit(arguments: list[str]) -> int:
-    """Writes a job's script and submits it."""
+def _submit_parser() -> _Parser:
     parser = _Parser(
         prog="sis-lightning submit",
         description=COMMANDS["submit"] + ". Further options are those of fit.",
@@ -267,7 +266,12 @@ def _submit(arguments: list[str]) -> int:
     parser.add_argument("--test", action="store_true", help="tests what the fit has trained, in the same job")
     parser.add_argument("--cluster", default="default", metavar="NAME", help="a file in configs/slurm (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="prints the script, and does no more")
-    chosen, options = parser.parse_known_args(arguments)
+    return parser
+
+
+def _submit(arguments: list[str]) -> int:
+    """Writes a job's script and submits it."""
+    chosen, options = _submit_parser().parse_known_args(arguments)
     for key in ("nodes", "gpus_per_node", "tasks_per_node"):
         value = getattr(chosen, key)
         if value is not None and value < (key != "gpus_per_node"):
@@ -360,8 +364,13 @@ def _tables(arguments: list[str]) -> int:
         if chosen.action == "plan" or not wanted:
             print(tables.to_text(wanted), end="")
             return 0
-        left = to_do(wanted, results.records)
-        if chosen.launcher == "slurm":
+        there = chosen.launcher == "slurm"
+        of_fit = options
+        if there:  # what submit does not take for itself
+            submitted, rest = _submit_parser().parse_known_args(["--config", "", *options])
+            of_fit = [*(f"--config={file}" for file in submitted.config[1:]), *rest]
+        left = to_do(wanted, results.records, of_fit)
+        if there:
             return max([0, *(_submit(line) for line in submissions(left, options))])
         return min(run_here(left, results.records, chosen.jobs, options), 1)
     if chosen.action == "add":
@@ -399,7 +408,7 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument(
         "--rounds", type=int, default=7, help="turns of each, timed; 0: not timed (default %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="for the turns: cpu or cuda (default %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the turns (default %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="draws their curves: a .png, .svg or .pdf")
     chosen, options = parser.parse_known_args(arguments)
     if options and not chosen.config:

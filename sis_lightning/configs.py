@@ -51,6 +51,9 @@ NOT_OF_THE_RECIPE = (
     *("model.init_args.compile_mode", "model.init_args.shown_score", "data.init_args.evaluator", "verbose"),
 )
 
+# Precisions in which a network learns, and measures, otherwise; mixed ones keep the weights in 32 bits.
+WEIGHTS_IN_16_BITS = ("16-true", "bf16-true")
+
 
 def config_roots() -> Iterator[Path]:
     """Where YAML is looked for: the current directory, each of `$SIS_CONFIG_PATH`, the packaged files."""
@@ -227,8 +230,7 @@ def recipe(config: dict[str, Any]) -> dict[str, Any]:
     What is off is as if it were not there: a library's next release may have a switch more.
     """
     plain = {k: value for k, value in settled(config).items() if value is not False}
-    # Weights in 16 bits learn otherwise; mixed precision keeps them in 32.
-    coarse = str(plain.get("trainer.precision")) in ("16-true", "bf16-true")
+    coarse = str(plain.get("trainer.precision")) in WEIGHTS_IN_16_BITS
     kept = ("trainer.precision",) if coarse else ()
     return {k: value for k, value in plain.items() if k in kept or not k.startswith(NOT_OF_THE_RECIPE)}
 

@@ -354,7 +354,8 @@ class RunCLI(LightningCLI):
                 "restarts": max(0, len(begun) - 1),
                 # Nobody knows how long a start ran that was killed.
                 "seconds": None if None in seconds else sum(second or 0 for second in seconds),
-                "devices": run.get("world_size"),
+                # The most of all its starts: what batch norm of each device saw the least of.
+                "devices": max(run["devices"]) if "devices" in run else run.get("world_size"),
                 "changed": run.get("changed", []),
                 "code": run.get("code", []),
             },

@@ -83,6 +83,15 @@ def test_runs(runs, command):
     assert "seed_everything: 0 of A, 1 of B" in refused.err
     allowed = command("compare", "b", "c", "--rounds", 0, "--allow", "label_smoothing", "seed_everything")
     assert allowed.code == 0, allowed.err
+    # What one side was only trained with is compared as it was asked for.
+    for name, precision in {"a": "bf16-mixed", "b": "32-true"}.items():
+        path = Path(name, "config.yaml")
+        path.write_text(re.sub(r"(?m)^  precision: .*$", f"  precision: {precision}", path.read_text()))
+        Path(name, "untested").mkdir()
+        path.rename(Path(name, "untested", "config.yaml"))
+    untested = command("compare", "a/untested", "b/untested", "--rounds", 0)
+    assert untested.code == 2
+    assert "trainer.precision: 'bf16-mixed' of A, '32-true' of B" in untested.err
     # Run on other data, it is no comparison, whatever the configurations say.
     path = Path("b/test.json")
     record = json.loads(path.read_text())

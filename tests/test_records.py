@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sis_lightning.errors import DataError
-from sis_lightning.files import digest, digest_files
+from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.results.records import read_record, write_record
 
 plain = st.recursive(
@@ -25,6 +26,22 @@ def test_a_digest_is_of_the_content_alone(content):
     again = json.loads(json.dumps(dict(reversed(content.items()))))
     assert digest(again) == digest(content)
     assert digest({**content, "one more": 1}) != digest(content)
+
+
+def test_two_who_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    texts = {str(number) * 100_000 for number in range(4)}
+
+    def write(text: str) -> bool:
+        for _ in range(25):
+            write_text(path, text)
+            if path.read_text() not in texts:
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write, texts))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_digest_of_files_sees_every_byte_and_name(tmp_path):

@@ -495,7 +495,9 @@ def test_two_devices_go_on_to_the_bit_and_one_from_the_same_sample(small, tmp_pa
     assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
     text = call("--run_dir", "alone")
     assert "no longer bit-identical" in text
-    assert read_checkpoint(tmp_path / "alone" / "checkpoints" / "last.ckpt")["global_step"] == 12
+    content = read_checkpoint(tmp_path / "alone" / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == 12
+    assert content[RUN]["devices"] == [2, 1]
 
 
 # the queue

@@ -84,6 +84,11 @@ def test_a_cluster_has_no_other_keys(command, tmp_path):
     result = command(*SUBMIT, "--dry-run", "--cluster", "mine.yaml")
     assert result.code == 2
     assert "did you mean 'partition'" in result.err
+    (tmp_path / "mine.yaml").write_text("modules: cuda/12.4\n")  # each letter would be one
+    result = command(*SUBMIT, "--dry-run", "--cluster", "mine.yaml")
+    assert result.code == 2
+    assert "modules" in result.err
+    assert "'cuda/12.4'" in result.err
 
 
 def test_seeds():
@@ -331,7 +336,7 @@ def test_a_job_that_fails_for_its_own_reason_is_not_requeued(submitted, tmp_path
 
 
 @pytest.mark.slurm
-def test_what_waits_in_the_queue_is_not_submitted_again(slurm, command, tmp_path):
+def test_what_waits_in_the_queue_is_not_submitted_again(slurm, command, tmp_path, monkeypatch):
     (tmp_path / "here.yaml").write_text(f"python: {sys.executable}\ncpus_per_task: 1\n")
     rows = ["--table", 3, "--rows", "basic"]
     there = ["run", *rows, "--launcher", "slurm", "--", "--cluster", "here.yaml"]
@@ -353,6 +358,24 @@ def test_what_waits_in_the_queue_is_not_submitted_again(slurm, command, tmp_path
         assert second.out.count("queued") == 5
         assert len(re.findall(r"^job \d+: ", second.out, re.MULTILINE)) == 1
         assert "#SBATCH --array=2\n" in Path("runs/seg_voc/res2net50-26w4s-basic/job.sh").read_text()
+        # A job of one seed, submitted by hand.
+        output("scancel", f"{jobs[0]}_1")
+        one = command("submit", *there[8:], "--config", "tasks/seg_voc.yaml", "--seed_everything", 1)
+        assert one.code == 0, one.err
+        wait_for(lambda: f"{jobs[0]}_1" not in output("squeue", "--noheader", "--array", "--format=%i").split(), 30)
+        (single,) = re.findall(r"^job (\d+): ", one.out, re.MULTILINE)
+        assert f"queued (SLURM's job {single})" in command("tables", "plan", *rows).out
+        # Who cannot ask the queue submits nothing.
+        squeue = tmp_path / "bin" / "squeue"
+        squeue.parent.mkdir()
+        squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller (connect failure)' >&2; exit 1\n")
+        squeue.chmod(0o755)
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", f"{squeue.parent}:{PATH}")
+            blind = command("tables", *there)
+        assert blind.code == 1
+        assert "squeue fails, try again when SLURM answers: Unable to contact" in blind.err
+        assert "job" not in blind.out
     finally:
         output("scancel", "--user=root")
         output("scontrol", "update", "PartitionName=all", "State=UP")

@@ -62,7 +62,7 @@ def test_paired_differences_are_scipys(ours, base):
 
 
 OFFICIAL = DataSet("Official", "official", ("official test",), ("official train",))
-RUN = Run("seg", ("tasks/seg_voc.yaml",), OFFICIAL, seeds=(0, 1), synchronised=True)
+RUN = Run("seg", ("tasks/seg_voc.yaml",), OFFICIAL, seeds=(0, 1))
 CONFIG = {"trainer": {"max_steps": 30000, "precision": None, "sync_batchnorm": False}, "model": {"lr": 0.007}}
 
 
@@ -78,7 +78,7 @@ def piece(seed: int = 0, value: float = 0.5, name: str | None = None, **changes:
         "tested_otherwise": {},
         "checkpoint": {"finished": True},
         "training": {"devices": 1},
-        "code": {"dirty": False},
+        "code": {"commit": "c", "dirty": False},
         "date": f"2026-01-0{1 + seed}",
     }
     for dotted, new in changes.items():
@@ -159,6 +159,12 @@ def test_a_record_counts_where_everything_is_the_cells():
             {"training__code": [{"operators": {"mine": "a"}}], "code": {"operators": {"mine": "b"}}},
         ),
         "weights in 16 bits": ("other recipe", {"config__trainer__precision": "bf16-true"}),
+        "tested with weights in 16 bits": (
+            "other recipe",
+            {"tested_otherwise": {"trainer.precision": ["bf16-mixed", "bf16-true"]}},
+        ),
+        "code of no commit": ("other recipe", {"code": {"digest": "d"}}),
+        "training by code of no commit": ("other recipe", {"training__code": [{"digest": "d"}]}),
         "a metric without a value": ("not run", {"metrics": {"test/miou": None}}),
     }.values(),
     ids=str,
@@ -180,6 +186,8 @@ def test_states_of_data_that_is_not_official():
         cell = shown(piece(), run=run)
         assert (cell.state, cell.values) == (state, {0: 0.5})
         assert (cell.difference is not None) == (kind == "official")
+        # Of other files it is what they are, and not what the table is of.
+        assert shown(piece(data__fingerprint="of others"), run=run).state == "other data"
     assert shown().state == "not run"
     assert shown(running=("seg sis50 operator=basic",)).state == "running"
     assert shown(piece(0), running=("seg sis50 operator=basic",)).state == "reproduced"
@@ -492,7 +500,62 @@ def test_options_that_make_another_run_of_it_are_refused(results, capfd):
     err = capfd.readouterr().err
     assert "data.init_args.crop_size: 32, with these options 64" in err
     assert len(err.splitlines()) <= 5
+    for options, words in {
+        ("--trainer.precision", "bf16-true"): "--trainer.precision bf16-true is another recipe",
+        ("--run_dir=mine",): "tables run settles --run_dir itself",
+        ("--seed_everything", "7"): "tables run settles --seed_everything itself",
+    }.items():
+        assert results("run", "--rows", "basic", "--", *options) == 2
+        assert words in capfd.readouterr().err
+    # For a cluster too, whose own options are none of them.
+    there = ("run", "--rows", "basic", "--launcher", "slurm", "--", "--dry-run", "--time", "1:00:00")
+    assert results(*there, "--data.crop_size", "64") == 2
+    assert "with these options 64" in capfd.readouterr().err
     assert not list(Path("runs/toy_seg").glob("*basic*/seed*"))
+
+
+def test_what_was_run_and_does_not_count_is_told_and_left(results, capfd):
+    run = next(Path("runs/toy_seg").glob("*/seed1"))
+    next(Path("results/records").glob("*seed1*.json")).unlink()
+    # Tested on other settings than the table's, and taken in.
+    content = json.loads((run / "test.json").read_text())
+    content.pop("checksum")
+    write_sealed(run / "test.json", content | {"tested_otherwise": {"data.init_args.limit": [None, 2]}})
+    capfd.readouterr()
+    assert results("run", "--rows", "Res2Net") == 0
+    assert "does not count, as it was tested under another data.init_args.limit" in capfd.readouterr().err
+    before = (run / "test.json").read_bytes()
+    assert results("run", "--rows", "Res2Net") == 0
+    out = capfd.readouterr().out
+    assert "tested, but does not count, as it was tested under another data.init_args.limit" in out
+    assert "--seed_everything 1 --overwrite true" in out
+    assert (run / "test.json").read_bytes() == before
+    # A record that is damaged is to be measured again, and bars nothing else.
+    (run / "test.json").write_text("{")
+    assert results("plan", "--rows", "Res2Net") == 0
+    out = capfd.readouterr().out
+    assert "trained, but to be tested again" in out
+    assert re.search(r"sis-lightning test .*--seed_everything 1\n", out)
+    # Of several, none is taken where one is damaged.
+    known = sorted(Path("results/records").iterdir())
+    assert results("add", "runs") == 1
+    assert "not valid JSON" in capfd.readouterr().err
+    assert sorted(Path("results/records").iterdir()) == known
+    (run / "test.json").write_text('{"checksum": "x", "metrics": {"test/miou": NaN}}')
+    assert results("add", run) == 1
+    assert "NaN is no number of JSON" in capfd.readouterr().err
+
+
+def test_a_row_adds_to_the_fields_of_its_group(tmp_path):
+    content = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+    content["tables"][0]["groups"][0]["fields"] = {"channels": 8, "width": 4}
+    content["tables"][0]["groups"][0]["rows"][1]["fields"] = {"width": 12}
+    path = tmp_path / "book.yaml"
+    path.write_text(yaml.safe_dump(content))
+    (table,) = read_books([path]).tables
+    plain, basic = table.groups[0].rows
+    assert basic.fields == {"channels": 8, "width": 12}
+    assert plain.fields == {}  # it names a backbone of its own
 
 
 TOY = '''
@@ -579,6 +642,13 @@ def test_books_that_cannot_be_say_where(tmp_path, monkeypatch, capfd):
     assert "must be a mapping" in refused(lambda b: b.update(runs=["toy_seg"]))
     assert "must be a mapping" in refused(lambda b: b["tables"][0].update(groups=["all"]))
     assert "must be a list" in refused(lambda b: b.update(tables={"9": {}}))
+    assert "complexity 1: no key 'lable'" in refused(lambda b: b["tables"][0]["complexity"][0].update(lable="x"))
+    assert "complexity 1.digits" in refused(lambda b: b["tables"][0]["complexity"][0].update(digits="one"))
+    assert "there is no '['toy_seg']'" in refused(lambda b: b["tables"][0]["columns"][0].update(run=["toy_seg"]))
+    assert "runs.toy_seg.config" in refused(lambda b: b["runs"]["toy_seg"].update(config=[]))
+    assert "table 'T.1' is in two" in refused(
+        lambda b: b.update(tables=[{**b["tables"][0], "id": name} for name in ("t.1", "T.1")][::-1])
+    )
     other = copy.deepcopy(good)
     other["runs"]["toy_seg"]["seeds"] = [7]
     other["tables"][0]["id"] = "10"
@@ -715,10 +785,10 @@ def test_seeds_that_are_none_or_copies_do_not_count():
 
 
 def test_seeds_of_an_operator_that_was_changed_in_between_do_not_count_together():
-    sources = [{"operators": {"mine": digest}} for digest in ("a", "b")]
+    sources = [{"commit": "c", "operators": {"mine": digest}} for digest in ("a", "b")]
     cell = shown(piece(0, 0.8, code=sources[0]), piece(1, 0.9, code=sources[1]))
-    assert (cell.values, cell.missing) == ({0: 0.8}, (1,))
-    assert "its operator's source is not that of seed 0" in cell.reasons[0]
+    assert (cell.values, cell.missing) == ({1: 0.9}, (0,))
+    assert "its operator's source is not that of seed 1" in cell.reasons[0]
 
 
 def test_a_record_without_the_metric_says_so():

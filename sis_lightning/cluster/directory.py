@@ -27,7 +27,8 @@ def claim(folder: Path) -> None:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     # Not by mere existence of a file, where a disk has no locks: a killed job's would bar it on every other host.
-    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+    # A second, as whoever asks whether a fit runs here holds it for an instant.
+    lock = FileLock(folder / ".lock", timeout=1, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

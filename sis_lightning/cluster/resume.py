@@ -85,6 +85,7 @@ class ExactResume(Callback):
         self._point_of_ranks: tuple[Any, ...] = ()
         self._trained_on: list[str] = []
         self._changed: list[str] = []
+        self._devices: list[int] = []
 
     # What Lightning calls, in the order of a run.
 
@@ -102,6 +103,7 @@ class ExactResume(Callback):
         self._code = [*(known for known in run.get("code", []) if known not in self._code), *self._code]
         keys = [key for key, _, _ in changes(run["config"], self.config) if not key.startswith(FREE_TO_CHANGE)]
         self._changed = list(dict.fromkeys([*run.get("changed", []), *keys]))
+        self._devices = run.get("devices", [run["world_size"]])
         self._point_of_ranks = (run["point"], run["step"], run["batches"])
         self.last_good = Path(str(trainer.ckpt_path))
         for logger in trainer.loggers:
@@ -225,6 +227,7 @@ class ExactResume(Callback):
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "world_size": trainer.world_size,
+            "devices": list(dict.fromkeys([*self._devices, trainer.world_size])),
             "csv_rows": csv[0] if csv else 0,
             "config": self.config,
             "trained_on": self._trained_on,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from sis_lightning.cluster.starts import is_running, last_row, read_starts
 from sis_lightning.configs import find_config, load_layer
@@ -58,7 +61,12 @@ def read_cluster(name: str) -> Cluster:
     for key in content:
         if key not in known:
             raise UsageError(f"{path}: a cluster has no '{key}': {nearest(key, known)}")
-    return Cluster(**content)
+    try:
+        return TypeAdapter(Cluster).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{path}, {place}: {first['msg']}, is {first['input']!r}") from None
 
 
 def seeds_of(array: str) -> list[int]:
@@ -194,12 +202,21 @@ def submit(
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
-    """What SLURM says of jobs: of those in the queue by squeue, of others by sacct; nothing where there is neither."""
-    return _asked(jobs, "sacct", "--parsable2", "--allocations", "--format=JobID,State") | queued(jobs)
+    """What SLURM says of jobs: of those in the queue by squeue, of others by sacct; nothing where neither answers."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(DataError):
+        found |= _asked(jobs, "sacct", "--parsable2", "--allocations", "--format=JobID,State")
+    with contextlib.suppress(DataError):
+        found |= queued(jobs)
+    return found
 
 
 def queued(jobs: Sequence[str]) -> dict[str, str]:
-    """Those of the jobs that wait or are at work, an array's elements one by one, with their states."""
+    """Those of the jobs that wait or are at work, an array's elements one by one, with their states.
+
+    Raises:
+        DataError: Where SLURM does not answer.
+    """
     return _asked(jobs, "squeue", "--array", "--format=%i|%T")
 
 
@@ -211,8 +228,12 @@ def _asked(jobs: Sequence[str], *line: str) -> dict[str, str]:
         result = subprocess.run(
             [*line, "--noheader", f"--jobs={wanted}"], capture_output=True, text=True, check=False, timeout=30
         )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except FileNotFoundError:
         return {}
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{line[0]} does not answer: try again when SLURM does") from None
+    if result.returncode and "Invalid job id" not in result.stderr:
+        raise DataError(f"{line[0]} fails, try again when SLURM answers: {result.stderr.strip()}")
     rows = [row.partition("|") for row in result.stdout.splitlines()]
     return {job: state.partition(" ")[0].lower() for job, _, state in rows}
 

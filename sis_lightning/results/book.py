@@ -13,14 +13,15 @@ Imports neither torch nor Lightning.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from sis_lightning.configs import PACKAGED
 from sis_lightning.errors import DataError, UsageError, nearest
@@ -56,15 +57,13 @@ class Run:
         data: What it is tested on.
         options: Of the command line, by their keys.
         seeds: That a cell wants.
-        synchronised: Whether the recipe wants batch norm over all devices.
     """
 
     name: str
-    config: tuple[str, ...]
+    config: Annotated[tuple[str, ...], Field(min_length=1)]
     data: DataSet
     options: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
-    synchronised: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class Table:
     @property
     def slug(self) -> str:
         """For names of files."""
-        return "table_" + self.id.lower().replace(" ", "_")
+        return "table_" + re.sub(r"[^a-z0-9.-]+", "_", self.id.lower())
 
 
 @dataclass(frozen=True)
@@ -282,7 +281,8 @@ def read_books(paths: Sequence[Path]) -> Book:
     """
     books = [_read(path) for path in paths]
     tables = [table for book in books for table in book.tables]
-    twice = [table.id for table in tables if [other.id for other in tables].count(table.id) > 1]
+    slugs = [table.slug for table in tables]
+    twice = [table.id for table in tables if slugs.count(table.slug) > 1]
     if twice:
         raise UsageError(f"table '{twice[0]}' is in two of {', '.join(map(str, paths))}")
     # `paper` comes before `ours`, by the paper's own order within.
@@ -367,7 +367,7 @@ class _Reader:
 
     def find(self, name: Any, known: Mapping[str, Any], where: str) -> Any:
         """What a name stands for."""
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise UsageError(f"{self.path}, {where}: there is no '{name}': {nearest(str(name), known)}")
         return known[name]
 
@@ -375,13 +375,15 @@ class _Reader:
         """A table, its `complexity` columns before its own."""
         where = f"table {entry.get('id')}"
         columns: list[Column] = []
-        for number, sizes in enumerate(self.entries(entry, "complexity", where), 1):
+        for number, value in enumerate(self.entries(entry, "complexity", where), 1):
             place = f"{where}, complexity {number}"
-            shared = {"run": self.find(sizes.get("run"), runs, place), "backbone": sizes.get("backbone", {})}
-            label = f" ({sizes['label']})" if "label" in sizes else ""
-            digits = sizes.get("digits", 1)
-            columns.append(Column(f"Params{label}, M", metric="parameters", digits=digits, scale=1e-6, **shared))
-            columns.append(Column(f"MACs{label}, G", metric="macs", digits=digits + 1, scale=1e-9, **shared))
+            # A column of parameters, but for its label; that of MACs has a digit more.
+            asked = {"digits": 1, **value, "metric": "parameters", "scale": 1e-6, "label": str(value.get("label", ""))}
+            sizes: Column = self.make(Column, {**asked, "run": self.find(value.get("run"), runs, place)}, place)
+            label = f" ({sizes.label})" if sizes.label else ""
+            columns.append(dataclasses.replace(sizes, label=f"Params{label}, M"))
+            macs = dataclasses.replace(sizes, label=f"MACs{label}, G", metric="macs")
+            columns.append(dataclasses.replace(macs, digits=sizes.digits + 1, scale=1e-9))
         leading = len(columns)
         for number, value in enumerate(self.entries(entry, "columns", where), 1):
             place = f"{where}, column {number}"
@@ -394,12 +396,13 @@ class _Reader:
         return built
 
     def _group(self, entry: dict[str, Any], where: str, leading: int, width: int, notes: Mapping[str, str]) -> Group:
-        host, fields = entry.get("host"), entry.get("fields", {})
+        host, fields = entry.get("host"), self.mapping(entry.get("fields", {}), f"{where}, fields")
         rows = []
         for value in self.entries(entry, "rows", where):
             place = f"{where}, row {value.get('label')}"
             if "operator" in value and "backbone" not in value:
-                value = {"backbone": host, "fields": fields, **value}
+                own = self.mapping(value.get("fields", {}), f"{place}, fields")
+                value = {"backbone": host, **value, "fields": {**fields, **own}}
             printed = self.of_type(list[float | None], value.pop("printed", []), f"{place}, printed")
             if printed and len(printed) + leading != width:
                 raise UsageError(f"{self.path}, {place}: {len(printed)} printed values for {width - leading} columns")

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from sis_lightning.configs import NOT_OF_THE_RECIPE, recipe
+from sis_lightning.configs import NOT_OF_THE_RECIPE, WEIGHTS_IN_16_BITS, recipe
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest
 from sis_lightning.results.book import Book, Column, Experiment, Group, Row, Table
@@ -88,8 +89,7 @@ def shortcomings(record: Record) -> list[str]:
     reasons = []
     if not record["checkpoint"]["finished"]:
         reasons.append("its weights are not from the end of the schedule")
-    # Older records hold the code of the test alone.
-    codes = [record["code"], *record["training"].get("code", [])]
+    codes = _codes(record)
     if any(code.get("dirty") for code in codes):
         reasons.append("its code had changes that no commit holds")
     if any(code.get("operators") != codes[0].get("operators") for code in codes):
@@ -99,6 +99,11 @@ def shortcomings(record: Record) -> list[str]:
     if record["training"].get("changed"):
         reasons.append(f"its {record['training']['changed'][0]} was changed on the way")
     return reasons
+
+
+def _codes(record: Record) -> list[dict[str, Any]]:
+    """Of test and training; older records hold that of the test alone."""
+    return [record["code"], *record["training"].get("code", [])]
 
 
 @dataclass(frozen=True)
@@ -149,19 +154,21 @@ class Evidence:
         otherwise = [
             key
             for key, values in self.record["tested_otherwise"].items()
-            if not key.startswith(NOT_OF_THE_RECIPE) and not all(value is None or value is False for value in values)
+            if not all(value is None or value is False for value in values)
+            and (not key.startswith(NOT_OF_THE_RECIPE) or any(str(value) in WEIGHTS_IN_16_BITS for value in values))
         ]
         if otherwise:
             reasons.append(f"it was tested under another {otherwise[0]}")
         reasons += shortcomings(self.record)
         training = self.record["training"]
-        alone = not self.record["config"]["trainer"].get("sync_batchnorm")
-        if run.synchronised and (training["devices"] or 1) > 1 and alone:
+        if run.data.kind == "official" and not all("commit" in code for code in _codes(self.record)):
+            reasons.append("its code is of no commit: it was installed, and may have been changed")
+        # A recipe's batch, which is that of all devices together, is what batch norm sees on one of them.
+        if (training["devices"] or 1) > 1 and not self.record["config"]["trainer"].get("sync_batchnorm"):
             reasons.append("its batch norm saw one device at a time")
         if not of_data:
             return (STATES[run.data.kind] if not reasons else "other recipe"), reasons
-        made = data["identity"].startswith("synthetic") or run.data.kind == "synthetic"
-        return ("synthetic" if made else "other data"), reasons
+        return ("synthetic" if data["identity"].startswith("synthetic") else "other data"), reasons
 
 
 @dataclass(frozen=True)
@@ -342,6 +349,7 @@ def _cell(
     full: dict[int, Evidence] = {}
     seeds: dict[str, int] = {}
     superseded, aside, reasons, states = 0, [], [], []
+    counting = []
     for piece in sorted(known, key=lambda piece: str(piece.record["date"])):
         value = piece.record["metrics"].get(column.metric)
         if value is None:
@@ -353,8 +361,10 @@ def _cell(
             aside.append(value * column.scale)
             reasons += [f"{piece.name}: {reason}" for reason in why[:1]]
             continue
-        if full and (other := next(iter(full.values()))).operators != piece.operators:
-            reasons.append(f"{piece.name}: its operator's source is not that of seed {other.seed}")
+        counting.append(piece)
+    for piece in counting:
+        if piece.operators != (newest := counting[-1]).operators:
+            reasons.append(f"{piece.name}: its operator's source is not that of seed {newest.seed}, measured later")
             continue
         twin = seeds.setdefault(piece.weights, piece.seed)
         if twin != piece.seed:

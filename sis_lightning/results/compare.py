@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,12 @@ def _side(text: str, arguments: Sequence[str]) -> Side:
         record, layers = _run(Path(text))
         rest = []
     cli = run(None, layers, rest)
-    config = {**layers, "seed_everything": cli.resolved.get("seed_everything")} if record else cli.resolved
+    # Built for no run, a trainer is not the one that was asked for: of a run, what its own file says.
+    config = cli.resolved if arguments else {**layers, "seed_everything": cli.resolved.get("seed_everything")}
     settings = {**settled(config), "seed_everything": config.get("seed_everything")}
     if record:
         data = record["data"]
+        settings["devices"] = record["training"]["devices"]
         settings |= {"test data": data["fingerprint"][:12], "training data": [name[:12] for name in data["trained_on"]]}
         settings |= {f"in test: {key}": value[1] for key, value in record["tested_otherwise"].items()}
     assert isinstance(cli.model, BaseTask)
@@ -132,7 +135,7 @@ def compare(
     if others:
         lines = [f"  {key}: {before.get(key)!r} of A, {now.get(key)!r} of B" for key in others[:2]]
         lines += [f"  and {len(others) - 2} more"] if len(others) > 2 else []
-        lines.append(f"  Make them the same, or say that they may differ: --allow {' '.join(others[:2])}")
+        lines.append(f"  Make them the same, or say that they may differ: --allow {shlex.join(others[:2])}")
         raise UsageError("\n".join([f"{first} and {second} differ in more than the operator:", *lines]))
     if not keys:
         raise UsageError(f"{first} and {second} differ in nothing: there is nothing to compare")

@@ -17,7 +17,7 @@ from typing import Literal, TextIO
 
 from sis_lightning.cluster import slurm
 from sis_lightning.cluster.starts import is_running, last_row, read_starts
-from sis_lightning.configs import changes, recipe, resolve
+from sis_lightning.configs import WEIGHTS_IN_16_BITS, changes, recipe, resolve
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import usable_cores
@@ -28,7 +28,16 @@ from sis_lightning.results.records import code, read_record
 State = Literal["not begun", "queued", "running", "begun", "trained", "tested", "refused"]
 
 #: What settles parameters, MACs and configurations.
-_PARTS = ("operators.py", "complexity.py", "configs.py", "backbones/*.py", "tasks/*.py", "datamodules/*.py")
+_PARTS = (
+    "operators.py",
+    "complexity.py",
+    "configs.py",
+    "parser.py",
+    "runs.py",
+    "backbones/*.py",
+    "tasks/*.py",
+    "datamodules/*.py",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,10 @@ class Missing:
     def command(self) -> str:
         """What a user types."""
         options = [*self.options(), "--seed_everything", str(self.seed)]
-        return shlex.join(["sis-lightning", "fit", *options, "--resume", "auto"])
+        if self.state == "trained":
+            return shlex.join(["sis-lightning", "test", *options])
+        anew = ("--overwrite", "true") if self.state == "refused" else ("--resume", "auto")
+        return shlex.join(["sis-lightning", "fit", *options, *anew])
 
 
 def code_digest() -> str:
@@ -176,7 +188,7 @@ def missing(
         seeds: In place of those that each run wants.
         roots: Where the data of a run lies, by the run's name.
     """
-    wanted: dict[tuple[str, int], tuple[str, str, Experiment, Model, Cell]] = {}
+    wanted: dict[Path, tuple[str, str, Experiment, Model, int, Cell]] = {}
     for filled in fill(book, evidence, models):
         for line in filled.lines:
             for column, cell in zip(filled.table.columns, line.cells, strict=True):
@@ -186,12 +198,11 @@ def missing(
                     continue
                 for seed in experiment.run.seeds if seeds is None else seeds:
                     if seed not in cell.values:
-                        first = (filled.table.id, line.row.label, experiment, model, cell)
-                        wanted.setdefault((experiment.key, seed), first)
-    queue = _queue({directory(experiment, model, 0).parent for _, _, experiment, model, _ in wanted.values()})
+                        first = (filled.table.id, line.row.label, experiment, model, seed, cell)
+                        wanted.setdefault(directory(experiment, model, seed), first)
+    queue = _queue(wanted)
     found = []
-    for (_, seed), (table, row, experiment, model, cell) in wanted.items():
-        folder = directory(experiment, model, seed)
+    for folder, (table, row, experiment, model, seed, cell) in wanted.items():
         state, progress = _progress(folder, evidence, cell)
         if job := queue.get(folder):
             state, progress = "queued", f"queued (SLURM's job {job})"
@@ -200,19 +211,20 @@ def missing(
     return found
 
 
-def _queue(arrays: Iterable[Path]) -> dict[Path, str]:
-    """The runs that SLURM has, waiting or at work, with their jobs, which an array's folder lists."""
+def _queue(folders: Iterable[Path]) -> dict[Path, str]:
+    """The runs that SLURM has, waiting or at work, with their jobs: a run's own, and those of the arrays above."""
+    folders = list(folders)
     submitted = {
         job: folder
-        for folder in arrays
+        for folder in dict.fromkeys([*folders, *(folder.parent for folder in folders)])
         if (folder / "jobs.txt").is_file()
         for job in (folder / "jobs.txt").read_text().split()
     }
     found = {}
     for element in slurm.queued(list(submitted)):
-        job, _, seed = element.partition("_")
-        if job in submitted and seed:
-            found[submitted[job] / f"seed{seed}"] = element
+        job, array, seed = element.partition("_")
+        if job in submitted:
+            found[submitted[job] / f"seed{seed}" if array else submitted[job]] = element
     return found
 
 
@@ -240,7 +252,10 @@ def _progress(folder: Path, evidence: Sequence[Evidence], cell: Cell) -> tuple[S
     if starts[-1]["how"] == "finished":
         if not (folder / "test.json").is_file():
             return "trained", "trained"
-        checksum = read_record(folder / "test.json")["checksum"]
+        try:
+            checksum = read_record(folder / "test.json")["checksum"]
+        except DataError as error:
+            return "trained", f"trained, but to be tested again: {error}"
         name = next((piece.name for piece in evidence if piece.record["checksum"] == checksum), None)
         why = next((reason.partition(": ")[2] for reason in cell.reasons if name and reason.startswith(name)), "")
         if name:
@@ -263,8 +278,7 @@ def add(paths: Iterable[Path], folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"no test.json below {', '.join(map(str, paths))}: sis-lightning test writes it")
     added = []
-    for path in found:
-        record = read_record(path)
+    for path, record in [(path, read_record(path)) for path in found]:  # all of them, before any is taken
         name = f"{record['task']}-{record['backbone']}-seed{record['seed']}-{record['checksum'][:8]}.json"
         place = folder / name
         if place.is_file():
@@ -274,19 +288,37 @@ def add(paths: Iterable[Path], folder: Path) -> list[Path]:
     return added
 
 
-def to_do(wanted: Sequence[Missing], records: Path) -> list[Missing]:
-    """Those that are left to be trained or tested: takes in what was tested, leaves out what is under way, and says so.
+def to_do(wanted: Sequence[Missing], records: Path, extra: Sequence[str]) -> list[Missing]:
+    """What is left to be trained or tested: takes in what was tested, leaves the rest as it is, and says so.
 
     Args:
         wanted: The runs.
         records: Where their records go.
+        extra: Further options of `fit` and `test`.
+
+    Raises:
+        UsageError: For options that make other runs of them than the cells wait for.
     """
+    if extra:
+        for entry in {entry.experiment.run.name: entry for entry in wanted}.values():
+            _refuse_other_recipes(entry, extra)
+    left = []
     for entry in wanted:
         if entry.state == "tested":
             _take_in(entry, records)
+        elif entry.state == "refused":
+            print(f"{entry}: {entry.progress}\n  anew: {entry.command}")
         elif entry.state in ("running", "queued"):
             print(f"{entry}: {entry.progress}")
-    return [entry for entry in wanted if entry.state not in ("tested", "running", "queued")]
+        else:
+            left.append(entry)
+    if left and code({}).get("dirty"):
+        print(
+            "note: the code here has changes that no commit holds. Records of it count in no table: commit them first, "
+            "or run from a clone",
+            file=sys.stderr,
+        )
+    return left
 
 
 def _take_in(entry: Missing, records: Path, number: str = "") -> None:
@@ -316,18 +348,7 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
 
     Returns:
         How many failed.
-
-    Raises:
-        UsageError: For options that make other runs of them than the cells wait for.
     """
-    if wanted and extra:
-        _refuse_other_recipes(wanted[0], extra)
-    if wanted and code({}).get("dirty"):
-        print(
-            "note: the code here has changes that no commit holds. Records of it count in no table: commit them first, "
-            "or run from a clone",
-            file=sys.stderr,
-        )
     threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
 
     def one(number: int, entry: Missing) -> bool:
@@ -362,6 +383,16 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
 def _refuse_other_recipes(entry: Missing, extra: Sequence[str]) -> None:
     from sis_lightning.runs import run
 
+    for option in extra:
+        if (key := option.partition("=")[0]) in ("--run_dir", "--task", "--seed_everything", "--resume", "--overwrite"):
+            raise UsageError(f"tables run settles {key} itself: leave it out, or run fit and test by hand")
+    layers, given = resolve([*entry.options(), *extra])
+    # `run` without a subcommand computes in 32 bits, whatever is asked for.
+    asked = [str(layers.get("trainer", {}).get("precision")), *" ".join(given).replace("=", " ").split()]
+    if coarse := [text for text in asked if text in WEIGHTS_IN_16_BITS]:
+        raise UsageError(
+            f"--trainer.precision {coarse[0]} is another recipe, and no cell would count it: bf16-mixed is not"
+        )
     with contextlib.redirect_stdout(io.StringIO()):
         plain, other = (recipe(run(None, *resolve([*entry.options(), *more])).resolved) for more in ((), extra))
     if changed := [f"  {key}: {old!r}, with these options {new!r}\n" for key, old, new in changes(plain, other)]:

@@ -76,7 +76,7 @@ def read_sealed(path: Path, origin: str) -> dict[str, Any]:
         DataError: Where it is none, or was edited since.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_no_constant)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -86,6 +86,10 @@ def read_sealed(path: Path, origin: str) -> dict[str, Any]:
     if digest({key: value for key, value in content.items() if key != "checksum"}) != content["checksum"]:
         raise DataError(f"{path}: edited after it was measured (its checksum is another): {origin} again")
     return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _installed(package: str) -> bool:

@@ -14,10 +14,10 @@ from sis_lightning.results.book import Book, Column
 from sis_lightning.results.cells import Cell, Filled, Line, Paired
 
 _MEANING = {
-    "reproduced": "the published files (by their fingerprints), the row's recipe to the letter and to its end",
+    "reproduced": "the published files (by fingerprints), the row's recipe to the letter and its end, code of a commit",
     "synthetic": "measured on pictures that this project draws: says nothing about the paper's data",
     "other data": "measured on other files than the published ones, such as a stand-in",
-    "other recipe": "the published files, but not the row's configuration, or not to its end",
+    "other recipe": "the table's files, but another configuration, not to its end, or by code that no commit holds",
     "running": "a fit is busy with it",
     "not run": "nobody has measured it",
 }
@@ -83,12 +83,12 @@ def drawn_from(filled: Filled) -> str:
 
 def stale_figures(tables: Sequence[Filled], folder: Path) -> list[Path]:
     """Figures of tables that were drawn of other cells than there are now."""
-    figures = sorted((folder / "figures").glob("*.svg"))
+    figures = sorted((folder / "figures").glob("*.*"))
     return [
         path
         for filled in tables
         for path in _of(filled, figures)
-        if drawn_from(filled) not in path.read_text(encoding="utf-8")
+        if drawn_from(filled).encode() not in path.read_bytes()
     ]
 
 
