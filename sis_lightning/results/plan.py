@@ -312,10 +312,17 @@ def to_do(wanted: Sequence[Missing], records: Path, extra: Sequence[str]) -> lis
             print(f"{entry}: {entry.progress}")
         else:
             left.append(entry)
-    if left and code({}).get("dirty"):
+    here = code({})
+    if left and here.get("dirty"):
         print(
             "note: the code here has changes that no commit holds. Records of it count in no table: commit them first, "
             "or run from a clone",
+            file=sys.stderr,
+        )
+    elif "commit" not in here and any(entry.experiment.run.data.kind == "official" for entry in left):
+        print(
+            "note: the code here is of no commit, as it was installed. Nothing that it measures on the published data "
+            "is called reproduced: run from a clone",
             file=sys.stderr,
         )
     return left
