@@ -149,14 +149,20 @@ def test_a_record_counts_where_everything_is_the_cells():
             "other recipe",
             {"tested_otherwise": {"data.init_args.person_boxes": [None, "boxes.json"]}},
         ),
-        "code that no commit holds": ("other recipe", {"code__dirty": True}),
+        "code with changes that no commit holds": ("other recipe", {"code__dirty": True}),
         "a configuration that became the row's on the way": ("other recipe", {"training__changed": ["model.lr"]}),
         "batch norm for each device": ("other recipe", {"training__devices": 4}),
         "another metric": ("not run", {"metrics": {"test/top1": 0.5}}),
-        "training by code that no commit holds": ("other recipe", {"training__code": [{"dirty": True}]}),
+        "training by code with such changes": (
+            "other recipe",
+            {"training__code": [{"commit": "c", "dirty": True}]},
+        ),
         "an operator that was changed after training": (
             "other recipe",
-            {"training__code": [{"operators": {"mine": "a"}}], "code": {"operators": {"mine": "b"}}},
+            {
+                "training__code": [{"commit": "c", "operators": {"mine": "a"}}],
+                "code": {"commit": "c", "operators": {"mine": "b"}},
+            },
         ),
         "weights in 16 bits": ("other recipe", {"config__trainer__precision": "bf16-true"}),
         "tested with weights in 16 bits": (

@@ -25,7 +25,6 @@ from sis_lightning import complexity
 from sis_lightning.bench.paired import take_turns, waits_for
 from sis_lightning.configs import config_names, resolve, settled
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.machine import keep_freed_memory
 from sis_lightning.operators import operator_names
 from sis_lightning.results.cells import shortcomings
 from sis_lightning.results.records import Record, read_record
@@ -145,7 +144,6 @@ def compare(
 def _timed(sides: tuple[Side, Side], rounds: int, device: torch.device) -> tuple[tuple[str, str, str], ...]:
     """Training passes of the bodies alone, in turns."""
     wait, on_gpu = waits_for(device.type), device.type == "cuda"
-    keep_freed_memory()
     # On a CPU so many images as take a few seconds at most: a recipe's own batch can take minutes a pass.
     batch = 8 if on_gpu else max(1, min(8, round(20e9 / max(side.size.model_macs for side in sides))))
     what = f"{batch} × {sides[0].size.height}×{sides[0].size.width}"

@@ -152,10 +152,11 @@ def _resolve(experiment: Experiment) -> Model:
     from sis_lightning import complexity
     from sis_lightning.runs import run
 
-    source = _source(experiment)
     try:
+        resolved = resolve(experiment.options())
+        source = digest(list(resolved))
         with contextlib.redirect_stdout(io.StringIO()):
-            cli = run(None, *resolve(experiment.options()))
+            cli = run(None, *resolved)
             size = complexity.of_cli(cli, experiment.run.name)
     except UserError as error:
         raise type(error)(f"tables, {experiment.key}: {error}") from None
@@ -401,7 +402,10 @@ def _refuse_other_recipes(entry: Missing, extra: Sequence[str]) -> None:
             f"--trainer.precision {coarse[0]} is another recipe, and no cell would count it: bf16-mixed is not"
         )
     with contextlib.redirect_stdout(io.StringIO()):
-        plain, other = (recipe(run(None, *resolve([*entry.options(), *more])).resolved) for more in ((), extra))
+        other = recipe(run(None, layers, given).resolved)
+        if digest(other) == entry.model.recipe:
+            return
+        plain = recipe(run(None, *resolve(entry.options())).resolved)
     if changed := [f"  {key}: {old!r}, with these options {new!r}\n" for key, old, new in changes(plain, other)]:
         raise UsageError(
             f"{shlex.join(extra)} makes other runs than the cells wait for, and no cell would count them:\n"

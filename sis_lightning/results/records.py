@@ -124,4 +124,5 @@ def _commit() -> dict[str, Any]:
     # A package that is installed below another project's checkout is not that project's code.
     if git("ls-files", "--error-unmatch", str(here / "__init__.py")) is None:
         return {"digest": digest_files([*here.rglob("*.py")], here)}
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", str(here)))}
+    # Where git does not answer, nobody can say that nothing was changed.
+    return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain", "--", str(here)) != ""}

@@ -84,12 +84,8 @@ def drawn_from(filled: Filled) -> str:
 def stale_figures(tables: Sequence[Filled], folder: Path) -> list[Path]:
     """Figures of tables that were drawn of other cells than there are now."""
     figures = sorted((folder / "figures").glob("*.*"))
-    return [
-        path
-        for filled in tables
-        for path in _of(filled, figures)
-        if drawn_from(filled).encode() not in path.read_bytes()
-    ]
+    sources = [(drawn_from(filled).encode(), _of(filled, figures)) for filled in tables]
+    return [path for source, paths in sources for path in paths if source not in path.read_bytes()]
 
 
 def write_tables(book: Book, tables: Sequence[Filled], folder: Path) -> list[Path]:

@@ -106,13 +106,14 @@ class Results:
         if problems:
             return [*problems, "models.json is stale: sis-lightning tables count, then tables render"]
         # What was rendered while a fit ran says so; what was rendered before it began does not.
-        before_fits, text_of = (render(self.book, self.filled(running), self.folder) for running in (False, True))
-        for path, text in text_of.items():
+        still, busy = self.filled(), self.filled(running=True)
+        before_fits = render(self.book, still, self.folder)
+        for path, text in render(self.book, busy, self.folder).items():
             if not path.is_file():
                 problems.append(f"{path} is missing: sis-lightning tables render")
             elif path.read_text(encoding="utf-8") not in (text, before_fits[path]):
                 problems.append(f"{path} is not what books and records give: sis-lightning tables render")
-        stale = stale_figures(self.filled(), self.folder)
+        stale = stale_figures(still, self.folder)
         return [*problems, *(f"{path} was drawn of other cells: sis-lightning tables figures" for path in stale)]
 
     def draw(self, names: Sequence[str], runs: Sequence[Path]) -> list[Path]:
