@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sis_lightning.backbones.body import Bottleneck, Split, Stem
+from sis_lightning.backbones.body import Bottleneck, Split, Stem, is_traced
 from sis_lightning.operators import SISOperator
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -119,7 +119,7 @@ _packed: Any = WeakTensorKeyDictionary()
 
 
 def _fuses(x: Tensor) -> bool:
-    if _is_traced() or x.requires_grad or x.device.type != "cpu" or x.dtype != torch.float32:
+    if is_traced(x) or x.requires_grad or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     backend: Any = torch.backends.mkldnn
     return bool(
@@ -128,11 +128,6 @@ def _fuses(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )
-
-
-def _is_traced() -> bool:
-    """Whether a compiler or exporter is reading along: it finds its own ways, and needs plain operations."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class FusedConv(nn.Module):
@@ -286,7 +281,7 @@ class DeployedSplit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, scale · width, H, W) → (N, scale · width, ⌈H/stride⌉, ⌈W/stride⌉), in place of x where they are alike."""
-        if not self.writes or _is_traced() or x.requires_grad:
+        if not self.writes or is_traced(x) or x.requires_grad:
             # A compiler fuses the writes itself, and other norms than batch norm see an operator's whole output.
             return self._concatenate(x)
         splits = torch.split(x, self.width, dim=1)

@@ -364,10 +364,11 @@ class _Recurrent(_TwoPaths):
 
     def plus_identity(self, kernels: Tensor, times: int) -> Tensor:
         """K + times · δ, so that (K + times · δ) * y = K * y + times · y within each group."""
-        outputs, inputs, k, _ = kernels.shape
+        inputs, middle = kernels.shape[1], kernels.shape[-1] // 2
         identity = torch.eye(inputs, dtype=kernels.dtype, device=kernels.device)
-        delta = identity.repeat(outputs // inputs, 1)[:, :, None, None]
-        return kernels + times * F.pad(delta, (k // 2,) * 4)
+        sums = kernels.clone()
+        sums[:, :, middle, middle].view(-1, inputs, inputs).add_(identity, alpha=times)
+        return sums
 
 
 @register_operator("recurrent1")

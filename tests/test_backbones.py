@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from sis_lightning import (
     BackboneConfig,
@@ -99,6 +100,40 @@ def test_equals_timm(name):
     assert load_timm_weights(ours, theirs.state_dict()) == []
     assert parameters(ours) == parameters(theirs)
     assert_same(ours, theirs)
+
+
+def test_training_step_equals_timms_and_holds_less():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("res2net50_26w_4s").double()
+    ours = create_classifier("res2net50", 1000).double()
+    load_timm_weights(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    gradients, held = [], []
+    for model in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            logits = model.train()(leaf)
+        held.append(sum(event.self_cpu_memory_usage for event in profiled.key_averages()))
+        logits.square().mean().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
+    assert held[0] < 0.95 * held[1]
+
+
+def test_transforms_of_torch_func_pass_through():
+    torch.manual_seed(0)
+    net = create_classifier("sis_demo", 5).double().eval()
+    weights = dict(net.named_parameters())
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+
+    def loss(weights, image):
+        return torch.func.functional_call(net, weights, (image[None],)).square().sum()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    loss(weights, x[1]).backward()
+    for name, weight in weights.items():
+        torch.testing.assert_close(per_image[name][1], weight.grad, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sis_lightning.backbones.config import BackboneConfig, backbone_config
 from sis_lightning.errors import UsageError
@@ -47,6 +49,13 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
     if kind == "gn":
         return group_norm(channels)
     return nn.SyncBatchNorm(channels) if kind == "syncbn" else nn.BatchNorm2d(channels)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler, an exporter or a transform of torch.func reads along: these need plain operations."""
+    graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    # torch.fx passes a stand-in.
+    return graph or torch._C._are_functorch_transforms_active() or not isinstance(x, Tensor)
 
 
 def _conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -103,16 +112,30 @@ class Split(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, scale · width, H, W) → (N, scale · width, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        if self.scale == 1:
+            single: Tensor = self.relu(self.norms[0](self.convs[0](x)))
+            return single
         splits = torch.split(x, self.width, dim=1)
         outputs: list[Tensor] = []
+        kept: list[list[Tensor]] = []
+
+        def keep(output: Tensor) -> list[Tensor]:
+            kept.append([output])
+            return kept[-1]
+
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = splits[index] if index == 0 or self.first else outputs[-1] + splits[index]
-            outputs.append(self.relu(norm(conv(y))))
-        if len(outputs) == 1 == self.scale:
-            return outputs[0]
+            y = norm(conv(y))
+            with nullcontext() if is_traced(y) else saved_tensors_hooks(keep, lambda place: place[0]):
+                outputs.append(self.relu(y))
         if len(outputs) < self.scale:
             outputs.append(self.pool(splits[-1]))
-        return torch.cat(outputs, dim=1)
+        joined = torch.cat(outputs, dim=1)
+        if kept:
+            # ReLU keeps its output for the backward pass, and so does what follows: once is enough.
+            for place, piece in zip(kept, torch.split(joined.detach(), self.width, dim=1), strict=False):
+                place[0] = piece
+        return joined
 
 
 class Bottleneck(nn.Module):
