@@ -172,7 +172,8 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
     wait = waits_for(settings.device)
     works = [work(contender, settings) for contender in contenders]
     on_gpu = settings.device.startswith("cuda")
-    timings = take_turns(works, rounds=rounds, seconds=seconds, warmup=5 if on_gpu else 2, wait=wait)
+    # Until compilers have compiled and the heap has grown to what all of them need.
+    timings = take_turns(works, rounds=rounds, seconds=seconds, warmup=8, wait=wait)
     del works
     rows: list[dict[str, str | float]] = []
     claims = []
