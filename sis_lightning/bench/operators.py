@@ -54,7 +54,8 @@ def time_operators(
     return benchmark(
         name=f"operators-{place}",
         title=f"Operators, {batch} images, float32, channels_last, on {place}",
-        command=f"sis-lightning bench --operators --batch {batch} --device {device}",
+        command=f"sis-lightning bench --operators --batch {batch} --device {device} --rounds {rounds} "
+        f"--seconds {seconds}",
         rows=rows,
         note="Ratios of the time, paired: median (its 95 % interval); one that covers 1 shows no difference.",
         packages=("torch",),
