@@ -46,11 +46,13 @@ bench: .venv/installed
 	$(BIN)/sis-lightning bench --start
 	$(BIN)/sis-lightning bench --eval
 	$(BIN)/sis-lightning bench --loop --rounds 6
-	$(BIN)/sis-lightning bench --operators --batch 16 --rounds 9 --seconds 0.2
+	$(BIN)/sis-lightning bench --operators --batch 16 --rounds 15 --seconds 0.2
 	$(BIN)/sis-lightning bench sis50+deploy timm:res2net50_26w_4s+deploy torchvision:resnet50+deploy sis50 \
-		--mode inference --rounds 15 --seconds 1.5 --name cpu-inference
+		--mode inference --rounds 21 --seconds 1.5 --name cpu-inference
 	$(BIN)/sis-lightning bench sis50 timm:res2net50_26w_4s torchvision:resnet50 timm:res2next50 \
-		--mode train --rounds 13 --seconds 3 --name cpu-train
+		--mode train --rounds 21 --seconds 3 --name cpu-train
+	$(BIN)/sis-lightning bench sis50+deploy+compile sis50+compile timm:res2net50_26w_4s+compile \
+		torchvision:resnet50+compile sis50 --mode inference --batch 32 --precision bf16 --rounds 6 --name cpu-traffic
 	$(BIN)/sis-lightning bench --data
 
 bench-gpu: .venv/installed

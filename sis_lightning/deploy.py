@@ -243,9 +243,11 @@ class DeployedOperator(nn.Module):
         for part in parts:
             last = first + part.shape[1]
             # Also where `last` is None and a literal form gives the whole in one piece.
-            done.append(
-                torch.addcmul(self.shift[:, first:last], part, self.scale[:, first:last]) if first < self.rest else part
-            )
+            if first < self.rest:
+                # The constants are of full precision under autocast too; what is written is not.
+                scaled = torch.addcmul(self.shift[:, first:last], part, self.scale[:, first:last])
+                part = scaled.to(part.dtype)
+            done.append(part)
             first = last
         return done[0] if len(done) == 1 else torch.cat(done, dim=1)
 

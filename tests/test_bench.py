@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from sis_lightning.bench.models import Contender, Settings, peak_memory
+from sis_lightning import create_classifier
+from sis_lightning.bench.models import Contender, Settings, peak_memory, work
 from sis_lightning.bench.paired import Ratio, take_turns
+from sis_lightning.bench.roofline import compiled_traffic, eager_traffic, flops
+from sis_lightning.complexity import count_macs
 from sis_lightning.errors import UsageError
 
 
@@ -81,13 +86,42 @@ def test_memory_grows_with_the_batch():
     assert large - small > 20e6
 
 
+def test_traffic_and_operations_are_those_of_the_mathematics():
+    x = torch.randn(2, 8, 16, 16)
+    conv = nn.Conv2d(8, 4, 3, padding=1)
+
+    def chain(x):
+        return (x * 2).sigmoid() + 1
+
+    with torch.inference_mode():
+        in_and_out = x.nbytes + 4 * 2 * 4 * 16 * 16
+        assert eager_traffic(lambda: conv(x)) == in_and_out + 4 * (4 * 8 * 9 + 4)
+        assert flops(lambda: conv(x)) == 2 * 2 * 4 * 8 * 9 * 16 * 16
+        assert eager_traffic(lambda: chain(x).view(2, -1)[:, 3:]) == 6 * x.nbytes
+        fused = torch.compile(chain)
+        assert compiled_traffic(lambda: fused(x)) == 2 * x.nbytes
+        assert compiled_traffic(lambda: fused(x)) is None  # nothing was compiled
+
+
+def test_training_computes_three_times_what_inference_does():
+    # Forward, and the gradients of inputs and of weights; the image needs none.
+    few = Settings(mode="inference", batch=2, size=32)
+    once = flops(work(Contender.parse("sis_demo"), few))
+    net = create_classifier("sis_demo", 1000)
+    assert once == 2 * 2 * count_macs(net, torch.randn(1, 3, 32, 32))
+    stem = 2 * 2 * count_macs(net.backbone.stem, torch.randn(1, 3, 32, 32))
+    assert flops(work(Contender.parse("sis_demo"), replace(few, mode="train"))) == 3 * once - stem
+
+
 def test_networks_are_compared_and_kept(command):
     line = ["bench", "sis_demo", "torchvision:resnet18", "--batch", 2, "--size", 32, "--rounds", 6, "--seconds", 0.01]
     result = command(*line, "--mode", "inference", "--name", "mine", "--out", "kept")
     assert result.code == 0, result.err
     kept = json.loads(Path("kept/mine.json").read_text())
     assert [row["network"] for row in kept["rows"]] == ["sis_demo", "torchvision:resnet18"]
-    assert all(row["images/s"] > 0 and row["peak MB"] > 0 for row in kept["rows"])
+    assert all(row["images/s"] > 0 and row["peak MB"] > 0 and row["MB an image"] > 0 for row in kept["rows"])
+    shares = [row[rate] for row in kept["rows"] for rate in ("GFLOP/s", "GB/s")]
+    assert all(float(share.split()[0]) > 0 for share in shares)
     assert {"torch", "torchvision"} == set(kept["versions"])
     assert any(word in kept["note"] for word in ("is faster than", "is slower than", "not shown to be"))
     assert "torchvision:resnet18" in Path("kept/README.md").read_text()

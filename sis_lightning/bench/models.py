@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sis_lightning.backbones import create_classifier
 from sis_lightning.bench.paired import Timing, take_turns, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
+from sis_lightning.bench.roofline import Ceilings, ceilings, compiled_traffic, eager_traffic, flops
 from sis_lightning.deploy import deploy
 from sis_lightning.errors import UsageError, nearest
 
@@ -84,6 +85,11 @@ class Contender:
         return model
 
     @property
+    def compiled(self) -> bool:
+        """Whether torch.compile is at work."""
+        return bool({"compile", "graphs"} & {*self.treatments})
+
+    @property
     def layout(self) -> torch.memory_format:
         """channels_last unless told otherwise."""
         return torch.contiguous_format if "nchw" in self.treatments else torch.channels_last
@@ -131,7 +137,7 @@ def work(contender: Contender, settings: Settings) -> Callable[[], object]:
     device = torch.device(settings.device)
     model = contender.build(settings.mode).to(device).to(memory_format=contender.layout)
     network: Callable[..., Tensor] = model
-    if {"compile", "graphs"} & {*contender.treatments}:
+    if contender.compiled:
         network = torch.compile(model, mode="reduce-overhead" if "graphs" in contender.treatments else None)
     images = torch.randn(settings.batch, 3, settings.size, settings.size, device=device)
     images = images.contiguous(memory_format=contender.layout)
@@ -171,14 +177,19 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
     contenders = [Contender.parse(name) for name in names]
     wait = waits_for(settings.device)
     works = [work(contender, settings) for contender in contenders]
+    traffic = [
+        compiled_traffic(step) if contender.compiled else eager_traffic(step)
+        for contender, step in zip(contenders, works, strict=True)
+    ]
     on_gpu = settings.device.startswith("cuda")
     # Until compilers have compiled and the heap has grown to what all of them need.
     timings = take_turns(works, rounds=rounds, seconds=seconds, warmup=8, wait=wait)
     del works
+    limits = ceilings(settings.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     rows: list[dict[str, str | float]] = []
     claims = []
-    for contender, timing in zip(contenders, timings, strict=True):
-        row = _row(contender, timing, settings)
+    for contender, timing, moved in zip(contenders, timings, traffic, strict=True):
+        row = _row(contender, timing, settings, moved, limits)
         rows.append(row)
         if timing is timings[0]:
             continue
@@ -199,7 +210,11 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
         title=f"{what.capitalize()}, {settings.batch} images of {settings.size} px, {settings.precision}{where}",
         command=command,
         rows=rows,
-        note="Ratios of images a second, paired: median (its 95 % interval). " + " ".join(claims),
+        note="Ratios of images a second, paired: median (its 95 % interval). "
+        + " ".join(claims)
+        + f" In brackets the share of what the device does at most: copying at {limits.bandwidth / 1e9:.4g} GB/s, "
+        f"multiplying matrices at {limits.compute / 1e9:.4g} GFLOP/s. MB: what the operations read and write, caches "
+        "aside; of compiled networks by inductor's count, without loss and optimizer.",
         packages=("torch", *sorted({c.source for c in contenders} - {"ours"})),
     )
 
@@ -208,12 +223,21 @@ def _said(verdict: str) -> str:
     return {"faster": "faster than", "slower": "slower than"}.get(verdict, "not shown to be faster or slower than")
 
 
-def _row(contender: Contender, timing: Timing, settings: Settings) -> dict[str, str | float]:
-    peak = peak_memory(contender, settings)
+def _row(
+    contender: Contender, timing: Timing, settings: Settings, moved: int | None, limits: Ceilings
+) -> dict[str, str | float]:
+    peak, seconds = peak_memory(contender, settings), median(timing.wall)
+    # Counted on the plain form, whose operations torch knows; per image, of which batch norm wants two.
+    few = replace(settings, batch=2)
+    computed = flops(work(replace(contender, treatments=()), few)) / few.batch * settings.batch / seconds
+    bandwidth = moved / seconds if moved is not None else 0.0
     return {
         "network": contender.text,
-        "images/s": settings.batch / median(timing.wall),
+        "images/s": settings.batch / seconds,
         "CPU ms an image": 1000 * median(timing.cpu) / settings.batch,
+        "GFLOP/s": f"{computed / 1e9:.4g} ({computed / limits.compute:.0%})",
+        "MB an image": moved / settings.batch / 1e6 if moved is not None else "unknown",
+        "GB/s": f"{bandwidth / 1e9:.4g} ({bandwidth / limits.bandwidth:.0%})" if moved is not None else "unknown",
         "peak MB": peak / 1e6 if peak is not None else "unknown",
         "first / this": "",
         "CPU time, first / this": "",

@@ -11,7 +11,7 @@ from sis_lightning.bench.paired import take_turns, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.operators import create_operator, operator_names
 
-#: (channels, side of the map) of the 3×3 of Res2Net-50's stages at 224 px (its 26 of stage 1 are not divisible by 4), of
+#: (channels, side of the map) of the 3×3 of Res2Net-50's stages at 224 px (stage 1 has 26, not divisible by 4), of
 #: stage 4 at output stride 8, and of ResNet-50's stage 3, whose quarter, 64 channels, fills vector registers.
 SHAPES = ((52, 28), (104, 14), (208, 7), (208, 28), (256, 14))
 
