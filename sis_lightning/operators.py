@@ -173,7 +173,8 @@ class SISOperator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C, H', W') by the fast form."""
         y = self.fast(x)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        # Under autocast the bias is of full precision, and the output, as a convolution's, is not.
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
 
     def extra_repr(self) -> str:
         """Shows what `nn.Conv2d` shows, and T."""

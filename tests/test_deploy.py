@@ -87,6 +87,21 @@ def test_operators_with_a_norm_behind_them(name, groups, stride, dilation, steps
         torch.testing.assert_close(DeployedOperator(operator, norm)(x), want)
 
 
+@pytest.mark.parametrize("name", operator_names())
+def test_outputs_under_autocast_are_of_half_precision_as_a_convolutions(name):
+    torch.manual_seed(0)
+    operator, norm = create_operator(name, 16, 16, bias=True), trained(nn.BatchNorm2d(16))
+    nn.init.normal_(operator.bias)
+    x = torch.randn(2, 16, 8, 8)
+    want = norm(operator(x))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        outputs = [norm(operator(x)), DeployedOperator(operator, norm)(x)]
+        assert operator(x).dtype == nn.Conv2d(16, 16, 3)(x).dtype == torch.bfloat16
+    for output in outputs:
+        assert output.dtype == torch.bfloat16
+        assert torch.linalg.vector_norm(output - want) < 0.02 * torch.linalg.vector_norm(want)
+
+
 class Doubled(SISOperator):
     """An operator as a user might write it, of equations alone."""
 
