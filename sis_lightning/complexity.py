@@ -41,26 +41,29 @@ class UncountableError(UsageError):
     """An operation that is known neither to count nor to be free."""
 
 
-class MACCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the MACs of all operations under it, in `total`."""
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up, in `total`, what `count` makes of each operation under it: (operation, arguments, keywords, result)."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.count, self.total = count, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs and counts one operation."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            # torch counts a multiply-accumulate as two operations.
-            self.total += flop_registry[packet](*args, **kwargs, out_val=out) // 2
-        elif packet.__name__ not in _FREE:
-            raise UncountableError(
-                f"cannot count the operation {func}: neither among torch's formulas nor known as free"
-            )
+        self.total += self.count(func, args, kwargs, out)
         return out
+
+
+def _macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        # torch counts a multiply-accumulate as two operations.
+        return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
+    if packet.__name__ not in _FREE:
+        raise UncountableError(f"cannot count the operation {func}: neither among torch's formulas nor known as free")
+    return 0
 
 
 def count_macs(model: nn.Module, *inputs: Tensor, forward: Callable[..., Any] | None = None) -> int:
@@ -72,7 +75,7 @@ def count_macs(model: nn.Module, *inputs: Tensor, forward: Callable[..., Any] | 
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), MACCounter() as counter:
+        with torch.no_grad(), OperationCounter(_macs) as counter:
             (forward or model)(*inputs)
     finally:
         model.train(training)

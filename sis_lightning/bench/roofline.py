@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sis_lightning.bench.paired import take_turns, waits_for
+from sis_lightning.complexity import OperationCounter
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,16 @@ def flops(step: Callable[[], object]) -> int:
 
 def eager_traffic(step: Callable[[], object]) -> int:
     """Bytes that the operations of one uncompiled step read and write, were there no caches."""
-    with _Traffic() as traffic:
+    with OperationCounter(_bytes) as counter:
         step()
-    total: int = traffic.total
-    return total
+    return int(counter.total)
 
 
-class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the arguments and results of all that is no view."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and not func.name().startswith(("aten::empty", "aten::new_empty", "aten::detach")):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return out
+def _bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    if func.is_view or func.name().startswith(("aten::empty", "aten::new_empty", "aten::detach")):
+        return 0
+    tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def compiled_traffic(first_step: Callable[[], object]) -> int | None:
