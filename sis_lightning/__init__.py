@@ -21,21 +21,17 @@ _HOME = {
     "BackboneConfig": "backbones",
     "Backbone": "backbones",
     "create_backbone": "backbones",
-    "create_classifier": "backbones",
-    "load_torchvision_weights": "backbones",
-    "load_timm_weights": "backbones",
-    "write_synthetic": "synthetic",
+    "create_classifier": "models",
+    "load_torchvision_weights": "backbones.weights",
+    "load_timm_weights": "backbones.weights",
+    "write_synthetic": "datasets.synthetic",
 }
 
 if TYPE_CHECKING:
-    from sis_lightning.backbones import (
-        Backbone,
-        BackboneConfig,
-        create_backbone,
-        create_classifier,
-        load_timm_weights,
-        load_torchvision_weights,
-    )
+    from sis_lightning.backbones import Backbone, BackboneConfig, create_backbone
+    from sis_lightning.backbones.weights import load_timm_weights, load_torchvision_weights
+    from sis_lightning.datasets.synthetic import write_synthetic
+    from sis_lightning.models import create_classifier
     from sis_lightning.operators import (
         ReplacementReport,
         SISOperator,
@@ -44,7 +40,6 @@ if TYPE_CHECKING:
         register_operator,
         replace_convs,
     )
-    from sis_lightning.synthetic import write_synthetic
 
 __all__ = [
     "Backbone",

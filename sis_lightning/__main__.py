@@ -2,6 +2,6 @@
 
 import sys
 
-from sis_lightning.cli import main
+from sis_lightning.commands.main import main
 
 sys.exit(main())

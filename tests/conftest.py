@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from sis_lightning import datamodules
-from sis_lightning.cli import main
-from sis_lightning.datamodules.download import md5
-from sis_lightning.synthetic import write_synthetic
+from sis_lightning.commands.main import main
+from sis_lightning.datasets.download import md5
+from sis_lightning.datasets.synthetic import write_synthetic
 
 os.environ.setdefault("MPLBACKEND", "agg")
 

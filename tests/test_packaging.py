@@ -72,7 +72,7 @@ def test_it_starts_a_run_from_another_folder_that_holds_no_data(wheel, tmp_path)
     assert "data/synthetic does not exist: writing synthetic data there" in result.stdout
     assert (elsewhere / "data" / "synthetic" / "contact_sheet.png").is_file()
     assert (elsewhere / "runs/seg_voc/res2net14-16w4s-basic-16ch/seed0/checkpoints/last.ckpt").is_file()
-    where = "import sis_lightning.configs as c; print(c.PACKAGED)"
+    where = "import sis_lightning.config_files as c; print(c.PACKAGED)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     ask = [sys.executable, "-c", where]
     found = subprocess.run(ask, capture_output=True, text=True, check=True, env=environment, cwd=elsewhere)

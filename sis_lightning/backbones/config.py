@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from sis_lightning.configs import config_names, find_config, load_layer
+from sis_lightning.config_files import config_names, find_config, read_yaml
 from sis_lightning.errors import UsageError, nearest
 from sis_lightning.operators import operator_class
 
@@ -138,7 +138,7 @@ def backbone_config(name_or_config: str | BackboneConfig | dict[str, Any], **ove
     if isinstance(name_or_config, BackboneConfig):
         values = dataclasses.asdict(name_or_config)
     elif isinstance(name_or_config, str):
-        values = load_layer(find_config(name_or_config, "configs/backbones"))
+        values = read_yaml(find_config(name_or_config, "configs/backbones"))
     else:
         values = dict(name_or_config)
     values |= overrides

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sis_lightning.backbones.body import Backbone, Classifier
+from sis_lightning.backbones.resnet import Backbone
 from sis_lightning.errors import DataError
+from sis_lightning.models.classifier import Classifier
 
 # torchvision's and timm's ResNets share their names; timm's (and the authors') Res2Nets have `convs` and `bns` inside.
 _NAMES = [

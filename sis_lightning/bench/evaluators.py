@@ -9,7 +9,7 @@ import numpy as np
 
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.metrics.coco import COCOTruth, Evaluator
+from sis_lightning.evaluation.coco import COCOTruth, Evaluator
 
 _CLASSES, _BOXES, _FALSE = 80, 36, 4  # classes of the set; boxes and false detections of an image
 _SIDE = 640

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sis_lightning.backbones import create_classifier
 from sis_lightning.bench.paired import Timing, take_turns, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.bench.roofline import Ceilings, ceilings, compiled_traffic, eager_traffic, flops
-from sis_lightning.deploy import deploy
 from sis_lightning.errors import UsageError, nearest
+from sis_lightning.models import create_classifier
+from sis_lightning.models.deploy import deploy
 
 Mode = Literal["train", "inference"]
 _TREATMENTS = ("deploy", "compile", "graphs", "nchw")

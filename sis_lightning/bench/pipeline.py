@@ -15,10 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sis_lightning.bench.paired import Timing
 from sis_lightning.bench.report import Benchmark, benchmark
-from sis_lightning.configs import config_names, resolve
+from sis_lightning.config.compose import resolve
+from sis_lightning.config_files import config_names
 from sis_lightning.datamodules import Batch, SISDataModule
-from sis_lightning.runs import run
-from sis_lightning.synthetic import write_synthetic
+from sis_lightning.datasets.synthetic import write_synthetic
+from sis_lightning.run.lightning_cli import run
 from sis_lightning.tasks import BaseTask
 
 _PACKAGES = ("torch", "torchvision", "lightning")

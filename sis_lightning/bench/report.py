@@ -23,8 +23,8 @@ from rich.table import Table
 from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
 from sis_lightning.machine import usable_cores
-from sis_lightning.results.book import books_in
-from sis_lightning.results.records import write_sealed
+from sis_lightning.run.record import write_sealed
+from sis_lightning.tables.spec import books_in
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sis_lightning.bench.paired import take_turns, waits_for
-from sis_lightning.complexity import OperationCounter
+from sis_lightning.models.complexity import OperationCounter
 
 
 @dataclass(frozen=True)

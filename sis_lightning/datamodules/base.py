@@ -29,15 +29,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
-from sis_lightning.annotations import Defect
-from sis_lightning.cluster.signals import STOPPING
-from sis_lightning.datamodules.download import Archive, download, extract
+from sis_lightning.datasets.annotations import Defect
+from sis_lightning.datasets.constants import SYNTHETIC_MARKER
+from sis_lightning.datasets.download import Archive, download, extract
+from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.evaluation.gathered import Row, Truth
 from sis_lightning.files import digest_files, digest_listing
-from sis_lightning.layouts import SYNTHETIC_MARKER
 from sis_lightning.machine import usable_cores
-from sis_lightning.metrics.gathered import Row, Truth
-from sis_lightning.synthetic import write_synthetic
+from sis_lightning.run.signals import STOPPING
 
 Sample = dict[str, Any]
 Batch = dict[str, Any]

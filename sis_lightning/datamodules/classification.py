@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.transforms import v2
 
 from sis_lightning.datamodules.base import IMAGE_ENDINGS, Sample, SISDataModule, Source, Split, read_image
-from sis_lightning.datamodules.download import Archive, md5
+from sis_lightning.datasets.download import Archive, md5
 from sis_lightning.errors import DataError, UsageError
 
 

@@ -12,15 +12,15 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from sis_lightning.annotations import Annotations, read_coco, read_voc, voc_names
 from sis_lightning.datamodules.base import Sample, SISDataModule, Source, Split, read_image
-from sis_lightning.datamodules.download import Archive, voc_archives
+from sis_lightning.datasets.annotations import Annotations, read_coco, read_voc, voc_names
+from sis_lightning.datasets.constants import VOC_CLASSES
+from sis_lightning.datasets.download import Archive, voc_archives
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.evaluation.coco import COCOTruth, Evaluator, Kind
+from sis_lightning.evaluation.gathered import Row, Truth
+from sis_lightning.evaluation.voc import VOCTruth, write_comp4
 from sis_lightning.files import write_text
-from sis_lightning.layouts import VOC_CLASSES
-from sis_lightning.metrics.coco import COCOTruth, Evaluator, Kind
-from sis_lightning.metrics.gathered import Row, Truth
-from sis_lightning.metrics.voc import VOCTruth, write_comp4
 
 
 class AnnotatedSource(Source):

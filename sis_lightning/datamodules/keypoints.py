@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sis_lightning.annotations import Annotations, load_json
 from sis_lightning.datamodules.base import Batch, FolderSource, Sample, Source, Split
 from sis_lightning.datamodules.detection import AnnotatedSource, COCOFiles
+from sis_lightning.datasets.annotations import Annotations, load_json
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.heatmaps import Crop
+from sis_lightning.models.heatmap_codec import Crop
 
 Boxes = NDArray[np.float64]  # (P, 5): x1, y1, x2, y2, score
 

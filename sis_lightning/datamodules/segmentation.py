@@ -14,11 +14,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from sis_lightning.annotations import Defect
 from sis_lightning.datamodules.base import Sample, SISDataModule, Source, Split, open_image, read_image
-from sis_lightning.datamodules.download import voc_archives
+from sis_lightning.datasets.annotations import Defect
+from sis_lightning.datasets.constants import VOC_CLASSES, VOID
+from sis_lightning.datasets.download import voc_archives
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.layouts import VOC_CLASSES, VOID
 
 
 def read_mask(path: Path, classes: int) -> tv_tensors.Mask:

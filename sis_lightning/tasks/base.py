@@ -24,10 +24,11 @@ from torch.optim.lr_scheduler import (
 )
 from torchmetrics import Metric, MetricCollection, SumMetric
 
-from sis_lightning.backbones import Backbone, BackboneConfig, backbone_config, load_backbone_weights
+from sis_lightning.backbones import Backbone, BackboneConfig, backbone_config
+from sis_lightning.backbones.weights import load_backbone_weights
 from sis_lightning.datamodules import Batch, SISDataModule
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.metrics.gathered import GatheredScores
+from sis_lightning.evaluation.gathered import GatheredScores
 
 OptimizerCallable = Callable[[Iterable[Tensor]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from sis_lightning.backbones import BackboneConfig, create_classifier
+from sis_lightning.backbones import BackboneConfig
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
+from sis_lightning.models import create_classifier
 from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
 
 

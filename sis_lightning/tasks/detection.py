@@ -15,11 +15,12 @@ from torchmetrics import Metric, MetricCollection
 from torchvision.ops import clip_boxes_to_image
 from torchvision.utils import draw_bounding_boxes
 
-from sis_lightning.backbones import BackboneConfig, create_detector
-from sis_lightning.backbones.detection import Norm
+from sis_lightning.backbones import BackboneConfig
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
-from sis_lightning.metrics.gathered import GatheredScores, Row
+from sis_lightning.evaluation.gathered import GatheredScores, Row
+from sis_lightning.models import create_detector
+from sis_lightning.models.detector import Norm
 from sis_lightning.tasks.base import BaseTask, Exportable, Outputs, enlarge
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 
-from sis_lightning.backbones import BackboneConfig, create_segmenter
+from sis_lightning.backbones import BackboneConfig
 from sis_lightning.datamodules import Batch
+from sis_lightning.datasets.constants import VOID, voc_palette
 from sis_lightning.errors import UsageError
-from sis_lightning.layouts import VOID, voc_palette
-from sis_lightning.metrics.segmentation import DatasetIoU
+from sis_lightning.evaluation.iou import DatasetIoU
+from sis_lightning.models import create_segmenter
 from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
 
 

@@ -1,0 +1,226 @@
+"""Kills runs at random moments, several times each, and compares what comes out with a run that nobody touched.
+
+    python -m sis_lightning.bench.soak --kills 200 --out results/resume
+
+Lightning is imported once; every start of a run is a fork of this process, so that a kill costs no imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sis_lightning.run.lightning_cli  # noqa: F401 - what every fork needs
+from sis_lightning.commands.main import main as command_line
+
+TASKS = ("seg_voc", "cls_cifar100", "det_voc", "kpt_coco")
+#: What makes a run of each task one of seconds.
+SMALLER = {
+    "seg_voc": ["--data.crop_size", "32"],
+    "cls_cifar100": [],
+    "det_voc": ["--model.min_size", "64", "--model.max_size", "64"],
+    "kpt_coco": ["--data.input_size", "[64,32]"],
+}
+#: Validation in mid-epoch, and an epoch that the batch does not divide.
+HARDER = {
+    "cls_cifar100": ["--trainer.limit_val_batches=3", "--trainer.val_check_interval=7"],
+    "det_voc": ["--data.limit=20"],
+}
+
+
+def options(task: str, root: Path, run: Path, steps: int = 16) -> list[str]:
+    """A run of seconds with everything that makes resuming hard: workers, augmentation, validation, accumulation."""
+    return [
+        *("fit", f"--config=tasks/{task}.yaml", "--config=configs/demo.yaml", "--config=configs/cluster.yaml"),
+        *(f"--data.root={root}", f"--run_dir={run}", "--data.batch_size=3", "--data.num_workers=1", *SMALLER[task]),
+        *HARDER.get(task, []),
+        *("--model.backbone.channels=8", "--model.backbone.width=4", "--checkpoint_every=1"),
+        *(f"--model.lr_scheduler.init_args.total_steps={steps}", f"--trainer.max_steps={steps}"),
+        *("--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=1"),
+        "--trainer.check_val_every_n_epoch=1",
+    ]
+
+
+def start(arguments: Sequence[str], log: Path) -> int:
+    """Forks a run; returns its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()  # so that its workers die with it
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        code = command_line(list(arguments))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(child: int, seconds: float | None = None) -> int | None:
+    """The exit status of a run, negative for a signal; None where it still goes on after so many seconds."""
+    end = time.monotonic() + (seconds if seconds is not None else 600)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.005)
+
+
+def kill(child: int) -> None:
+    """SIGKILL, for the run and its workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def digest(value: Any) -> str:
+    """A hash of nested data with tensors in it, to the bit."""
+    hasher = hashlib.sha256()
+
+    def feed(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            hasher.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            hasher.update(item.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, dict):
+            for key in sorted(item, key=str):
+                hasher.update(str(key).encode())
+                feed(item[key])
+        elif isinstance(item, list | tuple):
+            for part in item:
+                feed(part)
+        else:
+            hasher.update(repr(item).encode())
+
+    feed(value)
+    return hasher.hexdigest()
+
+
+def outcome(run: Path) -> dict[str, str]:
+    """What must be the same: weights, optimizer, schedulers, metrics, what TensorBoard shows."""
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    rows = list(csv.DictReader((run / "csv" / "fit" / "metrics.csv").open()))
+    return {
+        "step": str(content["global_step"]),
+        "weights": digest(content["state_dict"]),
+        "optimizer": digest(content["optimizer_states"]),
+        "schedulers": digest(content["lr_schedulers"]),
+        "loops": digest(content["run"]["progress"]),
+        "metrics.csv": hashlib.sha256((run / "csv" / "fit" / "metrics.csv").read_bytes()).hexdigest(),
+        "rows": str(len(rows)),
+        "best": digest(torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]),
+    }
+
+
+def undisturbed(task: str, root: Path, folder: Path, steps: int = 16) -> tuple[dict[str, str], float]:
+    """A run that nobody kills: what comes out, and how long it takes."""
+    run, began = folder / f"{task}-undisturbed", time.monotonic()
+    code = wait(start(options(task, root, run, steps), folder / f"{task}.log"))
+    if code != 0:
+        raise RuntimeError((folder / f"{task}.log").read_text()[-3000:])
+    return outcome(run), time.monotonic() - began
+
+
+def tormented(
+    task: str,
+    root: Path,
+    folder: Path,
+    kills: int,
+    usual: float,
+    rng: random.Random,
+    signals: Sequence[int] = (signal.SIGKILL,),
+    steps: int = 16,
+) -> tuple[dict[str, str], dict[str, int]]:
+    """A run that is killed again and again until it has had its share, and then left to finish."""
+    run, log = folder / f"{task}-{rng.randrange(10**9)}", folder / f"{task}-killed.log"
+    counts = {"kills": 0, "starts": 0, "finished early": 0}
+    while True:
+        counts["starts"] += 1
+        child = start(options(task, root, run, steps), log)
+        if counts["kills"] >= kills:
+            code = wait(child)
+            if code != 0:
+                raise RuntimeError(log.read_text()[-3000:])
+            break
+        code = wait(child, rng.uniform(0.1, 0.7) * usual)
+        if code is None:
+            number = rng.choice(signals)
+            if number == signal.SIGKILL:
+                kill(child)
+            else:
+                os.kill(child, number)
+                if wait(child) not in (128 + number, 0, -number):
+                    raise RuntimeError(log.read_text()[-3000:])
+            counts["kills"] += 1
+        elif code != 0:
+            raise RuntimeError(log.read_text()[-3000:])
+        else:
+            counts["finished early"] += 1
+            break
+    result = outcome(run)
+    shutil.rmtree(run)
+    return result, counts
+
+
+def main() -> int:
+    """Soaks; writes a report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--each", type=int, default=5, help="kills of one run")
+    parser.add_argument("--steps", type=int, default=16, help="of one run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/resume"))
+    chosen = parser.parse_args()
+    rng = random.Random(chosen.seed)
+    total = {"kills": 0, "starts": 0, "runs": 0, "finished early": 0, "differences": 0}
+    differing: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with contextlib.redirect_stdout(io.StringIO()):
+            command_line(["synth", str(folder / "data"), "--images", "24", "--size", "64", "--min-object", "12"])
+        usual = {task: undisturbed(task, folder / "data", folder, chosen.steps) for task in TASKS}
+        while total["kills"] < chosen.kills:
+            for task in TASKS:
+                want, seconds = usual[task]
+                got, counts = tormented(task, folder / "data", folder, chosen.each, seconds, rng, steps=chosen.steps)
+                for key, count in counts.items():
+                    total[key] += count
+                total["runs"] += 1
+                different = sorted(key for key in want if want[key] != got[key])
+                total["differences"] += bool(different)
+                differing += [f"{task}: {', '.join(different)}"] if different else []
+                print(f"{task}: {total}", flush=True)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    report = {**total, "differing": differing, "seed": chosen.seed, "torch": torch.__version__}
+    (chosen.out / "soak.json").write_text(json.dumps(report, indent=1) + "\n")
+    return bool(total["differences"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

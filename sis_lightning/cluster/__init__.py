@@ -1,1 +1,0 @@
-"""Runs that survive a cluster: safe checkpoints, exact resume, SLURM."""

@@ -1,0 +1,1 @@
+"""Configuration: YAML files composed into one run."""

@@ -1,0 +1,1 @@
+"""Metrics over whole splits, as the benchmarks define them."""

@@ -1,0 +1,22 @@
+"""The convolution operators of the paper, and what makes further ones fit in."""
+
+from sis_lightning.operators import sis  # registers the paper's operators
+from sis_lightning.operators.base import (
+    SISOperator,
+    create_operator,
+    operator_class,
+    operator_names,
+    register_operator,
+)
+from sis_lightning.operators.replace import ReplacementReport, replace_convs
+
+__all__ = [
+    "ReplacementReport",
+    "SISOperator",
+    "create_operator",
+    "operator_class",
+    "operator_names",
+    "register_operator",
+    "replace_convs",
+    "sis",
+]

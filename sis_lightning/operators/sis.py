@@ -1,0 +1,223 @@
+"""The SIS operators: section 3 of Zhou, Fu, Liu, "SIS: A new multi-scale convolutional operator" (JUSTC 2022).
+
+Each operator stands in for one k×k convolution C_in → C and is linear: no bias unless asked for, no norm and
+no activation inside. Notation as in the paper: ``*`` convolves, ``[ , , ]`` concatenates over channels, K1 maps
+C_in → C/2, K2 and K3 map to C/4, and Y1 = K1 * X = [Y11, Y12] in halves of C/4 channels.
+
+=============== ============ =============== =====================================================================
+name            paper        equations       output
+=============== ============ =============== =====================================================================
+`conv`          regular      1               K * X
+`basic`         Basic SIS    2-5, Fig. 1c    [Y1, Y2, Y3], Y2 = K2 * Y1, Y3 = K3 * Y2
+`interactive1`  I, layers    8-12, Fig. 1d   [Y1, K2 * (A + B), K3 * (A + B)], A = K2 * Y11, B = K3 * Y12
+`interactive2`  II, layers   13-15, Fig. 1e  [Y1, K2 * (A + Y12), K3 * (Y11 + B)]
+`recurrent1`    I, time      19-23, Fig. 1f  [Y1, h_T, g_T], h_1 = K2 * Y11, h_t = K2 * (h_{t-1} + Y11); g: K3, Y12
+`recurrent2`    II, time     24, Fig. 1g     [Y1, h_1 + … + h_T, g_1 + … + g_T]
+=============== ============ =============== =====================================================================
+
+Every class has two forms of the same mathematics over the same state dict: `SISOperator.literal` follows the
+equations line by line and is the reference; `SISOperator.fast` does the same work in fewer passes over memory
+and is what `forward` runs. It has two halves, `prepare` (of the kernels alone, which a trained network needs once)
+and `parts` (of the image). Stride lies on K1; dilation, groups and "same" padding are alike for all kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sis_lightning.operators.base import SISOperator, register_operator
+
+
+@register_operator("conv")
+class Conv(SISOperator):
+    """Regular convolution, eq. 1: Y = K * X."""
+
+    channel_multiple = 1
+    K: Tensor
+
+    def kernel_shapes(self) -> dict[str, tuple[int, int]]:
+        """One kernel, C_in → C."""
+        return {"K": (self.out_channels, self.in_channels)}
+
+    def literal(self, x: Tensor) -> Tensor:
+        """Eq. 1."""
+        return self.convolve(x, self.K, stride=self.stride)
+
+    def prepare(self) -> dict[str, Tensor]:
+        """K alone."""
+        return {"last": self.K}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """As the equation."""
+        return [self.convolve(x, kernels["last"], bias, stride=self.stride)]
+
+
+@register_operator("basic")
+class Basic(SISOperator):
+    """Basic SIS, eqs. 2-5, Fig. 1c: three convolutions in sequence, every one's output kept."""
+
+    def kernel_shapes(self) -> dict[str, tuple[int, int]]:
+        """K2 narrows C/2 → C/4."""
+        half, quarter = self.out_channels // 2, self.out_channels // 4
+        return {"K1": (half, self.in_channels), "K2": (quarter, half), "K3": (quarter, quarter)}
+
+    def literal(self, x: Tensor) -> Tensor:
+        """Eqs. 2-5."""
+        Y1 = self.transform(x)
+        Y2 = self.convolve(Y1, self.K2)
+        Y3 = self.convolve(Y2, self.K3)
+        return torch.cat([Y1, Y2, Y3], dim=1)
+
+    def prepare(self) -> dict[str, Tensor]:
+        """The paper's kernels."""
+        return {"K1": self.K1, "K2": self.K2, "last": self.K3}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """As the equations: they waste nothing."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        Y2 = self.convolve(Y1, kernels["K2"])
+        return [Y1, Y2, self.convolve(Y2, kernels["last"], bias)]
+
+
+@register_operator("interactive1")
+class Interactive1(SISOperator):
+    """Interactive SIS-I (inter-layer), eqs. 8-12, Fig. 1d: both paths see the sum of the first layer."""
+
+    def literal(self, x: Tensor) -> Tensor:
+        """Eqs. 8-12."""
+        Y1 = self.transform(x)
+        Y11, Y12 = Y1.chunk(2, dim=1)
+        A, B = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
+        Y112, Y122 = self.convolve(A + B, self.K2), self.convolve(A + B, self.K3)
+        return torch.cat([Y1, Y112, Y122], dim=1)
+
+    def prepare(self) -> dict[str, Tensor]:
+        """K2 and K3 side by side, and one above the other."""
+        if self.groups > 1:
+            # A group's channels of Y11 and Y12 do not lie side by side.
+            return {**self.kernels(), "last": self.K3}
+        return {"K1": self.K1, "sum": torch.cat([self.K2, self.K3], dim=1), "last": torch.cat([self.K2, self.K3])}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """S = A + B is one convolution of the whole Y1: no adds, no copied halves."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        if "sum" in kernels:
+            S = self.convolve(Y1, kernels["sum"])
+            return [Y1, self.convolve(S, kernels["last"], bias)]
+        Y11, Y12 = Y1.chunk(2, dim=1)
+        S = self.convolve(Y11, kernels["K2"]) + self.convolve(Y12, kernels["K3"])
+        return [Y1, self.convolve(S, kernels["K2"]), self.convolve(S, kernels["last"], bias)]
+
+
+class _TwoPaths(SISOperator):
+    """Operators whose paths Y11 → K2 and Y12 → K3 run as the two halves of one grouped convolution."""
+
+    def prepare(self) -> dict[str, Tensor]:
+        """K2 above K3; as `last` once more, for what is folded into that alone."""
+        K23 = torch.cat([self.K2, self.K3])
+        return {"K1": self.K1, "K23": K23, "last": K23}
+
+    def both(self, y: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[K2 * y1, K3 * y2] for y = [y1, y2] and kernels = [K2; K3]."""
+        return self.convolve(y, kernels, bias, groups=2 * self.groups)
+
+
+@register_operator("interactive2")
+class Interactive2(_TwoPaths):
+    """Interactive SIS-II (cross-layer), eqs. 13-15, Fig. 1e: each path sees the other's input."""
+
+    def literal(self, x: Tensor) -> Tensor:
+        """Eqs. 8, 13-15."""
+        Y1 = self.transform(x)
+        Y11, Y12 = Y1.chunk(2, dim=1)
+        A, B = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
+        Y112, Y122 = self.convolve(A + Y12, self.K2), self.convolve(Y11 + B, self.K3)
+        return torch.cat([Y1, Y112, Y122], dim=1)
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """Both paths at once; crossing them is adding Y1 with its halves swapped."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        AB = self.both(Y1, kernels["K23"])
+        swapped = Y1.roll(self.out_channels // 4, dims=1)
+        return [Y1, self.both(AB + swapped, kernels["last"], bias)]
+
+
+class _Recurrent(_TwoPaths):
+    """Operators that run each path's kernel T times."""
+
+    recurrent = True
+
+    def plus_identity(self, kernels: Tensor, times: int) -> Tensor:
+        """K + times · δ, so that (K + times · δ) * y = K * y + times · y within each group."""
+        inputs, middle = kernels.shape[1], kernels.shape[-1] // 2
+        identity = torch.eye(inputs, dtype=kernels.dtype, device=kernels.device)
+        sums = kernels.clone()
+        sums[:, :, middle, middle].view(-1, inputs, inputs).add_(identity, alpha=times)
+        return sums
+
+
+@register_operator("recurrent1")
+class Recurrent1(_Recurrent):
+    """Recurrent SIS-I, eqs. 19-23, Fig. 1f: the final step alone."""
+
+    def literal(self, x: Tensor) -> Tensor:
+        """Eqs. 19-23 for any T."""
+        Y1 = self.transform(x)
+        Y11, Y12 = Y1.chunk(2, dim=1)
+        h, g = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
+        for _ in range(2, self.steps + 1):
+            h, g = self.convolve(h + Y11, self.K2), self.convolve(g + Y12, self.K3)
+        return torch.cat([Y1, h, g], dim=1)
+
+    def prepare(self) -> dict[str, Tensor]:
+        """K + δ too."""
+        kernels = super().prepare()
+        return {**kernels, "first": self.plus_identity(kernels["K23"], 1)}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """With u_t = h_t + Y1: u_1 = (K + δ) * Y1, u_t = K * u_{t-1} + Y1, and h_T = K * u_{T-1}."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        u = Y1 if self.steps == 1 else self.both(Y1, kernels["first"])
+        for _ in range(2, self.steps):
+            u = self.both(u, kernels["K23"]) + Y1
+        return [Y1, self.both(u, kernels["last"], bias)]
+
+
+@register_operator("recurrent2")
+class Recurrent2(_Recurrent):
+    """Recurrent SIS-II, eq. 24, Fig. 1g: all steps fused by their sum."""
+
+    def literal(self, x: Tensor) -> Tensor:
+        """Eq. 24 for any T."""
+        Y1 = self.transform(x)
+        Y11, Y12 = Y1.chunk(2, dim=1)
+        h, g = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
+        sum_h, sum_g = h, g
+        for _ in range(2, self.steps + 1):
+            h, g = self.convolve(h + Y11, self.K2), self.convolve(g + Y12, self.K3)
+            sum_h, sum_g = sum_h + h, sum_g + g
+        return torch.cat([Y1, sum_h, sum_g], dim=1)
+
+    def prepare(self) -> dict[str, Tensor]:
+        """For T = 2, the paper's, the last convolution is one with K + 2δ."""
+        K23 = torch.cat([self.K2, self.K3])
+        if self.steps == 1:
+            return {"K1": self.K1, "last": K23}
+        second = self.plus_identity(K23, 2)
+        if self.steps == 2:
+            return {"K1": self.K1, "K23": K23, "last": second}
+        return {"K1": self.K1, "K23": K23, "second": second}
+
+    def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        """With s_t = h_1 + … + h_t: s_t = K * s_{t-1} + t · h_1, so s_2 = (K + 2δ) * h_1 in one pass."""
+        Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
+        if self.steps == 1:
+            return [Y1, self.both(Y1, kernels["last"], bias)]
+        first = self.both(Y1, kernels["K23"])
+        if self.steps == 2:
+            return [Y1, self.both(first, kernels["last"], bias)]
+        total = self.both(first, kernels["second"])
+        for step in range(3, self.steps + 1):
+            total = self.both(total, kernels["K23"]) + step * first
+        return [Y1, total]

@@ -1,0 +1,1 @@
+"""Tables of results, filled from recorded test runs."""

@@ -1,0 +1,608 @@
+"""Figures of the tables and of how runs learnt: PNG and SVG.
+
+The style sheet beside this file holds fonts and colours. A row has one colour and one marker in all figures of a table;
+nothing is told by colour alone. Filled markers are ours, hollow ones what the paper prints, and the title says what
+ours were measured on. What takes torch to draw lies in `attribution.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from sis_lightning.errors import UsageError, nearest
+from sis_lightning.files import write_bytes
+from sis_lightning.run.record import Record
+from sis_lightning.tables.cells import Cell, Evidence, Filled, Line
+from sis_lightning.tables.render import drawn_from
+from sis_lightning.tables.spec import BUILT_IN, Column
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: As `draw` and the command line call them.
+FIGURES = ("accuracy", "sizes", "curves", "receptive-fields", "activation-maps")
+#: The metrics of an object's size, by COCO's bounds of area, in the order in which they are drawn.
+SIZES = {
+    "test/APs": "AP(S)",
+    "test/APm": "AP(M)",
+    "test/APl": "AP(L)",
+    "test/ARs": "AR(S)",
+    "test/ARm": "AR(M)",
+    "test/ARl": "AR(L)",
+}
+_AXES = {"parameters": ("parameters, M", 1e-6), "macs": ("MACs of one image, G", 1e-9)}
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "<", ">", "h")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+#: What tells a printed figure from a measured one; around it, where the two are the same.
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7.5, "zorder": 3}
+_ENDINGS: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
+#: For what draws or writes a figure.
+styled = matplotlib.style.context(Path(__file__).with_name("paper.mplstyle"))
+
+
+def draw(
+    names: Sequence[str],
+    tables: Sequence[Filled],
+    evidence: Sequence[Evidence],
+    folder: Path,
+    runs: Sequence[Path] = (),
+) -> list[Path]:
+    """Draws figures, each as PNG and SVG; those that there is no data for are left out.
+
+    Args:
+        names: Of `FIGURES`; none for all, `activation-maps` only with `runs`.
+        tables: Filled ones, each with figures of its own.
+        evidence: The records that they were filled from.
+        folder: Where to write: `accuracy_table_3.png`, `receptive_fields.svg` and so on.
+        runs: Directories of classification runs, for `activation-maps`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UsageError: For a name that there is not, or runs that cannot be shown together.
+        DataError: For a run without a checkpoint, or whose data is not there.
+    """
+    for name in names:
+        if name not in FIGURES:
+            raise UsageError(f"there is no figure '{name}': {nearest(name, FIGURES)}")
+    if "activation-maps" in names and not runs:
+        raise UsageError("activation-maps shows what runs look at: name their directories, --runs DIR DIR")
+    wanted = [name for name in FIGURES if name in names or (not names and (name != "activation-maps" or runs))]
+    of_tables: dict[str, Callable[[Filled], Figure | None]] = {
+        "accuracy": accuracy,
+        "sizes": lambda filled: by_size(filled, evidence),
+        "curves": lambda filled: curves(filled, evidence),
+    }
+    written = []
+    for name in wanted:
+        if name == "receptive-fields":
+            from sis_lightning.tables.attribution import receptive_fields
+
+            written += write(receptive_fields(), folder / "receptive_fields")
+        elif name == "activation-maps":
+            from sis_lightning.tables.attribution import activation_maps
+
+            written += write(activation_maps(runs), folder / "activation_maps")
+        else:
+            for filled in tables:
+                figure = of_tables[name](filled)
+                if figure is not None:
+                    written += write(figure, folder / f"{name}_{filled.table.slug}", drawn_from(filled))
+    return written
+
+
+def write(figure: Figure, stem: Path, source: str | None = None) -> list[Path]:
+    """Writes a figure as `stem`.png (200 dpi) and `stem`.svg, the same bytes for the same figure.
+
+    Args:
+        figure: To write.
+        stem: Its path without an ending.
+        source: What it was drawn from (`drawn_from`), kept among its metadata.
+    """
+    paths = [stem.with_name(f"{stem.name}{ending}") for ending in (".png", ".svg")]
+    for path in paths:
+        _write(figure, path, {"Source": source} if source else {})
+    return paths
+
+
+@styled
+def _write(figure: Figure, path: Path, more: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], metadata={**_ENDINGS[path.suffix], **more})
+    write_bytes(path, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Rows under one configuration: what is compared with each other.
+
+    Attributes:
+        title: Of their group, where labels come back in another.
+        lines: The rows.
+        columns: Indices of the metrics that one run measures.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    columns: tuple[int, ...]
+
+
+def _series(filled: Filled) -> list[_Series]:
+    """By groups, where a label is in more than one of them, and by what measures the columns."""
+    table = filled.table
+    by_run: dict[str, list[int]] = {}
+    for index, column in enumerate(table.columns):
+        if not column.counted:
+            by_run.setdefault(f"{column.run.name} {sorted(column.backbone.items())}", []).append(index)
+    labels = [line.row.label for line in filled.lines]
+    groups = [("", filled.lines)]
+    if len({*labels}) < len(labels):
+        groups = [(group.title, tuple(x for x in filled.lines if x.group is group)) for group in table.groups]
+    return [_Series(title, lines, tuple(columns)) for columns in by_run.values() for title, lines in groups]
+
+
+def _names(filled: Filled, chosen: Sequence[_Series]) -> list[str]:
+    """What tells the series from each other; nothing for a single one."""
+    heads = [filled.table.columns[series.columns[0]].label for series in chosen]
+    titles = [series.title for series in chosen]
+    parts = [kind for kind in (titles, heads) if len({*kind}) > 1]
+    return [", ".join(part for part in names if part) for names in zip(*parts, strict=True)] or [""] * len(chosen)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a row is drawn."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+    def handle(self, label: str, *, line: bool = False, hollow: bool = False) -> Line2D:
+        """Its entry in a legend."""
+        face = _HOLLOW if hollow else {}
+        return Line2D(
+            [],
+            [],
+            color=self.colour,
+            marker=self.marker,
+            linestyle=self.dashes if line else "none",
+            label=label,
+            **face,
+        )
+
+
+def _look(number: int) -> _Look:
+    colours = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    dashes = _DASHES[number % len(_DASHES)]
+    return _Look(colours[number % len(colours)], _MARKERS[number % len(_MARKERS)], dashes)
+
+
+def _looks(filled: Filled) -> dict[str, _Look]:
+    """By the rows' labels. An operator of the paper's looks the same in all tables."""
+    own = {name: number for number, name in enumerate(BUILT_IN[1:])}
+    numbers: dict[str, int] = {}
+    free = len(own)
+    for line in filled.lines:
+        label, operator = line.row.label, line.row.operator
+        if label in numbers:
+            continue
+        if operator in own and own[operator] not in numbers.values():
+            numbers[label] = own[operator]
+        else:
+            numbers[label] = free
+            free += 1
+    return {label: _look(number) for label, number in numbers.items()}
+
+
+def _headed(figure: Figure, filled: Filled, *said: str) -> None:
+    """Title, and what is to be known of the figures below it."""
+    lines = [f"Table {filled.table.id}: {filled.table.title}"]
+    lines += [part for text in said if text for part in textwrap.wrap(text, 84)]
+    figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", linespacing=1.4)
+
+
+def _origin(filled: Filled, cells: Iterable[Cell]) -> str:
+    """Whose figures are drawn, and what ours are."""
+    cells = list(cells)
+    printed = [cell for cell in cells if filled.table.of and cell.printed is not None]
+    parts = []
+    if printed:
+        again = sum(cell.state == "reproduced" for cell in printed)
+        often = f", {again} of {len(printed)} reproduced" if again else ", not reproduced"
+        parts.append(f"hollow: printed by {filled.table.of}{often}")
+    states = list(dict.fromkeys(cell.state for cell in cells if cell.values))
+    if states:
+        counts = sorted({len(cell.values) for cell in cells if cell.values})
+        seeds = "one seed each" if counts == [1] else f"mean and standard deviation of {_span(counts)} seeds"
+        parts.append(f"filled: ours ({', '.join(states)}), {seeds}")
+    return "; ".join(parts)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def _legend(figure: Figure, filled: Filled, looks: Mapping[str, _Look], cells: Iterable[Cell]) -> None:
+    """Rows, and what filled and hollow markers are."""
+    cells = list(cells)
+    states = list(dict.fromkeys(cell.state for cell in cells if cell.values))
+    printed = bool(filled.table.of) and any(cell.printed is not None for cell in cells)
+    handles = [look.handle(label, hollow=not states) for label, look in looks.items()]
+    plain = _Look("0.35", "o", "none")
+    handles += [plain.handle(f"printed by {filled.table.of}", hollow=True)] if printed else []
+    handles += [plain.handle(f"ours, {state}") for state in states]
+    figure.legend(handles=handles, loc="outside right upper")
+
+
+@styled
+def accuracy(filled: Filled) -> Figure | None:
+    """The table's first metric against parameters and against MACs of the whole model, as the code counts them.
+
+    A marker a row: filled for our mean over the seeds, with their standard deviation; hollow for what the paper prints.
+    Where several columns or groups have that metric, a line joins the markers of one row.
+
+    Args:
+        filled: A table.
+
+    Returns:
+        Two panels with one vertical axis, in the metric's unit in the table; None where nothing is to be drawn.
+    """
+    columns = filled.table.columns
+    first = next((column for column in columns if not column.counted), None)
+    if first is None:
+        return None
+    placed: list[tuple[_Series, int]] = []
+    for series in _series(filled):
+        index = next((i for i in series.columns if columns[i].metric == first.metric), None)
+        cells = [line.cells[index] for line in series.lines] if index is not None else []
+        if index is not None and any(_shown(filled, cell) for cell in cells):
+            placed.append((series, index))
+    axes_of = [metric for metric in _AXES if any(_size(filled, i, metric) is not None for _, i in placed)]
+    if not axes_of:
+        return None
+    names, looks = _names(filled, [series for series, _ in placed]), _looks(filled)
+    figure = Figure(figsize=(7.2, 3.3))
+    panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
+    for metric, axis in zip(axes_of, panels, strict=True):
+        _against(axis, _points(filled, placed, names, metric), looks)
+        axis.set_xlabel(_AXES[metric][0])
+    heads = {columns[index].label for _, index in placed}
+    panels[0].set_ylabel(f"{first.metric if len(heads) > 1 else first.label} ({first.better} is better)")
+    cells = [line.cells[index] for series, index in placed for line in series.lines]
+    drawn = {line.row.label for series, i in placed for line in series.lines if _shown(filled, line.cells[i])}
+    _legend(figure, filled, {label: look for label, look in looks.items() if label in drawn}, cells)
+    _headed(figure, filled, _origin(filled, cells))
+    return figure
+
+
+def _shown(filled: Filled, cell: Cell) -> bool:
+    return bool(cell.values) or (bool(filled.table.of) and cell.printed is not None)
+
+
+def _size(filled: Filled, index: int, metric: str) -> int | None:
+    """The column that counts parameters or MACs of what another measures."""
+    columns = filled.table.columns
+    own = columns[index]
+    found = [
+        i
+        for i, column in enumerate(columns)
+        if column.metric == metric and column.run.name == own.run.name and column.backbone == own.backbone
+    ]
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A marker of `accuracy`.
+
+    Attributes:
+        label: The row's.
+        printed: Whether the paper prints it; else it is ours.
+        series: Name of its series.
+        x: Parameters in millions, or MACs in thousands of millions.
+        y: The metric.
+        spread: Standard deviation over the seeds, of two and more.
+    """
+
+    label: str
+    printed: bool
+    series: str
+    x: float
+    y: float
+    spread: float | None = None
+
+
+def _points(
+    filled: Filled, placed: Sequence[tuple[_Series, int]], names: Sequence[str], metric: str
+) -> list[list[_Point]]:
+    """Of each series."""
+    found: list[list[_Point]] = []
+    for (series, index), name in zip(placed, names, strict=True):
+        found.append([])
+        size = _size(filled, index, metric)
+        for line in series.lines if size is not None else ():
+            count, cell, label = line.cells[size or 0].mean, line.cells[index], line.row.label
+            if count is None:
+                continue
+            x = count / filled.table.columns[size or 0].scale * _AXES[metric][1]
+            if filled.table.of and cell.printed is not None:
+                found[-1].append(_Point(label, True, name, x, cell.printed))
+            if cell.mean is not None:
+                found[-1].append(_Point(label, False, name, x, cell.mean, cell.std))
+    return found
+
+
+def _mark(axis: Axes, points: Iterable[_Point], looks: Mapping[str, _Look]) -> None:
+    for point in points:
+        look = looks[point.label]
+        if point.printed:
+            axis.plot(point.x, point.y, look.marker, color=look.colour, **_HOLLOW)
+        else:
+            axis.errorbar(point.x, point.y, point.spread, fmt=look.marker, color=look.colour)
+
+
+def _against(axis: Axes, found: Sequence[Sequence[_Point]], looks: Mapping[str, _Look]) -> None:
+    """A panel of `accuracy`: its markers, and lines that join those of one row."""
+    every = [point for points in found for point in points]
+    _mark(axis, every, looks)
+    chains: dict[tuple[str, bool], list[_Point]] = {}
+    for point in every:
+        chains.setdefault((point.label, point.printed), []).append(point)
+    for (row, printed), chain in chains.items():
+        if len(chain) > 1:
+            way = [point.x for point in chain], [point.y for point in chain]
+            axis.plot(*way, "--" if printed else "-", color=looks[row].colour, linewidth=0.7, alpha=0.6, zorder=1)
+    axis.margins(0.12)
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    text: dict[str, Any] = {"fontsize": 8, "color": "0.25", "textcoords": "offset points"}
+    if len(found) > 1 and max(len({point.label for point in points}) for points in found) > 2:
+        for points in found:
+            if points:
+                highest = max(points, key=lambda point: point.y + (point.spread or 0))
+                place = (highest.x, highest.y + (highest.spread or 0))
+                axis.annotate(highest.series, place, (0, 7), ha="center", va="bottom", **text)
+    elif len(found) > 1:  # names beside each marker would lie over each other
+        middle = sum(axis.get_xlim()) / 2
+        for chain in chains.values():
+            last, name = chain[-1], f"{chain[0].series} … {chain[-1].series}"
+            side = 1 if last.x < middle else -1
+            axis.annotate(
+                name, (last.x, last.y), (9 * side, -9), ha="left" if side > 0 else "right", va="center", **text
+            )
+    else:
+        _zoom(axis, every, looks)
+
+
+def _zoom(axis: Axes, points: Sequence[_Point], looks: Mapping[str, _Look]) -> None:
+    """Shows three and more markers that lie over each other once more, larger, where the panel is empty."""
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    shares = [((point.x - left) / (right - left), (point.y - low) / (high - low)) for point in points]
+    near = [[i for i, (x, y) in enumerate(shares) if abs(x - u) < 0.06 and abs(y - v) < 0.04] for u, v in shares]
+    crowd = max(near, key=len, default=[])
+    side = 0.42
+    corners = [(x, y) for y in (0.5, 0.3, 0.1) for x in (0.3, 0.54, 0.2)]
+    empty = [
+        (x, y)
+        for x, y in corners
+        # Left of it and below, its own numbers.
+        if not any(x - 0.22 < u < x + side + 0.04 and y - 0.16 < v < y + side + 0.1 for u, v in shares)
+    ]
+    if len(crowd) < 3 or not empty:
+        return
+    inset = axis.inset_axes((*empty[0], side, side))
+    _mark(inset, [points[i] for i in crowd], looks)
+    inset.margins(0.2)
+    inset.xaxis.set_major_locator(MaxNLocator(2))
+    inset.yaxis.set_major_locator(MaxNLocator(3))
+    inset.spines[:].set(visible=True, color="0.6")
+    inset.set_title("enlarged", pad=2)
+
+
+def _records(series: _Series, line: Line, known: Mapping[str, Evidence]) -> list[Record]:
+    """What a row was measured by, by seed."""
+    names = dict.fromkeys(name for index in series.columns for name in line.cells[index].records)
+    return [known[name].record for name in names if name in known]
+
+
+@styled
+def by_size(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
+    """Average precision and recall by the size of objects: small, medium, large as COCO has them.
+
+    Args:
+        filled: A table.
+        evidence: Records; those of its cells are shown, filled, and printed figures of its columns, hollow.
+
+    Returns:
+        A panel for each group, in the unit of the table's first metric; None where no size was measured or printed.
+    """
+    known = {piece.name: piece for piece in evidence}
+    columns = filled.table.columns
+    chosen, found = [], []
+    for series in _series(filled):
+        scale = columns[series.columns[0]].scale
+        values: dict[tuple[str, str], list[float]] = {}
+        printed: dict[tuple[str, str], float] = {}
+        for line in series.lines:
+            for record in _records(series, line, known):
+                for metric in SIZES:
+                    if (value := record["metrics"].get(metric)) is not None:
+                        values.setdefault((metric, line.row.label), []).append(value * scale)
+            for index in series.columns:
+                cell = line.cells[index]
+                if columns[index].metric in SIZES and filled.table.of and cell.printed is not None:
+                    printed[columns[index].metric, line.row.label] = cell.printed
+        if values or printed:
+            chosen.append(series)
+            found.append((values, printed))
+    if not chosen:
+        return None
+    looks = _looks(filled)
+    figure = Figure(figsize=(7.2, 1.2 + 2.3 * len(chosen)))
+    panels = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
+    for axis, series, name, (values, printed) in zip(panels, chosen, _names(filled, chosen), found, strict=True):
+        metrics = [metric for metric in SIZES if any(metric == key for key, _ in (*values, *printed))]
+        rows = [line.row.label for line in series.lines if any(line.row.label == row for _, row in (*values, *printed))]
+        for place, metric in enumerate(metrics):
+            if place:
+                axis.axvline(place - 0.5, color="0.8", linewidth=0.6)
+            for number, row in enumerate(rows):
+                x = place + 0.75 * ((number + 0.5) / len(rows) - 0.5)
+                look, key = looks[row], (metric, row)
+                if key in printed:
+                    axis.plot(x, printed[key], look.marker, color=look.colour, **_HOLLOW)
+                if key in values:
+                    spread = statistics.stdev(values[key]) if len(values[key]) > 1 else None
+                    axis.errorbar(x, statistics.fmean(values[key]), spread, fmt=look.marker, color=look.colour)
+        axis.set_xticks(range(len(metrics)), [SIZES[metric] for metric in metrics])
+        axis.set_xlim(-0.5, len(metrics) - 0.5)
+        axis.grid(visible=False, axis="x")
+        axis.tick_params(axis="x", length=0)
+        percent = columns[series.columns[0]].scale == 100
+        axis.set_ylabel("AP, AR in percent" if percent else "AP, AR")
+        axis.set_title(name, loc="left")
+    shown = [key[1] for values, printed in found for key in (*values, *printed)]
+    cells = [cell for series in chosen for line in series.lines for cell in _of_sizes(columns, series, line)]
+    _legend(figure, filled, {label: look for label, look in looks.items() if label in shown}, cells)
+    _headed(figure, filled, "By the size of objects (S, M, L); " + _origin(filled, cells))
+    return figure
+
+
+def _of_sizes(columns: Sequence[Column], series: _Series, line: Line) -> list[Cell]:
+    """A row's cells of sizes; where there is none, what is measured of the first: its records have them."""
+    cells = [line.cells[index] for index in series.columns if columns[index].metric in SIZES]
+    return cells or [dataclasses.replace(line.cells[series.columns[0]], printed=None)]
+
+
+def over_seeds(found: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Curves of one metric over several seeds.
+
+    Args:
+        found: Value by step, of each seed.
+
+    Returns:
+        The steps that all have, and of each the mean, the lowest and the highest value.
+    """
+    steps = sorted(set.intersection(*({*curve} for curve in found))) if found else []
+    values = np.array([[curve[step] for step in steps] for curve in found]).reshape(len(found), len(steps))
+    if not steps:
+        return [], np.empty(0), np.empty(0), np.empty(0)
+    return steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+@styled
+def curves(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
+    """How rows learnt: the metric that chooses checkpoints on the val split, and the training loss, by step.
+
+    Args:
+        filled: A table.
+        evidence: Records; those of its cells are shown.
+
+    Returns:
+        A line of panels for each group and run: the mean over the seeds, in a band from the lowest to the highest seed;
+        None where nothing was measured.
+    """
+    known = {piece.name: piece for piece in evidence}
+    chosen: list[_Series] = []
+    found: list[dict[str, list[Record]]] = []
+    for series in _series(filled):
+        of_rows = {line.row.label: _records(series, line, known) for line in series.lines}
+        rows = {label: records for label, records in of_rows.items() if any(_curve(r) for r in records)}
+        if rows:
+            chosen.append(series)
+            found.append(rows)
+    if not chosen:
+        return None
+    looks = _looks(filled)
+    figure = Figure(figsize=(7.2, 0.8 + 2.5 * len(chosen)))
+    panels = figure.subplots(len(chosen), 2, squeeze=False)
+    for pair, name, rows in zip(panels, _names(filled, chosen), found, strict=True):
+        heads = dict.fromkeys(_curve(record) for records in rows.values() for record in records)
+        for axis, key in zip(pair, (next(filter(None, heads)), "train/loss"), strict=True):
+            for label, records in rows.items():
+                _band(axis, looks[label], [dict(r["curves"].get(key, ())) for r in records if key in r["curves"]])
+            axis.set_title(f"{name}: {key}" if name else key, loc="left")
+            _steps(axis)
+    labels = {label for rows in found for label in rows}
+    handles = [look.handle(label, line=True) for label, look in looks.items() if label in labels]
+    figure.legend(handles=handles, loc="outside right upper")
+    cells = [line.cells[series.columns[0]] for series in chosen for line in series.lines]
+    states = ", ".join(dict.fromkeys(cell.state for cell in cells if cell.values))
+    seeds = sorted({len(records) for rows in found for records in rows.values()})
+    many = "one seed each" if seeds == [1] else f"mean of {_span(seeds)} seeds, band: lowest to highest"
+    _headed(figure, filled, f"Learning curves of ours ({states}), {many}")
+    return figure
+
+
+def _curve(record: Record) -> str:
+    """The val metric that a record has a curve of; empty where it has none."""
+    return next((key for key, points in record.get("curves", {}).items() if key != "train/loss" and points), "")
+
+
+def _band(axis: Axes, look: _Look, found: Sequence[Mapping[int, float]]) -> None:
+    steps, mean, low, high = over_seeds(found)
+    if not steps:
+        return
+    every = max(1, len(steps) // 6)
+    axis.plot(steps, mean, color=look.colour, marker=look.marker, linestyle=look.dashes, markersize=4, markevery=every)
+    if len(found) > 1:
+        axis.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
+
+
+def _steps(axis: Axes) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+@styled
+def draw_pair(
+    found: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], labels: tuple[str, str], path: Path
+) -> None:
+    """Draws the curves of two runs over each other, for `sis-lightning compare`.
+
+    Args:
+        found: By metric, value by step of the first and of the second.
+        labels: Of the two.
+        path: A .png, .svg or .pdf.
+
+    Raises:
+        UsageError: For another ending.
+    """
+    if path.suffix not in _ENDINGS:
+        raise UsageError(f"{path}: its ending must be one of {', '.join(_ENDINGS)}")
+    looks = (_look(6), _look(3))
+    # At most three beside each other.
+    across = min(3, len(found))
+    down = math.ceil(len(found) / across)
+    figure = Figure(figsize=(max(4.5, 2.9 * across), 0.8 + 2.5 * down))
+    panels = figure.subplots(down, across, squeeze=False).reshape(-1)
+    for axis in panels[len(found) :]:
+        axis.set_axis_off()
+    for axis, (key, pair) in zip(panels, found.items(), strict=False):
+        for curve, look in zip(pair, looks, strict=True):
+            _band(axis, look, [curve])
+        axis.set_title(key, loc="left")
+        _steps(axis)
+    handles = [look.handle(label, line=True) for look, label in zip(looks, labels, strict=True)]
+    figure.legend(handles=handles, loc="outside upper left")
+    _write(figure, path)

@@ -1,0 +1,187 @@
+"""YAML: found from anywhere, laid in layers, every file in the tree valid."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from sis_lightning.config.compose import compose, load_layer, merge, resolve
+from sis_lightning.config_files import PACKAGED, config_names, find_config
+from sis_lightning.errors import UsageError
+
+TASKS = config_names("tasks")
+
+
+@pytest.mark.parametrize("overlay", [[], ["--config", "configs/demo.yaml"]], ids=["recipe", "demo"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_resolves(command, task, overlay):
+    result = command("fit", "--config", f"tasks/{task}.yaml", *overlay, "--print_config")
+    assert result.code == 0, result.err
+    resolved = yaml.safe_load(result.out)
+    assert resolved["task"] == task
+    # What was written in the file is what the run gets.
+    written = compose([f"tasks/{task}.yaml", *overlay[1:]])
+
+    def compare(want, got, key):
+        if isinstance(want, dict):
+            for inner, value in want.items():
+                compare(value, got[inner], f"{key}.{inner}")
+        else:
+            assert got == want, key
+
+    compare(written, resolved, task)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("backbone", ["resnet50", "sis29"])
+def test_a_named_backbone_replaces_all_of_the_old_one(command, task, backbone):
+    options = ["--model.backbone", backbone, "--model.backbone.operator", "recurrent2", "--model.backbone.steps", "3"]
+    result = command("fit", "--config", f"tasks/{task}.yaml", *options, "--print_config")
+    assert result.code == 0, result.err
+    got = yaml.safe_load(result.out)["model"]["init_args"]["backbone"]
+    want = load_layer(find_config(backbone, "configs/backbones"))
+    assert got == {**want, "operator": "recurrent2", "steps": 3}
+
+
+def test_a_trainer_lies_over_all_files():
+    files = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml"]
+    for order in ([*files, "--trainer", "gpu"], ["--trainer", "gpu", *files]):
+        layers, _ = resolve(order)
+        assert layers["trainer"]["accelerator"] == "gpu"
+        assert layers["trainer"]["max_steps"] == 2000
+
+
+@pytest.mark.parametrize("trainer", config_names("configs/trainers"))
+def test_every_trainer_resolves(command, trainer):
+    result = command("fit", "--config", "tasks/cls_cifar100.yaml", "--trainer", trainer, "--print_config")
+    assert result.code == 0, result.err
+    resolved = yaml.safe_load(result.out)["trainer"]
+    file = load_layer(find_config(trainer, "configs/trainers"))
+    assert {key: resolved[key] for key in file} == file
+    assert resolved["max_epochs"] == 300
+    assert resolved["use_distributed_sampler"] is False
+
+
+@pytest.mark.parametrize("data", config_names("datamodules"))
+def test_every_data_set_is_complete_and_builds(data):
+    import inspect
+    from importlib import import_module
+
+    content = load_layer(find_config(data, "datamodules"))
+    module, _, name = content["class_path"].rpartition(".")
+    built = getattr(import_module(module), name)
+    known = {
+        key: parameter.kind
+        for cls in built.__mro__[:-1]
+        if "__init__" in vars(cls) and cls.__module__.startswith("sis_lightning")
+        for key, parameter in inspect.signature(cls).parameters.items()
+    }
+    assert set(content["init_args"]) == {key for key, kind in known.items() if kind != inspect.Parameter.VAR_KEYWORD}
+    assert built(**content["init_args"]).batch_size == content["init_args"]["batch_size"]
+
+
+def test_recipes_are_the_papers():
+    seg, cls = compose(["tasks/seg_voc.yaml"]), compose(["tasks/cls_cifar100.yaml"])
+    model, data = seg["model"]["init_args"], seg["data"]["init_args"]
+    assert (data["batch_size"], data["crop_size"], data["scale"]) == (16, 513, [0.5, 2.0])
+    assert model["optimizer"]["init_args"] == {"lr": 0.007, "momentum": 0.9, "weight_decay": 1e-4}
+    assert model["lr_scheduler"]["init_args"] == {"total_iters": 30000, "power": 0.9}
+    assert (seg["trainer"]["max_steps"], model["output_stride"], model["num_classes"]) == (30000, 16, 21)
+    model, data = cls["model"]["init_args"], cls["data"]["init_args"]
+    assert (data["batch_size"], model["lr_batch_size"], cls["trainer"]["max_epochs"]) == (256, 256, 300)
+    assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    assert model["lr_scheduler"]["init_args"] == {"milestones": [150, 225], "gamma": 0.1}
+
+
+def test_recipes_of_boxes_and_joints_are_the_papers():
+    for name, classes in (("det_coco", 80), ("det_voc", 20)):
+        task = compose([f"tasks/{name}.yaml"])
+        model, data = task["model"]["init_args"], task["data"]["init_args"]
+        assert (data["batch_size"], model["lr_batch_size"], task["trainer"]["max_epochs"]) == (16, 16, 12)
+        assert model["optimizer"]["init_args"] == {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}
+        assert model["lr_scheduler"]["init_args"] == {"milestones": [8, 11], "gamma": 0.1}
+        assert (model["warmup_steps"], model["warmup_start"]) == (500, 0.001)
+        assert (model["min_size"], model["max_size"], model["num_classes"]) == (800, 1333, classes)
+        assert model["freeze_norm"] is False
+        assert model["backbone_weights"] is None
+    task = compose(["tasks/kpt_coco.yaml"])
+    model, data = task["model"]["init_args"], task["data"]["init_args"]
+    assert (data["batch_size"], data["input_size"], task["trainer"]["max_epochs"]) == (128, [256, 192], 140)
+    assert (data["rotation"], data["scale"], model["sigma"]) == (40, 0.3, 2.0)
+    assert model["deconv_channels"] == [256, 256, 256]
+    assert (model["optimizer"]["class_path"], model["optimizer"]["init_args"]) == ("torch.optim.Adam", {"lr": 1e-3})
+    assert model["lr_scheduler"]["init_args"] == {"milestones": [90, 120], "gamma": 0.1}
+
+
+def test_the_search_goes_from_here_over_the_path_to_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("tasks/seg_voc.yaml") == PACKAGED / "tasks" / "seg_voc.yaml"
+    assert find_config("tasks/seg_voc") == PACKAGED / "tasks" / "seg_voc.yaml"
+    elsewhere = tmp_path / "mine"
+    (elsewhere / "tasks").mkdir(parents=True)
+    (elsewhere / "tasks" / "seg_voc.yaml").write_text("task: mine\n")
+    monkeypatch.setenv("SIS_CONFIG_PATH", str(elsewhere))
+    assert find_config("tasks/seg_voc.yaml") == elsewhere / "tasks" / "seg_voc.yaml"
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "seg_voc.yaml").write_text("task: here\n")
+    assert load_layer(find_config("tasks/seg_voc.yaml")) == {"task": "here"}
+
+
+def test_layers_merge_key_by_key_but_never_across_classes():
+    below = {"optimizer": {"class_path": "SGD", "init_args": {"lr": 1, "momentum": 2}}, "list": [1, 2]}
+    assert merge(below, {"optimizer": {"init_args": {"lr": 3}}})["optimizer"]["init_args"] == {"lr": 3, "momentum": 2}
+    other = {"class_path": "AdamW", "init_args": {"lr": 4}}
+    assert merge(below, {"optimizer": other})["optimizer"] == other
+    assert merge(below, {"list": [3]})["list"] == [3]
+    assert merge(below, {"list": None})["list"] is None
+
+
+def test_sections_apply_to_their_class_alone(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "trainer: {max_steps: 5}\n"
+        "for:\n"
+        "  SegmentationTask: {trainer: {max_steps: 6}}\n"
+        "  CIFAR100DataModule: {data: {init_args: {batch_size: 7}}}\n"
+    )
+    seg = compose(["tasks/seg_voc.yaml", str(overlay)])
+    cls = compose(["tasks/cls_cifar100.yaml", str(overlay)])
+    assert (seg["trainer"]["max_steps"], seg["data"]["init_args"]["batch_size"]) == (6, 16)
+    assert (cls["trainer"]["max_steps"], cls["data"]["init_args"]["batch_size"]) == (5, 7)
+    assert "for" not in seg
+
+
+def test_dotted_keys_and_plain_exponents(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model.init_args.lr: 1e-3\nmodel.init_args.wd: 5E-4\nn: -3\nname: e5\n")
+    layer = load_layer(path)
+    assert layer == {"model": {"init_args": {"lr": 0.001, "wd": 0.0005}}, "n": -3, "name": "e5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("backbone: sis50\nbackbone.depth: 101\n", ["backbone", "backbone.depth", "lost"]),
+        ("backbone.depth: 101\nbackbone: sis50\n", ["backbone", "lost"]),
+        ("a: 1\na: 2\n", ["line 2", "'a'", "twice"]),
+        ("a: 1\n b: 2\n", ["line 2"]),
+        ("- 1\n", ["mapping", "list"]),
+        ("backbone: sis5O\n", ["sis5O", "sis50"]),
+        ("for: [1]\n", ["for"]),
+    ],
+)
+def test_bad_yaml_is_refused_with_its_place(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        compose([str(path)])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) <= 5
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"a: \xff\xfe\n")
+    with pytest.raises(UsageError, match="UTF-8"):
+        load_layer(path)

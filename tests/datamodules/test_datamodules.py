@@ -1,0 +1,432 @@
+"""Data sets: read as they lie on disk, augmented by (seed, epoch, index) alone, refused by name where bad."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sis_lightning.datamodules import CIFAR100DataModule, ImageFolderDataModule, VOCSegmentationDataModule
+from sis_lightning.datamodules.base import EpochSampler, FolderSource, ShardSampler, read_image
+from sis_lightning.datamodules.segmentation import RandomScale, read_mask
+from sis_lightning.datasets.constants import voc_palette
+from sis_lightning.errors import DataError, UsageError
+
+
+@given(length=st.integers(0, 50), world=st.integers(1, 7))
+def test_evaluation_deals_every_sample_once(length, world):
+    ranks = [list(ShardSampler(length, rank, world)) for rank in range(world)]
+    assert sorted(index for rank in ranks for _, index in rank) == list(range(length))
+    assert [len(ShardSampler(length, rank, world)) for rank in range(world)] == [len(rank) for rank in ranks]
+
+
+@given(length=st.integers(1, 50), world=st.integers(1, 7), seed=st.integers(0, 9), epoch=st.integers(0, 9))
+def test_training_deals_a_permutation_in_equal_shares(length, world, seed, epoch):
+    ranks = []
+    for rank in range(world):
+        sampler = EpochSampler(length, seed, rank, world)
+        sampler.set_epoch(epoch)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler) == length // world
+    dealt = [index for rank in ranks for _, index in rank]
+    assert len(set(dealt)) == len(dealt) == length // world * world
+    assert {e for rank in ranks for e, _ in rank} <= {epoch}
+
+
+def test_epochs_and_seeds_differ():
+    def order(seed, epoch):
+        sampler = EpochSampler(40, seed)
+        sampler.set_epoch(epoch)
+        return [index for _, index in sampler]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def batches(root, workers: int, epoch: int) -> torch.Tensor:
+    data = VOCSegmentationDataModule(str(root), crop_size=32, batch_size=4, num_workers=workers)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return torch.cat([batch["image"] for batch in loader])
+
+
+def test_augmentation_depends_on_epoch_and_index_alone(synthetic):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = batches(synthetic, 0, epoch=3)
+    assert torch.equal(torch.get_rng_state(), before)  # the model's own randomness is not disturbed
+    torch.manual_seed(6)
+    assert torch.equal(batches(synthetic, 2, epoch=3), first)
+    assert not torch.equal(batches(synthetic, 0, epoch=4), first)
+
+
+def test_normalising_is_undone(synthetic):
+    data = CIFAR100DataModule(str(synthetic))
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    normal = data.normalize(images)
+    want = (images.numpy() / 255 - np.array(data.mean)[:, None, None]) / np.array(data.std)[:, None, None]
+    np.testing.assert_allclose(normal.numpy(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(data.denormalize(normal), images / 255, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(5, 40), width=st.integers(5, 40), seed=st.integers(0, 99))
+def test_random_scale_keeps_image_and_mask_together(height, width, seed):
+    from torchvision import tv_tensors
+
+    torch.manual_seed(seed)
+    mask = torch.zeros(height, width, dtype=torch.uint8)
+    mask[: height // 2] = 9
+    image = tv_tensors.Image((mask * 20).expand(3, -1, -1).contiguous())
+    scaled, ids = RandomScale((0.5, 2.0))(image, tv_tensors.Mask(mask))
+    assert scaled.shape[1:] == ids.shape
+    assert 0.5 * height - 1 <= ids.shape[0] <= 2 * height + 1
+    assert set(ids.unique().tolist()) <= {0, 9}
+    assert abs((scaled[0] > 90).float().mean() - (ids == 9).float().mean()) < 0.5 / ids.shape[0] + 0.02
+
+
+# CIFAR-100
+
+
+def test_cifar_reads_the_python_layout(synthetic):
+    data = CIFAR100DataModule(str(synthetic), batch_size=8, num_workers=0)
+    data.setup("fit")
+    with (synthetic / "cifar-100-python" / "train").open("rb") as file:
+        raw = pickle.load(file, encoding="bytes")
+    source = data.sources["train"]
+    assert len(source) == len(raw[b"fine_labels"])
+    for index in (0, len(source) - 1):
+        assert source[index]["label"] == raw[b"fine_labels"][index]
+        assert np.array_equal(source[index]["image"].numpy().reshape(-1), raw[b"data"][index])
+    assert data.num_classes == 100
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (8, 3, 32, 32)
+    assert batch["image"].dtype == torch.uint8
+    assert batch["label"].dtype == torch.int64
+    assert data.identity().startswith("synthetic")
+
+
+def test_cifar_says_other_where_the_checksum_is_not_the_published_one(synthetic, tmp_path):
+    shutil.copytree(synthetic / "cifar-100-python", tmp_path / "cifar-100-python")
+    (tmp_path / "cifar-100-python" / "SYNTHETIC.json").unlink()
+    data = CIFAR100DataModule(str(tmp_path), num_workers=0)
+    data.setup("test")
+    assert data.identity().startswith("other")
+
+
+def test_cifar_says_official_by_the_published_checksums(synthetic, tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    from sis_lightning.datasets.download import md5
+
+    folder = tmp_path / "cifar-100-python"
+    shutil.copytree(synthetic / "cifar-100-python", folder)
+    (folder / "SYNTHETIC.json").unlink()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(folder / "train")]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(folder / "test")]])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "md5": md5(folder / "meta")})
+    assert CIFAR100DataModule(str(tmp_path)).identity().startswith("official")
+    with (folder / "test").open("ab") as file:
+        file.write(b" ")
+    assert CIFAR100DataModule(str(tmp_path)).identity().startswith("other")
+
+
+class Attack:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def dump(content) -> bytes:
+    return pickle.dumps(content, protocol=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"nonsense", ["unreadable pickle"]),
+        (dump({b"data": np.zeros((2, 3072), np.uint8)})[:-20], ["unreadable pickle"]),
+        (dump({b"data": Attack()}), ["refused", "print"]),
+        (dump([1, 2]), ["list"]),
+        (dump({b"data": np.zeros((2, 3000), np.uint8), b"fine_labels": [1, 2]}), ["(2, 3000)", "3072"]),
+        (dump({b"data": np.zeros((2, 3072), np.float32), b"fine_labels": [1, 2]}), ["float32", "uint8"]),
+        (dump({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1]}), ["1 'fine_labels'", "2 images"]),
+        (dump({b"data": np.zeros((2, 3072), np.uint8)}), ["no 'fine_labels'"]),
+        (dump({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, 100]}), ["label 100", "100 classes"]),
+    ],
+)
+def test_cifar_files_that_are_wrong(synthetic, tmp_path, capfd, content, words):
+    shutil.copytree(synthetic / "cifar-100-python", tmp_path / "cifar-100-python")
+    (tmp_path / "cifar-100-python" / "train").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        CIFAR100DataModule(str(tmp_path)).setup("fit")
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "this ran" not in capfd.readouterr().out
+
+
+# folders of pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, classes in {"train": ["ant", "bee", "cat"], "test": ["bee", "cat"]}.items():
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(3):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                    tmp_path / split / name / f"{index}.png"
+                )
+    return tmp_path
+
+
+def test_image_folder_numbers_classes_by_the_train_split(folder):
+    data = ImageFolderDataModule(str(folder), image_size=32, crop="pad", batch_size=3, num_workers=0)
+    data.setup("fit")
+    assert list(data.class_names) == ["ant", "bee", "cat"]
+    assert len(data.sources["train"]) == 9
+    # There is no val: test stands in, and its labels are those of train although it has no ant.
+    samples = [data.sources["val"][index] for index in range(6)]
+    assert [sample["label"] for sample in samples] == [1, 1, 1, 2, 2, 2]
+    assert samples[3]["name"] == "cat/0"
+    with Image.open(folder / "test" / "cat" / "0.png") as image:
+        assert np.array_equal(samples[3]["image"].permute(1, 2, 0).numpy(), np.array(image))
+
+
+def test_resized_crops_give_one_size(folder):
+    Image.new("L", (70, 50)).save(folder / "train" / "ant" / "grey.jpg")
+    data = ImageFolderDataModule(str(folder), image_size=24, batch_size=10, num_workers=0)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["image"].shape == (10, 3, 24, 24)
+    assert next(iter(data.val_dataloader()))["image"].shape[2:] == (24, 24)
+
+
+def test_image_folder_errors(folder):
+    Image.new("RGB", (48, 64)).save(folder / "train" / "ant" / "0.png")
+    data = ImageFolderDataModule(str(folder), image_size=32, crop="pad", num_workers=0)
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"0\.png: 48×64 px.*\n.*crop"):
+        data.sources["train"][0]
+    (folder / "test" / "dog").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "test" / "dog" / "0.png")
+    with pytest.raises(DataError, match="'dog' is not among the 3"):
+        data.setup("test")
+    (folder / "train" / "eel").mkdir()
+    with pytest.raises(DataError, match="eel"):
+        data.source("train")
+
+
+def test_pictures_that_cannot_be_read(tmp_path):
+    path = tmp_path / "a.jpg"
+    with pytest.raises(DataError, match=r"a\.jpg: no such image"):
+        read_image(path)
+    Image.new("RGB", (64, 64), "red").save(path)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DataError, match=r"a\.jpg: unreadable or truncated"):
+        read_image(path)
+    path.write_text("no picture")
+    with pytest.raises(DataError, match=r"a\.jpg: unreadable or truncated"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new(mode, (5, 4)).save(path)
+    image = read_image(path)
+    assert image.shape == (3, 4, 5)
+    assert image.dtype == torch.uint8
+
+
+def test_folder_to_predict(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        FolderSource(tmp_path / "nothing")
+    with pytest.raises(DataError, match="no pictures"):
+        FolderSource(tmp_path)
+    (tmp_path / "deep").mkdir()
+    for path in ("b.PNG", "deep/a.jpg"):
+        Image.new("RGB", (5, 4)).save(tmp_path / path)
+    (tmp_path / "notes.txt").write_text("")
+    source = FolderSource(tmp_path)
+    assert [source[index]["name"] for index in range(len(source))] == ["b", "deep/a"]
+    assert FolderSource(tmp_path / "b.PNG")[0]["name"] == "b"
+    Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg")
+    names = FolderSource(tmp_path).names
+    assert sorted(names) == ["b.PNG", "b.jpg", "deep/a"]
+
+
+def test_photographs_are_turned_upright_and_sixteen_bits_become_eight(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (50, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert FolderSource(tmp_path)[0]["image"].shape == (3, 50, 30)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 30, 50)
+    Image.fromarray(np.full((4, 4), 0x7F12, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").unique().tolist() == [0x7F]
+
+
+def test_synthetic_data_is_made_where_there_is_none(tmp_path, capsys):
+    root = tmp_path / "made"
+    arguments = {"images": 20, "size": 48, "min_object": 12, "kinds": ["voc"]}
+    data = VOCSegmentationDataModule(str(root), synthetic=arguments, num_workers=0)
+    assert data.to_be_made
+    data.prepare_data()
+    data.setup("fit")
+    assert "writing synthetic data" in capsys.readouterr().out
+    assert data.identity().startswith("synthetic")
+    assert not data.to_be_made
+    data.prepare_data()
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match="nothing to download"):
+        ImageFolderDataModule(str(tmp_path / "none")).fetch()
+
+
+def test_fewer_images_than_devices(synthetic):
+    data = VOCSegmentationDataModule(str(synthetic), num_workers=0)
+    data.setup("test")
+    data.trainer = SimpleNamespace(global_rank=0, world_size=99)
+    with pytest.raises(UsageError, match=r"image\(s\) to test are fewer than 99 devices"):
+        data.test_dataloader()
+
+
+# Pascal VOC
+
+
+@pytest.fixture
+def voc(synthetic, tmp_path):
+    shutil.copytree(synthetic / "VOCdevkit", tmp_path / "VOCdevkit")
+    return tmp_path / "VOCdevkit" / "VOC2012"
+
+
+def names(voc, split: str) -> list[str]:
+    return (voc / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+
+
+def test_voc_reads_images_and_ids(synthetic):
+    data = VOCSegmentationDataModule(str(synthetic), num_workers=0, batch_size=2)
+    data.setup("test")
+    home = synthetic / "VOCdevkit" / "VOC2012"
+    assert data.home == home
+    for sample in (data.sources["test"][index] for index in range(3)):
+        with Image.open(home / "SegmentationClass" / f"{sample['name']}.png") as mask:
+            assert np.array_equal(sample["mask"].numpy(), np.array(mask))
+        assert sample["image"].shape[1:] == sample["mask"].shape
+    batch = next(iter(data.test_dataloader()))
+    assert len(batch["name"]) == 2
+
+
+@pytest.mark.parametrize("below", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_voc_is_found_from_any_of_its_folders(voc, below):
+    data = VOCSegmentationDataModule(str(voc.parents[1] / below))
+    data.setup("test")
+    assert len(data.sources["test"]) == len(names(voc, "val"))
+    assert data.identity().startswith("synthetic")
+
+
+def test_palette_is_the_devkits():
+    def colour(label: int) -> list[int]:
+        r = g = b = 0
+        for j in range(8):
+            r |= (label >> 0 & 1) << (7 - j)
+            g |= (label >> 1 & 1) << (7 - j)
+            b |= (label >> 2 & 1) << (7 - j)
+            label >>= 3
+        return [r, g, b]
+
+    assert voc_palette() == [value for label in range(256) for value in colour(label)]
+
+
+def test_train_aug_is_taken_where_it_is(voc):
+    data = VOCSegmentationDataModule(str(voc))
+    assert data.source("train").names == names(voc, "train")
+    augmented = voc / "SegmentationClassAug"
+    shutil.copytree(voc / "SegmentationClass", augmented)
+    assert data.source("train").names == sorted(set(names(voc, "trainval")) - set(names(voc, "val")))
+    (voc / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("\n".join(names(voc, "train")[:3]))
+    source = data.source("train")
+    assert source.names == names(voc, "train")[:3]
+    assert source.masks[0].parent == augmented
+    assert VOCSegmentationDataModule(str(voc), train_split="train").source("train").masks[0].parent != augmented
+    assert data.source("val").masks[0].parent == voc / "SegmentationClass"
+    shutil.rmtree(augmented)
+    with pytest.raises(DataError, match="SegmentationClassAug"):
+        VOCSegmentationDataModule(str(voc), train_split="train_aug").setup("fit")
+
+
+def save_mask(path, ids: np.ndarray) -> None:
+    mask = Image.fromarray(ids.astype(np.uint8)).convert("P")
+    mask.putpalette(voc_palette())
+    mask.save(path)
+
+
+def test_voc_errors(voc):
+    data = VOCSegmentationDataModule(str(voc), num_workers=0)
+    first = names(voc, "train")[0]
+    mask = voc / "SegmentationClass" / f"{first}.png"
+    shape = data.source("train")[0]["mask"].shape
+
+    save_mask(mask, np.full(shape, 21))
+    with pytest.raises(DataError, match=rf"{first}\.png: mask id 21 is outside of the classes 0…20"):
+        data.source("train")[0]
+    save_mask(mask, np.zeros((3, 5)))
+    with pytest.raises(DataError, match=rf"{first}\.png: the mask has 5×3 px, its image"):
+        data.source("train")[0]
+    Image.new("RGB", (5, 5)).save(mask)
+    with pytest.raises(DataError, match="mode RGB"):
+        data.source("train")[0]
+    mask.unlink()
+    with pytest.raises(DataError, match=rf"{first}\.png: does not exist.*train\.txt names it"):
+        data.setup("fit")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
+    with pytest.raises(DataError, match="the test split is empty"):
+        data.setup("test")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    with pytest.raises(DataError, match=r"val\.txt does not exist"):
+        data.source("test")
+
+
+@pytest.mark.parametrize("kind", [VOCSegmentationDataModule, CIFAR100DataModule, ImageFolderDataModule])
+@pytest.mark.parametrize("exists", [False, True])
+def test_missing_data_says_what_is_wanted_and_how_to_get_it(tmp_path, kind, exists):
+    root = tmp_path / "data"
+    if exists:
+        root.mkdir()
+    with pytest.raises(DataError) as caught:
+        kind(str(root)).setup("fit")
+    message = str(caught.value)
+    assert str(root) in message
+    assert "Wanted:" in message
+    assert "configs/demo.yaml" in message
+    assert len(message.splitlines()) <= 5
+
+
+def test_own_classes(voc):
+    data = VOCSegmentationDataModule(str(voc), classes=["background", *(f"thing{i}" for i in range(30))])
+    assert data.num_classes == 31
+    save_mask(
+        voc / "SegmentationClass" / f"{names(voc, 'train')[0]}.png", np.full(data.source("train")[0]["mask"].shape, 30)
+    )
+    assert data.source("train")[0]["mask"].max() == 30
+    save_mask(voc / "x.png", np.full((2, 2), 7))
+    with pytest.raises(DataError, match="mask id 7"):
+        read_mask(voc / "x.png", 7)
+
+
+def test_settings_that_cannot_be(tmp_path):
+    for arguments in ({"batch_size": 0}, {"num_workers": -1}, {"crop_size": 3}, {"scale": (2.0, 1.0)}):
+        with pytest.raises(UsageError, match=next(iter(arguments))):
+            VOCSegmentationDataModule(str(tmp_path), **arguments)
+
+
+def test_fewer_images_than_a_batch(synthetic):
+    data = VOCSegmentationDataModule(str(synthetic), batch_size=64, num_workers=0)
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"fewer than one batch of 64.*\n.*batch_size"):
+        data.train_dataloader()

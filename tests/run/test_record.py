@@ -1,0 +1,133 @@
+"""Records: that what they say is what was measured, and that what was changed afterwards is found."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sis_lightning.errors import DataError
+from sis_lightning.files import digest, digest_files, write_text
+from sis_lightning.run.record import read_record, write_record
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), plain, max_size=5))
+def test_a_digest_is_of_the_content_alone(content):
+    again = json.loads(json.dumps(dict(reversed(content.items()))))
+    assert digest(again) == digest(content)
+    assert digest({**content, "one more": 1}) != digest(content)
+
+
+def test_two_who_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    texts = {str(number) * 100_000 for number in range(4)}
+
+    def write(text: str) -> bool:
+        for _ in range(25):
+            write_text(path, text)
+            if path.read_text() not in texts:
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write, texts))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_digest_of_files_sees_every_byte_and_name(tmp_path):
+    for name, text in {"a/x.jpg": "1", "a/y.jpg": "2"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    files = sorted(tmp_path.rglob("*.jpg"))
+    before = digest_files(files, tmp_path)
+    assert digest_files(files[::-1], tmp_path) == before
+    assert digest_files(files[:1], tmp_path) != before
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "a").rename(moved)
+    assert digest_files(sorted(moved.rglob("*.jpg")), tmp_path) != before
+    moved.rename(tmp_path / "a")
+    (tmp_path / "a/y.jpg").write_text("3")
+    assert digest_files(files, tmp_path) != before
+    with pytest.raises(DataError, match=r"z\.jpg"):
+        digest_files([tmp_path / "z.jpg"], tmp_path)
+
+
+@pytest.fixture
+def tested(command, small) -> dict:
+    options = [*small("seg_voc", steps=3), "--run_dir", "run"]
+    assert command("fit", *options).code == 0
+    test = command("test", *options)
+    assert test.code == 0, test.err
+    return read_record(Path("run/test.json"))
+
+
+def leaves(content: dict, prefix: tuple = ()):
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def test_a_record_says_what_was_measured_and_cannot_be_edited(tested, command, small):
+    record = tested
+    assert record["task"] == "seg_voc"
+    assert record["backbone"] == "res2net14-4w4s-basic-8ch"
+    assert (record["seed"], record["checkpoint"]["step"], record["checkpoint"]["finished"]) == (0, 3, True)
+    assert record["config"]["model"]["init_args"]["backbone"]["operator"] == "basic"
+    assert record["data"]["identity"].startswith("synthetic")
+    assert record["training"]["seconds"] > 0
+    assert {"torch", "lightning"} <= set(record["versions"])
+    # The same once more, by another name: what was measured and on what is the same.
+    again = command("test", *small("seg_voc", steps=3), "--run_dir", "run", "--data.num_workers", 0)
+    assert again.code == 0
+    second = read_record(Path("run/test.json"))
+    for key in ("metrics", "config_hash", "checkpoint", "data"):
+        assert second[key] == record[key], key
+    # No leaf of it can be changed unseen.
+    path = Path("run/test.json")
+    for keys, value in leaves(second):
+        edited = json.loads(path.read_text())
+        place = edited
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = "changed" if value != "changed" else "again"
+        Path("edited.json").write_text(json.dumps(edited))
+        with pytest.raises(DataError, match=r"edited after it was measured|form"):
+            read_record(Path("edited.json"))
+
+
+def test_what_settles_a_result_settles_the_hash(tested, command, small):
+    other = [*small("seg_voc", steps=3), "--run_dir", "other", "--model.background_weight", "0.3"]
+    seed = [*small("seg_voc", steps=3), "--run_dir", "seed", "--seed_everything", "1", "--data.num_workers", "1"]
+    hashes = []
+    for options in (other, seed):
+        assert command("fit", *options).code == 0
+        assert command("test", *options).code == 0
+        record = read_record(Path(options[options.index("--run_dir") + 1], "test.json"))
+        assert record["data"]["fingerprint"] == tested["data"]["fingerprint"]
+        hashes.append(record["config_hash"])
+    assert hashes[0] != tested["config_hash"]
+    assert hashes[1] == tested["config_hash"]
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    for text, words in (("{", "not valid JSON"), ("[]", "not a record"), ('{"metrics": {}}', "not a record")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=words):
+            read_record(path)
+    write_record(path, {"metrics": {"test/miou": 0.5}})
+    assert read_record(path)["metrics"] == {"test/miou": 0.5}
+    with pytest.raises(DataError, match="No such file"):
+        read_record(tmp_path / "gone.json")

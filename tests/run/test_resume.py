@@ -1,0 +1,552 @@
+"""Runs that are killed, torn, moved and started again: to the bit what they would have been, or a clear refusal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sis_lightning.datamodules.base import EpochSampler
+from sis_lightning.errors import DataError
+from sis_lightning.run.checkpoints import RUN, SafeCheckpointIO, newest_checkpoint, read_checkpoint
+from sis_lightning.run.history import read_starts, requeue
+from sis_lightning.run.loggers import MetricsCSV
+from sis_lightning.run.record import read_record
+
+ROOT = Path(__file__).parents[2]
+RUNS = Path("runs/seg_voc/res2net14-4w4s-basic-8ch/seed0")
+
+
+def test_twenty_kills_over_the_four_tasks_leave_no_trace(tmp_path):
+    line = [
+        sys.executable,
+        "-m",
+        "sis_lightning.bench.soak",
+        "--kills",
+        "20",
+        "--each",
+        "5",
+        "--steps",
+        "10",
+        "--out",
+        str(tmp_path),
+    ]
+    result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=900)
+    assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-3000:]
+    report = json.loads((tmp_path / "soak.json").read_text())
+    assert report["kills"] >= 20
+    assert (report["differences"], report["differing"]) == (0, [])
+
+
+# checkpoints
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A small checkpoint."""
+    path = tmp_path_factory.mktemp("checkpoints") / "step-0000003.ckpt"
+    content = {"state_dict": {"w": torch.arange(300.0)}, "global_step": 3, RUN: {"batches": 3, "config": {}}}
+    SafeCheckpointIO().save_checkpoint(content, path)
+    return path
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_found_or_harmless(whole, tmp_path_factory, place, bit):
+    content = bytearray(whole.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1 << bit
+    path = tmp_path_factory.mktemp("flipped") / "a.ckpt"
+    path.write_bytes(content)
+    try:
+        got = read_checkpoint(path)
+    except DataError as error:
+        assert "a.ckpt" in str(error)  # noqa: PT017 - either of two outcomes is right
+        return
+    assert torch.equal(got["state_dict"]["w"], torch.arange(300.0))
+    assert (got["global_step"], got[RUN]["batches"]) == (3, 3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(share=st.floats(0, 0.999))
+def test_a_torn_file_is_refused(whole, tmp_path_factory, share):
+    path = tmp_path_factory.mktemp("torn") / "a.ckpt"
+    path.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+    with pytest.raises(DataError, match=r"a\.ckpt: damaged"):
+        read_checkpoint(path)
+
+
+def test_the_newest_that_loads_is_taken_whatever_the_clock_says(whole, tmp_path):
+    lines: list[str] = []
+    for step in (3, 7, 9):
+        content = torch.load(whole, weights_only=True)
+        content[RUN]["batches"] = step
+        SafeCheckpointIO().save_checkpoint(content, tmp_path / f"step-{step:07d}.ckpt")
+    os.utime(tmp_path / "step-0000003.ckpt", (4e9, 4e9))  # the clock was moved back in between
+    assert newest_checkpoint(tmp_path, lines.append) == tmp_path / "step-0000009.ckpt"
+    assert lines == []
+    (tmp_path / "step-0000009.ckpt").write_bytes(b"")
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "step-0000007.ckpt").read_bytes()[:-900])
+    torch.save({"weights": 1}, tmp_path / "step-0000099.ckpt")
+    assert newest_checkpoint(tmp_path, lines.append) == tmp_path / "step-0000007.ckpt"
+    assert len(lines) == 3
+    assert all("skipped" in line for line in lines)
+    assert newest_checkpoint(tmp_path / "empty", lines.append) is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_why(small_disk):
+    path = small_disk / "last.ckpt"
+    SafeCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(10)}, "global_step": 1}, path)
+    with pytest.raises(DataError, match=r"last\.ckpt could not be written: No space left on device"):
+        SafeCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(200_000)}, "global_step": 2}, path)
+    assert read_checkpoint(path)["global_step"] == 1
+    assert [file.name for file in small_disk.iterdir()] == ["last.ckpt"]
+
+
+# logs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 9), min_size=1), min_size=1, max_size=12),
+    saves=st.lists(st.integers(0, 11)),
+    kept=st.integers(0, 12),
+    lost=st.integers(0, 12),
+)
+def test_a_log_goes_on_without_losing_or_doubling_a_row(tmp_path_factory, rows, saves, kept, lost):
+    folder = tmp_path_factory.mktemp("log")
+
+    def write(log: MetricsCSV, first: int, last: int) -> None:
+        for step in range(first, last):
+            log.log_metrics(rows[step], step)
+            if step in saves:
+                log.save()
+        log.save()
+
+    undisturbed = MetricsCSV(folder / "a")
+    write(undisturbed, 0, len(rows))
+    kept = min(kept, len(rows))
+    killed = MetricsCSV(folder / "b")
+    write(killed, 0, kept)
+    assert killed.rows == kept
+    write(killed, kept, min(len(rows), kept + lost))  # written after the checkpoint, and then lost with the run
+    resumed = MetricsCSV(folder / "b")
+    resumed.resume(kept)
+    write(resumed, kept, len(rows))
+
+    def values(path: Path) -> list[dict[str, str]]:
+        import csv
+
+        with path.open(newline="") as file:
+            return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+    assert values(resumed.path) == values(undisturbed.path)
+    # Into another directory: its file has none of the rows before.
+    moved = MetricsCSV(folder / "c")
+    moved.resume(kept)
+    write(moved, kept, len(rows))
+    assert moved.rows == len(values(moved.path)) == len(rows) - kept
+
+
+# data
+
+
+@given(
+    length=st.integers(1, 40),
+    world=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    done=st.integers(0, 12),
+    grouped=st.booleans(),
+)
+def test_the_data_goes_on_with_the_next_sample(length, world, epoch, done, grouped):
+    groups = [index % 2 for index in range(length)] if grouped else None
+    batch = 2 * world
+    done = min(done, length // batch)
+    for rank in range(world):
+        whole = EpochSampler(length, 5, rank, world, groups, batch)
+        whole.set_epoch(epoch)
+        rest = EpochSampler(length, 5, rank, world, groups, batch, start=(epoch, done * batch))
+        assert list(rest) == list(whole)[2 * done :]
+        rest.set_epoch(epoch + 1)
+        whole.set_epoch(epoch + 1)
+        assert list(rest) == list(whole)
+        assert len(rest) == len(whole)
+
+
+# whole runs
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@contextlib.contextmanager
+def start(options: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run in a process of its own, which does not outlive the test."""
+    line = [sys.executable, "-u", "-m", "sis_lightning", "fit", *map(str, options)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
+def read_until(run: subprocess.Popen[str], word: str) -> str:
+    text = ""
+    while word not in text:
+        line = run.stdout.readline()
+        assert line, text
+        text += line
+    return text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on(command, small, tmp_path, number):
+    options = [*small("seg_voc", steps=40), "--resume", "auto", "--trainer.check_val_every_n_epoch", "2"]
+    assert command("fit", *options, "--run_dir", "undisturbed").code == 0
+    with start([*options, "--run_dir", "run"], tmp_path) as run:
+        read_until(run, "step      3/40")
+        run.send_signal(number)
+        rest = run.stdout.read()
+        assert run.wait(60) == 128 + number, rest
+    assert f"stopped by {number.name} at step" in rest
+    assert "Traceback" not in rest
+    stopped = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert 3 <= stopped["global_step"] < 40
+    assert read_starts(tmp_path / "run")[-1]["how"] == number.name
+    again = command("fit", *options, "--run_dir", "run")
+    assert again.code == 0, again.err
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
+    logs = [(tmp_path / name / "csv" / "fit" / "metrics.csv").read_text() for name in ("run", "undisturbed")]
+    assert logs[0] == logs[1]
+    starts = read_starts(tmp_path / "run")
+    assert [entry["how"] for entry in starts] == [number.name, "finished"]
+    assert starts[1]["from_step"] == stopped["global_step"]
+    assert {path.name for path in (tmp_path / "run").glob("config*.yaml")} == {"config.yaml", "config-2.yaml"}
+    # A third start finds nothing to do.
+    third = command("fit", *options, "--run_dir", "run")
+    assert third.code == 0, third.err
+    assert "is finished: 40 steps" in third.out
+
+
+def test_ctrl_c_twice_stops_at_once(small, tmp_path):
+    with start([*small("seg_voc", steps=2000), "--run_dir", "run"], tmp_path) as run:
+        read_until(run, "step      2/2000")
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+
+
+def test_resume_falls_back_over_a_torn_checkpoint(command, small, tmp_path):
+    options = [*small("seg_voc", steps=6), "--resume", "auto", "--checkpoint_every", "1", "--run_dir", "run"]
+    assert command("fit", *options).code == 0
+    want = weights(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert len(list(folder.glob("step-*.ckpt"))) == 2
+    newest = sorted(folder.glob("step-*.ckpt"))[-1]
+    for path in (folder / "last.ckpt", newest):
+        path.write_bytes(path.read_bytes()[:5000])
+    again = command("fit", *options)
+    assert again.code == 0, again.err
+    assert again.out.count("skipped") == 2
+    assert same(weights(tmp_path / "run"), want)
+
+
+def test_a_run_is_not_gone_on_with_by_mistake(command, small, tmp_path):
+    options = [*small("seg_voc", steps=5), "--run_dir", "run"]
+    assert command("fit", *options).code == 0
+    refused = command("fit", *options)
+    assert refused.code == 2
+    assert "holds a run already" in refused.err
+    assert "--resume auto" in refused.err
+    changed = command("fit", *options, "--resume", "auto", "--data.crop_size", 48, "--model.background_weight", 0.5)
+    assert changed.code == 2
+    assert "data.init_args.crop_size: 32 before, 48 now" in changed.err
+    assert "background_weight: 0.2 before, 0.5 now" in changed.err
+    longer = [*small("seg_voc", steps=7), "--run_dir", "run", "--resume", "auto"]
+    assert command("fit", *longer).code == 2
+    both = command("fit", *options, "--resume", "auto", "--overwrite", "true")
+    assert both.code == 2
+    assert "take one of the two" in both.err
+    missing = command("fit", *options, "--resume", "gone.ckpt")
+    assert missing.code == 1
+    assert "gone.ckpt: no such file" in missing.err
+    best = command("fit", *options, "--resume", "run/checkpoints/best.ckpt")
+    assert best.code == 1
+    assert "not a point to go on from" in best.err
+    weights_alone = command("fit", *options, "--ckpt_path", "run/checkpoints/last.ckpt")
+    assert weights_alone.code == 2
+    assert "--resume" in weights_alone.err
+    fewer = command("fit", *options, "--resume", "auto", "--data.num_workers", 1, "--trainer.devices", 1)
+    assert fewer.code == 0, fewer.err  # what changes nothing may change
+    # From another run's file, into a new directory.
+    other = command("fit", *small("seg_voc", steps=5), "--run_dir", "new", "--resume", "run/checkpoints/last.ckpt")
+    assert other.code == 0, other.err
+
+
+@pytest.mark.parametrize("task", ["seg_voc", "det_coco"])
+def test_a_run_that_was_killed_in_its_last_validation_finishes(command, small, tmp_path, task):
+    """All steps are done then, by which Lightning would take it for finished, without its last figures."""
+    options = [*small(task, steps=4), "--run_dir", "run", "--resume", "auto", "--checkpoint_every", "1"]
+    assert command("fit", *options).code == 0
+    run = tmp_path / "run"
+    logged, ended = (run / "csv/fit/metrics.csv").read_text(), read_checkpoint(run / "checkpoints/last.ckpt")
+    newest = max((run / "checkpoints").glob("step-*.ckpt"))
+    assert read_checkpoint(newest)[RUN]["point"] == "validation"
+    (run / "checkpoints/last.ckpt").unlink()
+    os.link(newest, run / "checkpoints/last.ckpt")
+    result = command("fit", *options)
+    assert result.code == 0, result.err
+    assert "validation at step 4" in result.out
+    again = read_checkpoint(run / "checkpoints/last.ckpt")
+    assert again[RUN]["point"] == "end"
+    assert (run / "csv/fit/metrics.csv").read_text() == logged
+    for name, weights in ended["state_dict"].items():
+        assert torch.equal(weights, again["state_dict"][name])
+    assert read_starts(run)[-1]["how"] == "finished"
+
+
+def test_the_first_configuration_is_kept(command, small, tmp_path):
+    options = [*small("seg_voc", steps=4), "--run_dir", "run", "--resume", "auto", "--checkpoint_every", "1"]
+    assert command("fit", *options).code == 0
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    resumed = command("fit", *options, "--resume_changed", "true", "--model.background_weight", 0.4)
+    assert resumed.code == 0, resumed.err
+    assert "no longer the same run" in resumed.out
+    first, second = (
+        yaml.safe_load((tmp_path / "run" / name).read_text())["model"]["init_args"]["background_weight"]
+        for name in ("config.yaml", "config-2.yaml")
+    )
+    assert (first, second) == (0.2, 0.4)
+    # And what was measured after it says so.
+    tested = command("test", *options, "--model.background_weight", 0.4)
+    assert tested.code == 0, tested.err
+    training = read_record(tmp_path / "run" / "test.json")["training"]
+    assert training["changed"] == ["model.init_args.background_weight"]
+
+
+def test_what_was_trained_on_is_kept_through_a_resume(command, small, synthetic, tmp_path):
+    shutil.copytree(synthetic, tmp_path / "mine")
+    options = [*small("seg_voc", steps=4), "--data.root", "mine", "--run_dir", "run", "--checkpoint_every", "1"]
+    assert command("fit", *options).code == 0
+    assert command("test", *options).code == 0
+    before = read_record(tmp_path / "run" / "test.json")
+    assert len(before["data"]["trained_on"]) == 1
+    assert before["curves"]["train/loss"][-1][0] == 4
+    assert before["tested_otherwise"] == {}
+    # Gone on with elsewhere, on other files by the same names.
+    for path in (tmp_path / "mine").rglob("VOC2012/JPEGImages/*.jpg"):
+        path.write_bytes(path.read_bytes() + b" ")
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    resumed = command("fit", *options, "--resume", "auto")
+    assert resumed.code == 0, resumed.err
+    assert "the training data is not what it was before" in resumed.out
+    assert command("test", *options, "--trainer.limit_test_batches", 1).code == 0
+    after = read_record(tmp_path / "run" / "test.json")
+    assert after["data"]["trained_on"][0] == before["data"]["trained_on"][0]
+    assert len(after["data"]["trained_on"]) == 2
+    assert after["data"]["fingerprint"] != before["data"]["fingerprint"]
+    assert after["tested_otherwise"] == {"trainer.limit_test_batches": [None, 1]}
+
+
+def test_two_fits_do_not_share_a_directory(command, small, tmp_path):
+    with start([*small("seg_voc", steps=2000), "--run_dir", "run"], tmp_path) as run:
+        read_until(run, "step      2/2000")
+        second = command("fit", *small("seg_voc", steps=2000), "--run_dir", "run", "--resume", "auto")
+        assert second.code == 2
+        assert "another fit is writing into run" in second.err
+    third = command("fit", *small("seg_voc", steps=3), "--run_dir", "run", "--overwrite", "true")
+    assert third.code == 0, third.err
+
+
+def test_a_full_disk_stops_a_run_with_a_reason(command, small, small_disk):
+    result = command("fit", *small("seg_voc", steps=6), "--run_dir", small_disk / "run", "--checkpoint_every", 1)
+    assert result.code == 1
+    assert "No space left on device" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_read_only_run_directory(command, small, tmp_path, small_disk):
+    options = [*small("seg_voc", steps=4), "--run_dir", small_disk / "run", "--resume", "auto"]
+    (small_disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    result = command("fit", *options)
+    assert result.code == 1
+    assert f"{small_disk}/run: cannot be written (Read-only file system)" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(command, small, tmp_path):
+    options = [*small("seg_voc", steps=4), "--run_dir", "run"]
+    for number in (4, 3):
+        extra = ["--overwrite", "true", "--model.background_weight", f"0.{number}"]
+        assert command("fit", *options, *extra).code == 0
+    assert len(read_starts(tmp_path / "run")) == 1
+    assert [path.name for path in (tmp_path / "run").glob("config*.yaml")] == ["config.yaml"]
+    test = command("test", *options)
+    assert test.code == 0, test.err
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["training"]["restarts"] == 0
+
+
+def test_overwrite_loses_nothing_where_the_new_run_cannot_begin(command, small, tmp_path):
+    options = [*small("seg_voc", steps=3), "--run_dir", "run"]
+    assert command("fit", *options).code == 0
+    nowhere = ["--data.root", tmp_path / "gone", "--data.synthetic", "null"]
+    for wrong in (nowhere, *([] if torch.cuda.is_available() else [["--trainer.accelerator", "gpu"]])):
+        refused = command("fit", *options, "--overwrite", "true", *wrong)
+        assert refused.code in (1, 2), refused.out
+        assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+        assert len(read_starts(tmp_path / "run")) == 1
+
+
+def test_a_limit_of_time_is_not_the_end(command, small, tmp_path):
+    options = [*small("seg_voc", steps=400), "--run_dir", "run", "--resume", "auto"]
+    options += ["--trainer.check_val_every_n_epoch", "1000"]
+    stopped = command("fit", *options, "--trainer.max_time", "00:00:00:02", "--checkpoint_every", "1")
+    assert stopped.code == 0, stopped.err
+    assert "stopped before its end" in stopped.out
+    assert read_starts(tmp_path / "run")[-1]["how"] == "stopped early"
+    again = command("fit", *options, "--resume_changed", "true")
+    assert again.code == 0, again.err
+    assert read_starts(tmp_path / "run")[-1]["from_step"] > 0
+    assert read_starts(tmp_path / "run")[-1]["how"] == "finished"
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 400
+
+
+def test_going_back_sets_aside_what_came_later(command, small, tmp_path):
+    options = [*small("seg_voc", steps=8), "--run_dir", "run", "--checkpoint_every", "1"]
+    assert command("fit", *options).code == 0
+    want, folder = weights(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    early = sorted(folder.glob("step-*.ckpt"))[0]
+    result = command("fit", *options, "--resume", early)
+    assert result.code == 0, result.err
+    assert {path.name for path in folder.glob("*.set-aside")} >= {"last.ckpt.set-aside"}
+    assert early.is_file() or len(list(folder.glob("step-*.ckpt"))) == 2
+    assert same(weights(tmp_path / "run"), want)
+
+
+def test_another_validation_schedule_is_refused_in_words(command, small, tmp_path):
+    options = [*small("seg_voc", steps=12), "--run_dir", "run", "--resume", "auto"]
+    assert command("fit", *options).code == 0
+    folder = tmp_path / "run" / "checkpoints"
+    for path in (folder / "last.ckpt", sorted(folder.glob("step-*.ckpt"))[-1]):
+        path.unlink()
+    assert read_checkpoint(*folder.glob("step-*.ckpt"))[RUN]["point"] == "validation"
+    changed = ["--trainer.check_val_every_n_epoch", "5", "--resume_changed", "true"]
+    refused = command("fit", *options, *changed)
+    assert refused.code == 2, refused.out
+    assert "keep trainer.check_val_every_n_epoch" in refused.err
+
+
+def test_a_one_cycle_schedule_is_not_made_longer_by_a_resume(command, small, tmp_path):
+    options = [*small("cls_cifar100", steps=6), "--run_dir", "run", "--checkpoint_every", "1"]
+    one_cycle = ["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.1"]
+    cut = [*one_cycle, "--model.lr_scheduler.total_steps", 6]
+    assert command("fit", *options, *cut).code == 0
+    longer = [*one_cycle, "--model.lr_scheduler.total_steps", 9, "--trainer.max_steps", 9]
+    refused = command("fit", *options, *longer, "--resume", "auto", "--resume_changed", "true")
+    assert refused.code == 2, refused.out
+    assert "ends at step 6, the run at 9" in refused.err
+    assert "a checkpoint brings its own schedule" in refused.err
+
+
+def test_a_directory_that_cannot_be_written(command, small, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = command("fit", *small("seg_voc"), "--run_dir", "file/run")
+    assert result.code == 1
+    assert "cannot be written" in result.err
+
+
+def test_two_devices_go_on_to_the_bit_and_one_from_the_same_sample(small, tmp_path):
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    options = [*small("seg_voc", steps=12), "--resume", "auto", "--checkpoint_every", "1"]
+
+    def call(*more: str) -> str:
+        with start([*options, *more], tmp_path) as run:
+            text = run.stdout.read()
+            assert run.wait(300) == 0, text
+        return text
+
+    call("--run_dir", "undisturbed", *ranks)
+    call("--run_dir", "run", *ranks)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "last.ckpt").unlink()
+    for path in sorted(folder.glob("step-*.ckpt"))[1:]:
+        path.unlink()
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    call("--run_dir", "run", *ranks)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
+    text = call("--run_dir", "alone")
+    assert "no longer bit-identical" in text
+    content = read_checkpoint(tmp_path / "alone" / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == 12
+    assert content[RUN]["devices"] == [2, 1]
+
+
+# the queue
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch) -> Path:
+    """A command of that name that notes what it was asked."""
+    script = tmp_path / "bin" / "scontrol"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "asked"
+
+
+def test_a_job_goes_back_into_the_queue_a_bounded_number_of_times(scontrol, tmp_path, monkeypatch):
+    from sis_lightning.run.history import begin
+
+    assert "not in a SLURM job" in requeue(tmp_path, 5, 3)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    begin(tmp_path, 4)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(tmp_path))  # as in a container without SLURM's commands
+    assert "scontrol cannot be run here" in requeue(tmp_path, 5, 3)
+    assert read_starts(tmp_path)[-1]["how"] == "requeue failed"
+    monkeypatch.setenv("PATH", path)
+    assert "made no step" in requeue(tmp_path, 4, 3)
+    assert not scontrol.exists()
+    assert "back in the queue (restart 1)" in requeue(tmp_path, 5, 3)
+    assert read_starts(tmp_path)[-1]["how"] == "requeued"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert "3 times already" in requeue(tmp_path, 9, 3)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    requeue(tmp_path, 9, 3)
+    assert scontrol.read_text().split("\n") == ["requeue 17", "requeue 16_2", ""]

@@ -1,0 +1,102 @@
+"""compare: that it shows what differs, and refuses where more does than was said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sis_lightning.run.record import read_record
+
+CONFIG = ("--config", "tasks/seg_voc.yaml", "--rounds", 0)
+
+
+def cells(out: str) -> dict[str, tuple[str, str]]:
+    """The rows of the table that it prints."""
+    rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in out.splitlines() if "│" in line]
+    return {name: (left, right) for name, left, right in rows}
+
+
+def test_operators_under_one_configuration(command):
+    result = command("compare", "basic", "res2net50", *CONFIG)
+    assert result.code == 0, result.err
+    rows = cells(result.out)
+    assert rows["operator"] == ("basic", "conv")
+    # As `complexity` counts them.
+    for name, side in (("basic", 0), ("conv", 1)):
+        counted = command(
+            *("complexity", "--config", "tasks/seg_voc.yaml", "--model.backbone.operator", name, "--json")
+        )
+        (size,) = json.loads(counted.out)
+        assert rows["parameters, M"][side] == f"{size['model_parameters'] / 1e6:.3f}"
+        assert rows["MACs, G"][side] == f"{size['model_macs'] / 1e9:.3f}"
+
+
+def test_what_else_differs_is_refused_by_its_key_unless_allowed(command):
+    refused = command("compare", "res2net50", "resnet50", *CONFIG)
+    assert refused.code == 2
+    assert "differ in more than the operator" in refused.err
+    assert "model.init_args.backbone.family: 'res2net' of A, 'resnet' of B" in refused.err
+    assert len(refused.err.splitlines()) <= 5
+    assert command("compare", "res2net50", "resnet50", *CONFIG, "--allow", "family", "scale").code == 2
+    allowed = command("compare", "res2net50", "resnet50", *CONFIG, "--allow", "family", "scale", "width")
+    assert allowed.code == 0, allowed.err
+    assert cells(allowed.out)["family"] == ("res2net", "resnet")
+    assert command("compare", "res2net50", "resnet50", *CONFIG, "--allow", "backbone").code == 0
+    assert "differ in nothing" in command("compare", "basic", "sis50", *CONFIG).err
+    assert "neither an operator" in command("compare", "bacis", "conv", *CONFIG).err
+
+
+@pytest.fixture
+def runs(command, small) -> list[str]:
+    """Three runs: another operator, and another operator under another configuration."""
+    for name, options in {
+        "a": ["--model.backbone.operator", "conv"],
+        "b": ["--model.backbone.operator", "recurrent1"],
+        "c": ["--model.backbone.operator", "recurrent1", "--model.label_smoothing", "0.1", "--seed_everything", "1"],
+    }.items():
+        every = [*small("cls_cifar100", 3), *options, "--run_dir", name]
+        assert command("fit", *every).code == 0
+        assert command("test", *every).code == 0
+    return ["a", "b", "c"]
+
+
+def test_runs(runs, command):
+    result = command("compare", "a", "b/test.json", "--rounds", 1)
+    assert result.code == 0, result.err
+    rows = cells(result.out)
+    records = [read_record(Path(name, "test.json")) for name in "ab"]
+    top1 = tuple(f"{record['metrics']['test/top1']:.4f}" for record in records)
+    assert rows["test/top1"] == top1
+    assert rows["operator"] == ("conv", "recurrent1")
+    losses = [dict(map(tuple, record["curves"]["train/loss"])) for record in records]
+    for step in losses[0]:
+        assert rows[f"train/loss, step {step}"] == tuple(f"{loss[step]:.4f}" for loss in losses)
+    assert any(name.startswith("backbone, images/s") for name in rows)
+    assert "synthetic" in result.out
+
+    refused = command("compare", "b", "c", "--rounds", 0)
+    assert refused.code == 2
+    assert "model.init_args.label_smoothing: 0.0 of A, 0.1 of B" in refused.err
+    assert "seed_everything: 0 of A, 1 of B" in refused.err
+    allowed = command("compare", "b", "c", "--rounds", 0, "--allow", "label_smoothing", "seed_everything")
+    assert allowed.code == 0, allowed.err
+    # What one side was only trained with is compared as it was asked for.
+    for name, precision in {"a": "bf16-mixed", "b": "32-true"}.items():
+        path = Path(name, "config.yaml")
+        path.write_text(re.sub(r"(?m)^  precision: .*$", f"  precision: {precision}", path.read_text()))
+        Path(name, "untested").mkdir()
+        path.rename(Path(name, "untested", "config.yaml"))
+    untested = command("compare", "a/untested", "b/untested", "--rounds", 0)
+    assert untested.code == 2
+    assert "trainer.precision: 'bf16-mixed' of A, '32-true' of B" in untested.err
+    # Run on other data, it is no comparison, whatever the configurations say.
+    path = Path("b/test.json")
+    record = json.loads(path.read_text())
+    record["data"]["fingerprint"] = "of other files"
+    path.write_text(json.dumps(record))
+    assert "edited" in command("compare", "a", "b").err
+    assert "no run in it" in command("compare", "a", ".").err
+    assert command("compare", "a", "gone").code == 1

@@ -1,0 +1,807 @@
+"""Tables: that every cell shows what was measured and on what, and that nothing else gets into one."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sis_lightning.commands.main import main
+from sis_lightning.config.compose import recipe
+from sis_lightning.errors import UsageError
+from sis_lightning.files import digest
+from sis_lightning.run.record import read_record, write_record, write_sealed
+from sis_lightning.tables.cells import Cell, Evidence, Model, Models, Paired, fill
+from sis_lightning.tables.render import to_csv, to_latex, to_markdown
+from sis_lightning.tables.results import roots_of, seeds_of
+from sis_lightning.tables.spec import Book, Column, DataSet, Experiment, Run, books_in, read_books
+
+RESULTS = Path(__file__).parents[2] / "results"
+values = st.dictionaries(st.integers(0, 9), st.floats(-1e3, 1e3), min_size=2, max_size=6)
+
+
+@given(values)
+def test_mean_and_deviation_are_numpys(ours):
+    cell = Cell(None, ours, (), "synthetic")
+    assert cell.mean == pytest.approx(np.mean(list(ours.values())), rel=1e-9, abs=1e-9)
+    assert cell.std == pytest.approx(np.std(list(ours.values()), ddof=1), rel=1e-6, abs=1e-6)
+
+
+@given(values, values)
+def test_paired_differences_are_scipys(ours, base):
+    both = sorted(ours.keys() & base.keys())
+    paired = Paired.of(ours, base)
+    if not both:
+        assert paired is None
+        return
+    assert paired.seeds == tuple(both)
+    left, right = ([side[seed] for seed in both] for side in (ours, base))
+    assert paired.mean == pytest.approx(np.mean(np.subtract(left, right)), abs=1e-9)
+    if len(both) == 1:
+        assert paired.low is None
+    elif np.std(np.subtract(left, right)) > 1e-6:
+        interval = scipy.stats.ttest_rel(left, right).confidence_interval(0.95)
+        assert (paired.low, paired.high) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-9)
+
+
+OFFICIAL = DataSet("Official", "official", ("official test",), ("official train",))
+RUN = Run("seg", ("tasks/seg_voc.yaml",), OFFICIAL, seeds=(0, 1))
+CONFIG = {"trainer": {"max_steps": 30000, "precision": None, "sync_batchnorm": False}, "model": {"lr": 0.007}}
+
+
+def piece(seed: int = 0, value: float = 0.5, name: str | None = None, **changes: Any) -> Evidence:
+    """A record that counts for `RUN` on `sis50`, but for what is changed in it, by dotted keys."""
+    record: dict[str, Any] = {
+        "metrics": {"test/miou": value},
+        "task": "seg",
+        "backbone": "slug-of-sis50",
+        "data": {"identity": "other", "fingerprint": "official test", "trained_on": ["official train"], "root": "data"},
+        "seed": seed,
+        "config": copy.deepcopy(CONFIG),
+        "tested_otherwise": {},
+        "checkpoint": {"finished": True},
+        "training": {"devices": 1},
+        "code": {"commit": "c", "dirty": False},
+        "date": f"2026-01-0{1 + seed}",
+    }
+    for dotted, new in changes.items():
+        place = record
+        *outer, last = dotted.split("__")
+        for key in outer:
+            place = place[key]
+        place[last] = new
+    return Evidence(name or f"seed{seed}-{value}.json", record, digest(recipe(record["config"])))
+
+
+def shown(*evidence: Evidence, run: Run = RUN, running: tuple[str, ...] = ()) -> Cell:
+    """The one cell of a table whose run those records are of."""
+    content = {"tables": [{"id": "T", "title": "t", "columns": [], "groups": [{"rows": []}]}]}
+    book = dataclasses.replace(_book(content, {}), data={})
+    column = Column("mIoU", run, "test/miou", 3)
+    row = dataclasses.replace(_ROW, printed=(0.775,))
+    table = dataclasses.replace(
+        book.tables[0], columns=(column,), groups=(dataclasses.replace(book.tables[0].groups[0], rows=(row,)),)
+    )
+    key = row.experiment(column).key
+    models = Models("", (), {key: Model(digest(recipe(CONFIG)), "slug-of-sis50", 1, 1, (1, 1))})
+    (filled,) = fill(dataclasses.replace(book, tables=(table,)), evidence, models, running)
+    return filled.lines[0].cells[0]
+
+
+def test_a_record_counts_where_everything_is_the_cells():
+    cell = shown(piece(0, 0.7), piece(1, 0.8))
+    assert (cell.state, cell.values, cell.missing) == ("reproduced", {0: 0.7, 1: 0.8}, ())
+    assert cell.difference == pytest.approx(0.75 - 0.775)
+    assert cell.records == ("seed0-0.7.json", "seed1-0.8.json")
+    one = shown(piece(1, 0.8))
+    assert (one.state, one.values, one.missing) == ("reproduced", {1: 0.8}, (0,))
+    # How it was computed is not its recipe; a switch that is off is as one that is not there.
+    assert shown(piece(config__trainer__precision="bf16-mixed")).state == "reproduced"
+    assert shown(piece(config__model__nesterov=False)).state == "reproduced"
+    otherwise = {"trainer.precision": ["bf16-mixed", "32"], "trainer.benchmark": [None, False]}
+    assert shown(piece(tested_otherwise=otherwise)).state == "reproduced"
+    assert shown(piece(config__model__nesterov=True)).state == "other recipe"
+
+
+@pytest.mark.parametrize(
+    ("state", "changes"),
+    {
+        "a folder with the right name": (
+            "other data",
+            {"data__root": "VOCdevkit", "data__identity": "official", "data__fingerprint": "x"},
+        ),
+        "the marker removed": ("other data", {"data__fingerprint": "of synthetic files"}),
+        "the marker there": (
+            "synthetic",
+            {"data__identity": "synthetic (seed 0)", "data__fingerprint": "of synthetic files"},
+        ),
+        "trained on other files": ("other data", {"data__trained_on": ["of synthetic files"]}),
+        "trained on other files too": ("other data", {"data__trained_on": ["official train", "of others"]}),
+        "nobody knows on what": ("other data", {"data__trained_on": []}),
+        "another configuration by the same name": ("other recipe", {"config__trainer__max_steps": 300}),
+        "another configuration by another name": ("not run", {"config__trainer__max_steps": 300, "task": "mine"}),
+        "another loss": ("other recipe", {"config__model__background_weight": 0.2}),
+        "the best checkpoint": ("other recipe", {"checkpoint__finished": False}),
+        "part of the test images": ("other recipe", {"tested_otherwise": {"trainer.limit_test_batches": [None, 5]}}),
+        "other test images": ("other recipe", {"tested_otherwise": {"data.init_args.limit": [None, 4]}}),
+        "without the flipped image": (
+            "other recipe",
+            {"tested_otherwise": {"model.init_args.flip_test": [True, False]}},
+        ),
+        "people found by a detector": (
+            "other recipe",
+            {"tested_otherwise": {"data.init_args.person_boxes": [None, "boxes.json"]}},
+        ),
+        "code with changes that no commit holds": ("other recipe", {"code__dirty": True}),
+        "a configuration that became the row's on the way": ("other recipe", {"training__changed": ["model.lr"]}),
+        "batch norm for each device": ("other recipe", {"training__devices": 4}),
+        "another metric": ("not run", {"metrics": {"test/top1": 0.5}}),
+        "training by code with such changes": (
+            "other recipe",
+            {"training__code": [{"commit": "c", "dirty": True}]},
+        ),
+        "an operator that was changed after training": (
+            "other recipe",
+            {
+                "training__code": [{"commit": "c", "operators": {"mine": "a"}}],
+                "code": {"commit": "c", "operators": {"mine": "b"}},
+            },
+        ),
+        "weights in 16 bits": ("other recipe", {"config__trainer__precision": "bf16-true"}),
+        "tested with weights in 16 bits": (
+            "other recipe",
+            {"tested_otherwise": {"trainer.precision": ["bf16-mixed", "bf16-true"]}},
+        ),
+        "code of no commit": ("other recipe", {"code": {"digest": "d"}}),
+        "training by code of no commit": ("other recipe", {"training__code": [{"digest": "d"}]}),
+        "a metric without a value": ("not run", {"metrics": {"test/miou": None}}),
+    }.values(),
+    ids=str,
+)
+def test_what_is_not_the_cells_never_counts(state, changes):
+    cell = shown(piece(**changes))
+    assert cell.state == state
+    assert not cell.values
+    assert cell.mean is None
+    assert cell.difference is None
+    # Beside one that counts, it changes nothing.
+    both = shown(piece(**changes), piece(1, 0.8))
+    assert (both.state, both.values, both.missing) == ("reproduced", {1: 0.8}, (0,))
+
+
+def test_states_of_data_that_is_not_official():
+    for kind, state in (("synthetic", "synthetic"), ("stand-in", "other data"), ("official", "reproduced")):
+        run = dataclasses.replace(RUN, data=dataclasses.replace(OFFICIAL, kind=kind))
+        cell = shown(piece(), run=run)
+        assert (cell.state, cell.values) == (state, {0: 0.5})
+        assert (cell.difference is not None) == (kind == "official")
+        # Of other files it is what they are, and not what the table is of.
+        assert shown(piece(data__fingerprint="of others"), run=run).state == "other data"
+    assert shown().state == "not run"
+    assert shown(running=("seg sis50 operator=basic",)).state == "running"
+    assert shown(piece(0), running=("seg sis50 operator=basic",)).state == "reproduced"
+
+
+def test_of_a_seed_that_was_measured_twice_the_later_counts_and_the_other_is_told():
+    cell = shown(piece(0, 0.9, date="2026-02-02"), piece(0, 0.1, date="2026-01-01"))
+    assert cell.values == {0: 0.9}
+    assert cell.superseded == 1
+
+
+def _book(content: dict[str, Any], data: dict[str, DataSet]) -> Book:
+    tables = content["tables"]
+    from sis_lightning.tables.spec import Group, Table
+
+    groups = (Group(()),)
+    return Book(tuple(Table(t["id"], t["title"], (), groups, "the paper") for t in tables), {}, data, {})
+
+
+_ROW = next(
+    row
+    for table in read_books(books_in(RESULTS)).tables
+    if table.id == "3"
+    for group in table.groups
+    for row in group.rows
+    if row.label == "Basic SIS"
+)
+
+
+# The paper's figures.
+
+
+def figures_of(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<![\w-])\d*\.\d+|\b\d+(?=[MG]\b)", text)]
+
+
+def paper_rows(lines: list[str], start: str) -> dict[str, list[float]]:
+    """The rows of a table as the specification lists them: `name 1.0 2.0 · name …`."""
+    line = next(line for line in lines if line.startswith(start))
+    line = line.partition(":")[2] or lines[lines.index(line) + 1]
+    found = {}
+    for part in line.split(" · "):
+        match = re.match(r"\s*([A-Za-z][\w-]*)\s+(.*)", part.replace(" / ", "/"))
+        found[match[1]] = figures_of(match[2])
+    return found
+
+
+NAMES = {
+    "Interactive SIS-I": "interactive1",
+    "Interactive SIS-II": "interactive2",
+    "Recurrent SIS-I": "recurrent1",
+    "Recurrent SIS-II": "recurrent2",
+    "Basic SIS": "basic",
+}
+
+
+def test_every_figure_of_the_paper_is_in_the_tables(shared):
+    """Read from the page that is rendered, against the specification's own listing."""
+    path = shared.parent / "spec" / "PAPER.md"
+    if not path.is_file():
+        pytest.skip("the paper's specification is not here")
+    spec = path.read_text().splitlines()
+    page = (RESULTS / "TABLES.md").read_text()
+    sections = {part.partition(":")[0].removeprefix("Table "): part for part in page.split("\n## ")[1:]}
+    compared = 0
+    blocks = {
+        "1": [next(i for i, line in enumerate(spec) if line.startswith("Table 1, "))],
+        "2": [next(i for i, line in enumerate(spec) if line.startswith("Table 2, "))],
+        "3": [next(i for i, line in enumerate(spec) if line.startswith("Table 3, "))],
+        "4": [i for i, line in enumerate(spec) if line.startswith(("- 50 layers:", "- 101 layers:"))],
+    }
+    for table, starts in blocks.items():
+        rows = [line for line in sections[table].splitlines() if line.startswith("| ") and "<br>" in line]
+        rows = [line for line in rows if not re.search(r"\| –<br>", line)]
+        wanted = []
+        for start in starts:
+            text = spec[start].partition(": ")[2] if spec[start].startswith("- ") else spec[start + 1]
+            wanted += [(m[1], figures_of(m[2])) for m in re.finditer(r"([A-Z\w][\w-]*) ([^·]+)", text)]
+        ours = []
+        for line in rows:
+            label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            label = label.partition("<sup>")[0]
+            printed = [float(cell.partition("<br>")[0]) for cell in cells if "<br>" in cell]
+            ours.append((NAMES.get(label, label), printed))
+        assert sorted(ours) == sorted(wanted), table
+        compared += sum(len(figures) for _, figures in wanted)
+    steps = next(line for line in spec if line.startswith("Table 1-1"))
+    wanted = [[float(n) for n in m.split("/")] for m in re.findall(r"\d+\.\d+/\d+\.\d+/\d+\.\d+", steps)]
+    lines = [line for line in sections["1-1"].splitlines() if "<br>" in line]
+    assert [[float(n) for n in re.findall(r"(\d+\.\d+)<br>", line)] for line in lines] == wanted
+    assert compared + sum(map(len, wanted)) == 24 + 21 + 14 + 130 + 6
+
+
+def test_what_is_committed_agrees_with_records_and_code(capfd):
+    assert main(["tables", "check", "--results", str(RESULTS)]) == 0, capfd.readouterr().out
+
+
+# A folder of results of our own, by real commands.
+
+BOOK = """
+data:
+  toys: {{title: toy pictures, kind: synthetic, test: [{test}], train: [{train}]}}
+runs:
+  toy_seg:
+    config: [tasks/seg_voc.yaml, configs/demo.yaml]
+    options:
+      {{data.root: {root}, model.backbone.channels: 8, model.backbone.width: 4, data.crop_size: 32, data.batch_size: 4,
+       data.num_workers: 0, trainer.max_steps: 3, model.lr_scheduler.init_args.total_steps: 3,
+       trainer.check_val_every_n_epoch: 1, trainer.log_every_n_steps: 1}}
+    data: toys
+    seeds: [0, 1]
+notes: {{small: Of 3 steps.}}
+tables:
+  - id: "9"
+    title: Toys
+    caption: 100 % toys & more.
+    notes: [small]
+    complexity: [{{run: toy_seg}}]
+    columns: [{{label: mIoU, run: toy_seg, metric: test/miou, digits: 4}}]
+    groups:
+      - {{host: sis_demo, baseline: Res2Net, rows: [{{label: Res2Net, backbone: res2net_demo}},
+         {{label: Basic SIS, operator: basic}}]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory, synthetic) -> Path:
+    """A folder of which one row was run, by `tables run`: copy it to change something."""
+    folder = tmp_path_factory.mktemp("toys")
+    book = folder / "results" / "toys.yaml"
+    book.parent.mkdir()
+    book.write_text(BOOK.format(test="", train="", root=synthetic))
+    # The package as a release has it: of a checkout with changes no record counts.
+    for name in ("sis_lightning", "tasks", "datamodules", "configs"):
+        shutil.copytree(RESULTS.parent / name, folder / "release" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    line = [sys.executable, "-m", "sis_lightning", "tables", "run", "--rows", "Res2Net", "--jobs", "2"]
+    environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(folder / "release")}
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, env=environment)
+    shutil.rmtree(folder / "release")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 1: test/miou" in done.stdout
+    record = read_record(next((folder / "results" / "records").glob("*seed1*.json")))
+    data = record["data"]
+    book.write_text(BOOK.format(test=data["fingerprint"], train=data["trained_on"][0], root=synthetic))
+    return folder
+
+
+@pytest.fixture
+def results(toys, tmp_path, monkeypatch) -> Callable[..., int]:
+    """Calls `sis-lightning tables` in a copy of that folder."""
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: main(["tables", *map(str, arguments)])
+
+
+def test_from_a_run_to_its_cell_and_back(results, capfd):
+    assert results("render") == 0
+    measured = {}
+    for path in Path("results/records").glob("*.json"):
+        record = read_record(path)
+        measured[record["seed"]] = record["metrics"]["test/miou"]
+        # Trained and tested by the same code, of which an installed package has a digest in place of a commit.
+        assert record["training"]["code"] == [record["code"]]
+        assert {*record["code"]} == {"sis_lightning", "digest"}
+        # The record is that of the run, byte by byte.
+        run = Path("runs/toy_seg", record["backbone"], f"seed{record['seed']}", "test.json")
+        assert run.read_bytes() == path.read_bytes()
+    assert sorted(measured) == [0, 1]
+    mean, std = np.mean(list(measured.values())), np.std(list(measured.values()), ddof=1)
+    page = Path("results/TABLES.md").read_text()
+    assert f"{mean:.4f} ± {std:.4f}<br>*synthetic, n = 2*" in page
+    assert "| Basic SIS |" in page
+    assert "*not run*" in page
+    with Path("results/tables.csv").open(newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["column"] == "mIoU" and row["row"] == "Res2Net"]
+    assert float(row["mean"]) == pytest.approx(mean, abs=1e-12)
+    assert (row["n"], row["state"], len(row["records"].split())) == ("2", "synthetic", 2)
+    assert f"{mean:.4f}" in Path("results/tables.html").read_text()
+    assert f"{mean:.4f}" in Path("results/latex/table_9.tex").read_text()
+    assert results("check") == 0, capfd.readouterr().out
+    # What was tested elsewhere is told, and how it is taken in.
+    record = next(Path("results/records").glob("*seed1*.json"))
+    record.unlink()
+    assert results("plan", "--rows", "Res2Net") == 0
+    assert f"seed 1: tested: sis-lightning tables add {run.parent.parent}" in capfd.readouterr().out
+    assert results("add", "runs") == 0
+    assert record.is_file()
+    # `run` takes it in too, and runs nothing again.
+    record.unlink()
+    untouched = run.stat().st_mtime_ns
+    capfd.readouterr()
+    assert results("run", "--rows", "Res2Net") == 0
+    assert re.fullmatch(r"table 9, Res2Net, seed 1: test/miou 0\.\d+\n", capfd.readouterr().out)
+    assert record.is_file()
+    assert run.stat().st_mtime_ns == untouched
+    assert results("run", "--rows", "Res2Net") == 0
+    assert capfd.readouterr().out == "nothing is missing\n"
+    assert results("add", "runs") == 0
+    assert "nothing new" in capfd.readouterr().out
+
+
+def test_what_was_edited_is_found(results, capfd):
+    assert results("render") == 0
+    page = Path("results/TABLES.md")
+    text = page.read_text()
+    page.write_text(text.replace("*not run*", "0.9999"))
+    assert results("check") == 1
+    assert "TABLES.md is not what books and records give" in capfd.readouterr().out
+    page.write_text(text)
+    Path("results/tables.csv").unlink()
+    assert results("check") == 1
+    assert "tables.csv is missing" in capfd.readouterr().out
+    assert results("render") == 0
+
+    record = next(Path("results/records").glob("*.json"))
+    content = json.loads(record.read_text())
+    content["metrics"]["test/miou"] += 0.1
+    record.write_text(json.dumps(content))
+    for command in ("render", "check", "plan"):
+        assert results(command) == 1
+        assert "edited after it was measured" in capfd.readouterr().err
+    assert page.read_text() == text
+    record.write_text("{")
+    assert results("render") == 1
+    assert "not valid JSON" in capfd.readouterr().err
+
+
+def test_counts_that_the_code_does_not_give_are_found(results, capfd):
+    assert results("render") == 0
+    kept = Path("results/models.json")
+    content = json.loads(kept.read_text())
+    kept.write_text(json.dumps(content).replace('"parameters": ', '"parameters": 1'))
+    assert results("render") == 1
+    assert "edited" in capfd.readouterr().err
+    # Sealed, as if an earlier release had counted it.
+    content.pop("checksum")
+    content["code"] = "of an earlier release"
+    next(iter(content["models"].values()))["parameters"] += 1
+    write_sealed(kept, content)
+    assert results("render") == 0
+    assert results("check") == 1
+    assert re.search(r"parameters was \d+, the code gives \d+", capfd.readouterr().out)
+    assert results("count") == 0
+    assert results("render") == 0
+    assert results("check") == 0
+    kept.unlink()
+    assert results("render") == 1
+    assert "sis-lightning tables count" in capfd.readouterr().err
+
+
+def test_another_recipe_under_the_same_names_is_found(results, capfd):
+    """In the book, or in a backbone of the user's own."""
+    assert results("render") == 0
+    book = Path("results/toys.yaml")
+    text = book.read_text()
+    book.write_text(text.replace("data.crop_size: 32", "data.crop_size: 64"))
+    assert results("check") == 1
+    assert re.search(r"recipe was \w+, the code gives \w+", capfd.readouterr().out)
+    book.write_text(text)
+    assert results("check") == 0
+    own = Path("configs/backbones/sis_demo.yaml")
+    own.parent.mkdir(parents=True)
+    own.write_text((RESULTS.parent / own).read_text().replace("depth: 14", "depth: 26"))
+    assert results("check") == 1
+    assert "toy_seg sis_demo operator=basic: " in capfd.readouterr().out
+
+
+def test_what_is_missing_is_listed_with_commands_that_hold(results, capfd):
+    capfd.readouterr()
+    assert results("plan", "--seeds", "1,5") == 0
+    out = capfd.readouterr().out
+    lines = [line.strip() for line in out.splitlines() if line.startswith("  sis-lightning fit")]
+    assert len(lines) == 3  # seed 5 of both rows, seed 1 of one
+    assert "--seed_everything 5" in lines[0]
+    assert "not begun" in out
+    # What is listed is what fit resolves to the cell's recipe.
+    command = lines[-1].split()[1:]
+    with pytest.raises(SystemExit):
+        main([*command, "--print_config"])
+    assert "operator: basic" in capfd.readouterr().out
+    assert results("plan", "--table", "10") == 2
+    assert "there is no table '10'" in capfd.readouterr().err
+    assert results("plan", "--rows", "bacis") == 2
+    assert "did you mean 'basic'" in capfd.readouterr().err.lower()
+    assert results("plan", "--roots", "toy_seg=elsewhere", "--rows", "basic") == 0
+    assert "--data.root elsewhere" in capfd.readouterr().out
+    assert results("plan", "--roots", "toy=elsewhere") == 2
+
+
+def test_a_cluster_gets_an_array_for_each_row(results, capfd):
+    capfd.readouterr()
+    assert results("run", "--launcher", "slurm", "--rows", "basic", "--", "--dry-run", "--time", "0:30:00") == 0
+    out = capfd.readouterr().out
+    assert "#SBATCH --array=0,1" in out
+    assert "#SBATCH --time=0:30:00" in out
+    assert re.findall(r"sis_lightning (\w+)", out) == ["fit", "test"]
+    assert out.count("--seed_everything=$SLURM_ARRAY_TASK_ID") == 2
+
+
+def test_a_run_that_fails_says_so_and_the_others_go_on(results, capfd):
+    assert results("run", "--rows", "basic", "--", "--data.root", "nowhere", "--data.synthetic", "null") == 1
+    captured = capfd.readouterr()
+    assert captured.err.count("fit failed (1)") == 2
+    assert "nowhere" in captured.err
+    assert not list(Path("results/records").glob("*basic*"))
+
+
+def test_options_that_make_another_run_of_it_are_refused(results, capfd):
+    assert results("run", "--rows", "basic", "--", "--data.crop_size", "64") == 2
+    err = capfd.readouterr().err
+    assert "data.init_args.crop_size: 32, with these options 64" in err
+    assert len(err.splitlines()) <= 5
+    for options, words in {
+        ("--trainer.precision", "bf16-true"): "--trainer.precision bf16-true is another recipe",
+        ("--run_dir=mine",): "tables run settles --run_dir itself",
+        ("--seed_everything", "7"): "tables run settles --seed_everything itself",
+    }.items():
+        assert results("run", "--rows", "basic", "--", *options) == 2
+        assert words in capfd.readouterr().err
+    # For a cluster too, whose own options are none of them.
+    there = ("run", "--rows", "basic", "--launcher", "slurm", "--", "--dry-run", "--time", "1:00:00")
+    assert results(*there, "--data.crop_size", "64") == 2
+    assert "with these options 64" in capfd.readouterr().err
+    assert not list(Path("runs/toy_seg").glob("*basic*/seed*"))
+
+
+def test_what_was_run_and_does_not_count_is_told_and_left(results, capfd):
+    run = next(Path("runs/toy_seg").glob("*/seed1"))
+    next(Path("results/records").glob("*seed1*.json")).unlink()
+    # Tested on other settings than the table's, and taken in.
+    content = json.loads((run / "test.json").read_text())
+    content.pop("checksum")
+    write_sealed(run / "test.json", content | {"tested_otherwise": {"data.init_args.limit": [None, 2]}})
+    capfd.readouterr()
+    assert results("run", "--rows", "Res2Net") == 0
+    assert "does not count, as it was tested under another data.init_args.limit" in capfd.readouterr().err
+    before = (run / "test.json").read_bytes()
+    assert results("run", "--rows", "Res2Net") == 0
+    out = capfd.readouterr().out
+    assert "tested, but does not count, as it was tested under another data.init_args.limit" in out
+    assert "--seed_everything 1 --overwrite true" in out
+    assert (run / "test.json").read_bytes() == before
+    # A record that is damaged is to be measured again, and bars nothing else.
+    (run / "test.json").write_text("{")
+    assert results("plan", "--rows", "Res2Net") == 0
+    out = capfd.readouterr().out
+    assert "trained, but to be tested again" in out
+    assert re.search(r"sis-lightning test .*--seed_everything 1\n", out)
+    # Of several, none is taken where one is damaged.
+    known = sorted(Path("results/records").iterdir())
+    assert results("add", "runs") == 1
+    assert "not valid JSON" in capfd.readouterr().err
+    assert sorted(Path("results/records").iterdir()) == known
+    (run / "test.json").write_text('{"checksum": "x", "metrics": {"test/miou": NaN}}')
+    assert results("add", run) == 1
+    assert "NaN is no number of JSON" in capfd.readouterr().err
+
+
+def test_a_row_adds_to_the_fields_of_its_group(tmp_path):
+    content = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+    content["tables"][0]["groups"][0]["fields"] = {"channels": 8, "width": 4}
+    content["tables"][0]["groups"][0]["rows"][1]["fields"] = {"width": 12}
+    path = tmp_path / "book.yaml"
+    path.write_text(yaml.safe_dump(content))
+    (table,) = read_books([path]).tables
+    plain, basic = table.groups[0].rows
+    assert basic.fields == {"channels": 8, "width": 12}
+    assert plain.fields == {}  # it names a backbone of its own
+
+
+TOY = '''
+from torch import Tensor
+from sis_lightning.operators import SISOperator, register_operator
+
+@register_operator("halved")
+class Halved(SISOperator):
+    """K2 over half of the channels that K1 gives."""
+
+    def kernel_shapes(self):
+        half = self.out_channels // 2
+        return {"K1": (half, self.in_channels), "K2": (half, half)}
+
+    def literal(self, x: Tensor) -> Tensor:
+        first = self.convolve(x, self.K1, stride=self.stride)
+        return self.join(first, self.convolve(first, self.K2))
+
+    def join(self, *parts):
+        import torch
+        return torch.cat(parts, 1)
+'''
+
+
+def test_an_operator_of_a_user_is_in_every_table_unasked(toys, tmp_path):
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "halved.py").write_text(TOY)
+
+    def call(*arguments: str) -> str:
+        line = [sys.executable, "-m", "sis_lightning", *arguments]
+        environment = {**os.environ, "SIS_OPERATORS": "halved"}
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    out = call("tables", "plan", "--rows", "halved")
+    assert out.count("--model.backbone sis_demo --model.backbone.operator halved") == 2
+    call("tables", "render")
+    (tmp_path / "broken.py").write_text(TOY.replace("halved", "broken").replace("half, half", "half, 3"))
+    line = [sys.executable, "-m", "sis_lightning", "tables", "plan"]
+    environment = {**os.environ, "SIS_OPERATORS": "broken"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "the operator 'broken' cannot be built or run" in done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in (tmp_path / "results/TABLES.md").read_text().splitlines() if "| halved |" in line]
+    parameters = float(line.split("|")[2])
+    assert parameters > 0
+    assert "*not run*" in line
+    # And in the paper's own: a row in each group that has a host.
+    book = read_books(books_in(RESULTS)).with_operators(("conv", "basic", "halved"))
+    for table in book.tables:
+        assert any(row.operator == "halved" for group in table.groups for row in group.rows), table.id
+
+
+def test_books_that_cannot_be_say_where(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    good = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+
+    def refused(change: Callable[[dict[str, Any]], None]) -> str:
+        content = copy.deepcopy(good)
+        change(content)
+        Path("results/book.yaml").write_text(yaml.safe_dump(content))
+        assert main(["tables", "render"]) == 2
+        err = capfd.readouterr().err
+        assert "results/book.yaml" in err
+        assert len(err.splitlines()) <= 5
+        return err
+
+    assert "no key 'titel'" in refused(lambda b: b["data"]["toys"].update(titel="x"))
+    assert "there is no 'toyz'" in refused(lambda b: b["runs"]["toy_seg"].update(data="toyz"))
+    assert "there is no 'seg'" in refused(lambda b: b["tables"][0]["columns"][0].update(run="seg"))
+    assert "3 printed values for 1 columns" in refused(
+        lambda b: b["tables"][0]["groups"][0]["rows"][0].update(printed=[1, 2, 3])
+    )
+    assert "there is no 'tiny'" in refused(lambda b: b["tables"][0].update(notes=["tiny"]))
+    assert "baseline" in refused(lambda b: b["tables"][0]["groups"][0].update(baseline="nobody"))
+    assert "a book has no 'table'" in refused(lambda b: b.update(table=[]))
+    assert "data.toys.kind: Input should be" in refused(lambda b: b["data"]["toys"].update(kind="oficial"))
+    assert "runs.toy_seg.seeds" in refused(lambda b: b["runs"]["toy_seg"].update(seeds=3))
+    assert "better: Input should be" in refused(lambda b: b["tables"][0]["columns"][0].update(better="Lower"))
+    assert "id: Input should be a valid string, is 9" in refused(lambda b: b["tables"][0].update(id=9))
+    assert "must be a mapping" in refused(lambda b: b.update(runs=["toy_seg"]))
+    assert "must be a mapping" in refused(lambda b: b["tables"][0].update(groups=["all"]))
+    assert "must be a list" in refused(lambda b: b.update(tables={"9": {}}))
+    assert "complexity 1: no key 'lable'" in refused(lambda b: b["tables"][0]["complexity"][0].update(lable="x"))
+    assert "complexity 1.digits" in refused(lambda b: b["tables"][0]["complexity"][0].update(digits="one"))
+    assert "there is no '['toy_seg']'" in refused(lambda b: b["tables"][0]["columns"][0].update(run=["toy_seg"]))
+    assert "runs.toy_seg.config" in refused(lambda b: b["runs"]["toy_seg"].update(config=[]))
+    assert "table 'T.1' is in two" in refused(
+        lambda b: b.update(tables=[{**b["tables"][0], "id": name} for name in ("t.1", "T.1")][::-1])
+    )
+    other = copy.deepcopy(good)
+    other["runs"]["toy_seg"]["seeds"] = [7]
+    other["tables"][0]["id"] = "10"
+    Path("results/another.yaml").write_text(yaml.safe_dump(other))
+    assert "runs.toy_seg: another book has something else" in refused(lambda b: None)
+    Path("results/another.yaml").unlink()
+    Path("results/book.yaml").write_text("tables: [")
+    assert main(["tables", "render"]) == 2
+    assert "not valid YAML" in capfd.readouterr().err
+
+
+def test_labels_of_any_characters_are_shown_in_all_forms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+    label = "50 % | a_b & <c> $x$ #1 {y} ~^\\\\"
+    content["tables"][0]["groups"][0] = {"title": label, "rows": [{"label": label, "backbone": "sis_demo"}]}
+    Path("results").mkdir()
+    Path("results/book.yaml").write_text(yaml.safe_dump(content))
+    assert main(["tables", "count"]) == 0
+    assert main(["tables", "render"]) == 0
+    row = next(line for line in Path("results/TABLES.md").read_text().splitlines() if line.startswith("| 50 %"))
+    assert len(re.split(r"(?<!\\)\|", row)) == 6
+    assert html.escape(label) in Path("results/tables.html").read_text()
+    with Path("results/tables.csv").open(newline="") as file:
+        assert {line["row"] for line in csv.DictReader(file)} == {label}
+    if shutil.which("pdflatex"):
+        text = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{t}\\end{document}"
+        Path("all.tex").write_text(text)
+        shutil.copy("results/latex/table_9.tex", "t.tex")
+        line = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1500:]
+
+
+def test_seeds_and_roots():
+    assert seeds_of(None) is None
+    assert seeds_of("3") == [0, 1, 2]
+    assert seeds_of("4,0,4") == [0, 4]
+    assert seeds_of("0,") == [0]
+    assert seeds_of("1..3") == [1, 2, 3]
+    for text in ("0", "-1", "a", "3..1"):
+        with pytest.raises(UsageError, match="--seeds"):
+            seeds_of(text)
+    assert roots_of(["det_coco=/data/coco"]) == {"det_coco": "/data/coco"}
+    with pytest.raises(UsageError, match="RUN=DIR"):
+        roots_of(["det_coco"])
+
+
+@pytest.fixture
+def many(toys, tmp_path, monkeypatch) -> Path:
+    """The folder with 300 records."""
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sis_lightning.run.record._commit", dict)
+    record = read_record(next(Path("results/records").glob("*seed0*.json")))
+    sealed = ("checksum", "code", "versions", "python", "date", "schema")
+    content = {key: value for key, value in record.items() if key not in sealed}
+    for seed in range(10, 308):
+        own = {"seed": seed, "checkpoint": {**content["checkpoint"], "sha256": str(seed)}}
+        write_record(Path(f"results/records/{seed}.json"), {**content, **own})
+    return tmp_path
+
+
+def test_rendering_needs_neither_torch_nor_matplotlib(many):
+    program = (
+        "import sys; from sis_lightning.commands.main import main; code = main(['tables', 'render']); "
+        "heavy = {'torch', 'lightning', 'matplotlib', 'numpy.testing'} & {*sys.modules}; "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=many, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "n = 300" in (many / "results/TABLES.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
+def test_latex_compiles(tmp_path):
+    from sis_lightning.tables.results import Results
+
+    results = Results(RESULTS)
+    for filled in results.filled():
+        (tmp_path / f"{filled.table.slug}.tex").write_text(to_latex(results.book, filled))
+    inputs = "\n".join(f"\\input{{{path.name}}}\\clearpage" for path in sorted(tmp_path.glob("*.tex")))
+    text = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{inputs}\\end{{document}}"
+    (tmp_path / "all.tex").write_text(text)
+    line = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "all.pdf").stat().st_size > 10_000
+
+
+def test_forms_agree_in_every_figure():
+    """Markdown, CSV and LaTeX of the committed tables say the same."""
+    from sis_lightning.tables.results import Results
+
+    results = Results(RESULTS)
+    tables = results.filled()
+    page = to_markdown(results.book, tables)
+    rows = list(csv.DictReader(to_csv(tables).splitlines()))
+    assert len(rows) == sum(len(line.cells) for filled in tables for line in filled.lines)
+    columns = {(f.table.id, c.label): c for f in tables for c in f.table.columns}
+    for row in rows:
+        digits = columns[row["table"], row["column"]].digits
+        for key in ("printed", "mean"):
+            if row[key]:
+                assert f"{float(row[key]):.{digits}f}" in page
+    for filled in tables:
+        text = to_latex(results.book, filled)
+        assert text.count("\\\\") >= len(filled.lines)
+        for line in filled.lines:
+            for cell, column in zip(line.cells, filled.table.columns, strict=True):
+                if cell.mean is not None:
+                    assert f"{cell.mean:.{column.digits}f}" in text
+
+
+def test_an_experiment_is_the_command_that_makes_it():
+    run = Run("mine", ("tasks/seg_voc.yaml",), OFFICIAL, {"data.crop_size": 64})
+    experiment = Experiment(run, "sis50", (("operator", "basic"), ("depth", 101)))
+    assert experiment.key == "mine sis50 operator=basic depth=101"
+    assert " ".join(experiment.options()) == (
+        "--config tasks/seg_voc.yaml --task mine --model.backbone sis50 --model.backbone.operator basic "
+        "--model.backbone.depth 101 --data.crop_size 64"
+    )
+
+
+def test_seeds_that_are_none_or_copies_do_not_count():
+    unseeded = shown(piece(seed=1, value=0.8), piece(value=0.9, name="x.json", seed=False))
+    assert unseeded.values == {1: 0.8}
+    twins = shown(piece(0, 0.8, checkpoint__sha256="same"), piece(1, 0.8, checkpoint__sha256="same"))
+    assert (twins.values, twins.missing) == ({0: 0.8}, (1,))
+    assert any("its weights are those of seed 0" in reason for reason in twins.reasons)
+    # The same weights tested twice are one measurement.
+    again = shown(piece(0, 0.8, checkpoint__sha256="same"), piece(0, 0.8, name="y", checkpoint__sha256="same"))
+    assert (again.values, again.superseded) == ({0: 0.8}, 0)
+
+
+def test_seeds_of_an_operator_that_was_changed_in_between_do_not_count_together():
+    sources = [{"commit": "c", "operators": {"mine": digest}} for digest in ("a", "b")]
+    cell = shown(piece(0, 0.8, code=sources[0]), piece(1, 0.9, code=sources[1]))
+    assert (cell.values, cell.missing) == ({1: 0.9}, (0,))
+    assert "its operator's source is not that of seed 1" in cell.reasons[0]
+
+
+def test_a_record_without_the_metric_says_so():
+    cell = shown(piece(0, metrics={"test/top1": 0.5}))
+    assert cell.reasons == ("seed0-0.5.json: it has no test/miou",)
+
+
+def test_callbacks_are_of_the_recipe_and_off_is_not_zero():
+    assert shown(piece(config__trainer__callbacks=[{"class_path": "EarlyStopping"}])).state == "other recipe"
+    assert shown(piece(tested_otherwise={"data.init_args.limit": [None, 0]})).state == "other recipe"

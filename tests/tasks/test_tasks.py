@@ -1,0 +1,243 @@
+"""Tasks: one backbone in all of them, losses against torch, optimisation as the recipe says."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch.nn import functional as F
+
+from sis_lightning import BackboneConfig, create_backbone
+from sis_lightning.backbones import backbone_config
+from sis_lightning.backbones.weights import load_backbone_weights
+from sis_lightning.datamodules import (
+    CIFAR100DataModule,
+    COCODetectionDataModule,
+    COCOKeypointsDataModule,
+    VOCSegmentationDataModule,
+)
+from sis_lightning.errors import DataError, UsageError
+from sis_lightning.tasks import BaseTask, ClassificationTask, DetectionTask, KeypointTask, SegmentationTask
+
+SMALL = backbone_config("sis_demo", channels=8, width=4)
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+DECODER = {"decoder_channels": 16, "decoder_atrous_rates": [1, 2, 3]}
+
+
+def segmentation(**arguments) -> SegmentationTask:
+    return SegmentationTask(**{"backbone": SMALL, "num_classes": 21, "optimizer": SGD, "decoder": DECODER, **arguments})
+
+
+def classification(**arguments) -> ClassificationTask:
+    return ClassificationTask(**{"backbone": SMALL, "num_classes": 100, "optimizer": SGD, **arguments})
+
+
+def detection(**arguments) -> DetectionTask:
+    sizes = {"min_size": 64, "max_size": 64, "fpn_channels": 8, "head_channels": 8}
+    return DetectionTask(**{"backbone": SMALL, "num_classes": 80, "optimizer": SGD, **sizes, **arguments})
+
+
+def keypoints(**arguments) -> KeypointTask:
+    return KeypointTask(**{"backbone": SMALL, "optimizer": SGD, "deconv_channels": (8, 8, 8), **arguments})
+
+
+BUILD = {"seg": segmentation, "cls": classification, "det": detection, "kpt": keypoints}
+
+
+def test_every_task_is_among_them():
+    assert {type(build()) for build in BUILD.values()} == set(BaseTask.__subclasses__()) - {Watched}
+
+
+def test_all_tasks_hold_the_same_backbone():
+    want = {key: value.shape for key, value in create_backbone(SMALL).state_dict().items()}
+    for build in BUILD.values():
+        assert {key: value.shape for key, value in build().backbone.state_dict().items()} == want
+
+
+@pytest.mark.parametrize(("giver", "taker"), list(itertools.permutations(BUILD, 2)))
+def test_a_checkpoint_of_one_task_starts_the_backbone_of_another(tmp_path, giver, taker):
+    given, taken = BUILD[giver](), BUILD[taker]()
+    torch.save({"state_dict": given.state_dict(), "global_step": 3}, tmp_path / "last.ckpt")
+    others = {key: value.clone() for key, value in taken.state_dict().items() if ".backbone." not in key}
+    load_backbone_weights(taken.backbone, tmp_path / "last.ckpt")
+    want = given.backbone.state_dict()
+    assert all(torch.equal(value, want[key]) for key, value in taken.backbone.state_dict().items())
+    assert all(torch.equal(taken.state_dict()[key], value) for key, value in others.items())
+
+
+def test_backbone_weights_may_be_published_ones(tmp_path):
+    import torchvision
+
+    theirs = torchvision.models.resnet50()
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    ours = create_backbone("resnet50")
+    load_backbone_weights(ours, tmp_path / "resnet50.pth")
+    torch.testing.assert_close(ours.stages[3][2].expand.weight, theirs.layer4[2].conv3.weight)
+
+
+def test_backbone_weights_that_do_not_fit(tmp_path):
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": segmentation(backbone=backbone_config(SMALL, operator="recurrent1")).state_dict()}, path)
+    backbone = create_backbone(SMALL)
+    with pytest.raises(DataError, match=r"other\.ckpt holds another backbone: \d+ weights.*\n.*asked for is res2net14"):
+        load_backbone_weights(backbone, path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(DataError, match=r"other\.ckpt: .*no weight|another network"):
+        load_backbone_weights(backbone, path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"other\.ckpt: no weights in it, or damaged"):
+        load_backbone_weights(backbone, path)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (17, 64)])
+def test_segmentation_labels_images_of_any_size(height, width):
+    task = segmentation().eval()
+    image = torch.randn(1, 3, height, width)
+    logits = task(image)
+    assert logits.shape == (1, 21, height, width)
+    padded = F.pad(image, (0, -width % 16, 0, -height % 16))
+    torch.testing.assert_close(logits, task.model(padded)[..., :height, :width])
+
+
+def test_segmentation_loss_is_weighted_cross_entropy():
+    torch.manual_seed(0)
+    task = segmentation(background_weight=0.25).eval()
+    image, mask = torch.randn(2, 3, 32, 48), torch.randint(0, 21, (2, 32, 48), dtype=torch.uint8)
+    mask[:, :9] = 255
+    weight = torch.ones(21)
+    weight[0] = 0.25
+    want = F.cross_entropy(task(image), mask.long(), weight, ignore_index=255)
+    torch.testing.assert_close(task.training_loss({"image": image, "mask": mask})["cross_entropy"], want)
+    nothing = task.training_loss({"image": image, "mask": torch.full_like(mask, 255)})["cross_entropy"]
+    assert nothing == 0
+
+
+def test_classification_counts_top_1_and_top_5():
+    task = classification(num_classes=7)
+    logits = torch.tensor(
+        [[9.0, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3], [9, 8, 7, 6, 5, 4, 3], [3, 4, 5, 6, 7, 8, 9]]
+    )
+    task.forward = lambda images: logits
+    batch = {"image": torch.zeros(4, 3, 8, 8), "label": torch.tensor([0, 4, 5, 6])}
+    task.evaluate(batch, task.val_metrics)
+    got = {key: round(float(value), 6) for key, value in task.val_metrics.compute().items()}
+    assert got == {"top1": 0.5, "top1_error_percent": 50, "top5": 0.75, "top5_error_percent": 25}
+
+
+def trainer(tmp_path, **arguments) -> Trainer:
+    usual = {
+        "accelerator": "cpu",
+        "max_steps": 1,
+        "default_root_dir": tmp_path,
+        "limit_val_batches": 0,
+        "logger": False,
+    }
+    quiet = dict.fromkeys(["enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    return Trainer(**{**usual, **quiet, **arguments})
+
+
+@pytest.mark.parametrize(("lr_batch_size", "accumulate", "lr"), [(None, 1, 0.1), (8, 1, 0.05), (8, 3, 0.15)])
+def test_the_linear_rule(synthetic, tmp_path, lr_batch_size, accumulate, lr):
+    task = classification(lr_batch_size=lr_batch_size)
+    run = trainer(tmp_path, accumulate_grad_batches=accumulate, max_epochs=1)
+    run.fit(task, CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0))
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(lr)
+
+
+class Watched(ClassificationTask):
+    """Keeps the learning rate of every step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def watched(**arguments) -> Watched:
+    task = Watched(**{"backbone": SMALL, "num_classes": 100, "optimizer": SGD, **arguments})
+    task.rates = []
+    return task
+
+
+def test_the_warm_up_rises_linearly_beside_the_schedule(synthetic, tmp_path):
+    epochs = functools.partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1], gamma=0.1)
+    task = watched(lr_scheduler=epochs, lr_interval="epoch", warmup_steps=4, warmup_start=0.2)
+    data = CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0)
+    trainer(tmp_path, max_steps=8, limit_train_batches=6).fit(task, data)
+    assert task.rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(("interval", "rates"), [("step", [0.1, 0.08, 0.06]), ("epoch", [0.1, 0.1, 0.1])])
+def test_the_scheduler_counts_steps_or_epochs(synthetic, tmp_path, interval, rates):
+    poly = functools.partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=5, power=1)
+    task = watched(lr_scheduler=poly, lr_interval=interval)
+    trainer(tmp_path, max_steps=3).fit(task, CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0))
+    assert task.rates == pytest.approx(rates)
+    assert ("ends at step 5, the run at 3" in task.schedule_note) == (interval == "step")
+
+
+def test_a_schedule_that_ends_before_the_run_is_refused_where_it_cannot_go_on(synthetic, tmp_path):
+    cycle = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=2)
+    task = classification(lr_scheduler=cycle, lr_interval="step")
+    with pytest.raises(UsageError, match="total_steps 3"):
+        trainer(tmp_path, max_steps=3).fit(task, CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0))
+
+
+def test_hparams_are_plain_data(tmp_path):
+    for task in (build() for build in BUILD.values()):
+        torch.save(dict(task.hparams), tmp_path / "h.pt")
+        loaded = torch.load(tmp_path / "h.pt", weights_only=True)
+        assert BackboneConfig(**loaded["backbone"]) == SMALL
+        assert "optimizer" not in loaded
+
+
+def test_data_with_other_classes_is_refused(synthetic, tmp_path):
+    with pytest.raises(UsageError, match=r"21 classes, the model 5.*num_classes 21"):
+        trainer(tmp_path).fit(
+            segmentation(num_classes=5), VOCSegmentationDataModule(str(synthetic), batch_size=2, num_workers=0)
+        )
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: segmentation(num_classes=1), "num_classes"),
+        (lambda: classification(num_classes=1), "num_classes"),
+        (lambda: segmentation(background_weight=-1), "background_weight"),
+        (lambda: segmentation(output_stride=12), "8 or 16"),
+        (lambda: segmentation(architecture="unett", output_stride=32), "unet"),
+        (lambda: segmentation(backbone=backbone_config("sis29")), "four-stage"),
+    ],
+)
+def test_settings_that_cannot_be(build, words):
+    with pytest.raises(UsageError, match=words):
+        build()
+
+
+DATA = {
+    "seg": VOCSegmentationDataModule,
+    "cls": CIFAR100DataModule,
+    "det": COCODetectionDataModule,
+    "kpt": functools.partial(COCOKeypointsDataModule, input_size=(64, 32)),
+}
+
+
+@pytest.mark.parametrize("task", BUILD)
+def test_pictures_are_drawn(synthetic, tmp_path, task):
+    build = BUILD[task]
+    data = DATA[task](str(synthetic), batch_size=3, num_workers=0)
+    task, run = build(), trainer(tmp_path)
+    run.validate(task, data, verbose=False)  # attaches the data to the task
+    task._trainer = run
+    data.trainer = run
+    task.eval()
+    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    figure = task.plot(batch, task.predict_step(batch))
+    figure.savefig(tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert np.asarray(image).std() > 10
+    titles = [axis.get_title() for axis in figure.axes]
+    assert any("true" in title or "truth" in title for title in titles)
