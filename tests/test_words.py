@@ -32,7 +32,7 @@ GLOSSARY = {
     r"of them alone|alone\b(?= that)": "only",
     r"enlarge(s|d)?": "upscale",
     r"(?<!ground )(?<!ground-)truth": "ground truth",
-    r"where (one|any|some) of .* cannot be|that cannot be\b(?! \w+ed)|where .* cannot be[.:;]": "if an argument is invalid",
+    r"where .* cannot be(?=[.:;,])|that cannot be(?=[.:;,])": "if an argument is invalid",
     r"hand(s|ed)? .* to SLURM": "submit",
     r"inference form": "deployed (fused) model",
 }
