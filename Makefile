@@ -1,9 +1,9 @@
-# make demo   a fresh machine to a trained, tested SIS net and its pictures, in minutes
-# make demos  all four tasks on synthetic data, with their figures: half an hour
-# make tables what results/TABLES.md holds of our own, anew: hours
-# make bench  what results/benchmarks holds, anew; make bench-gpu what of it needs a GPU
-# make test   the whole suite
-# make lint   style and types
+# make demo    creates .venv and synthetic data, then trains, tests and predicts: ten minutes on two cores
+# make demos   trains all four tasks on synthetic data and prints their metrics: half an hour
+# make tables  measures the synthetic tables of results/TABLES.md again: hours
+# make bench   repeats the benchmarks in results/benchmarks; make bench-gpu repeats those that need a GPU
+# make test    runs the test suite
+# make lint    checks style, types and the storeys (which module may import which)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,10 +23,10 @@ demo: .venv/installed
 	$(BIN)/sis-lightning fit $(DEMO) --overwrite true
 	$(BIN)/sis-lightning test $(DEMO)
 	$(BIN)/sis-lightning predict $(DEMO)
-	@echo "Pictures: runs/demo/pictures (predictions beside the truth while it learnt),"
-	@echo "          runs/demo/predictions (masks and overlays of the val split), data/demo/contact_sheet.png"
+	@echo "Images: runs/demo/images (predictions beside the ground truth during training),"
+	@echo "        runs/demo/predictions (masks and overlays of the val split), data/demo/contact_sheet.png"
 
-# The four tasks on synthetic data, half an hour on two cores: a benchmark of what can be learnt in eight minutes each.
+# All four tasks on synthetic data, about eight minutes of training each on two cores.
 demos: .venv/installed
 	$(BIN)/sis-lightning synth data/demos --images 2000 --size 96 --min-object 16 --rotation 30
 	for task in cls_cifar100 seg_voc det_voc kpt_coco; do \
@@ -35,7 +35,7 @@ demos: .venv/installed
 	done
 	$(BIN)/sis-lightning bench --runs $(addprefix runs/demos/,cls_cifar100 seg_voc det_voc kpt_coco) --name demos
 
-# The synthetic tables of results/TABLES.md: some hours on two cores; goes on where it was interrupted.
+# The synthetic tables of results/TABLES.md: some hours on two cores; interrupted runs are resumed.
 tables: .venv/installed
 	$(BIN)/sis-lightning tables run --table S1 S2 S3 S4 --jobs 2
 	$(BIN)/sis-lightning tables figures
@@ -65,7 +65,7 @@ bench-gpu: .venv/installed
 	$(BIN)/sis-lightning bench sis50+deploy+graphs torchvision:resnet50+deploy+graphs sis50+deploy --mode inference \
 		--batch 1 --precision bf16 --device cuda --name gpu-latency
 
-# A thread for each of the two: on two cores, more of them wait for each other.
+# Two workers with one thread each: more threads than cores only wait for one another.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
