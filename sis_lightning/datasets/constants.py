@@ -1,21 +1,23 @@
-"""What writers and readers of the published layouts must agree on; imports neither torch nor any other heavy thing."""
+"""Names, numbers and colours of the published data sets, used by readers and writers. Needs no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
-#: Lies in every folder of synthetic data and says how it was made.
+#: Name of the file in every folder of synthetic data; it holds the arguments that the data was made with.
 SYNTHETIC_MARKER = "SYNTHETIC.json"
 
-#: Pascal VOC's classes by mask id.
+#: Pascal VOC's class names by mask id; 0 is the background.
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-#: The mask id of pixels that are not annotated.
+#: Mask id of pixels that are not annotated (void).
 VOID = 255
 
-#: COCO's 80 categories by supercategory: numbers among 1…90, of which ten are not in use.
+#: COCO's 80 categories by supercategory; the ids are in 1…90, and ten of these are not in use.
 COCO_CATEGORIES = {
     "person": {1: "person"},
     "vehicle": {
@@ -45,26 +47,56 @@ COCO_CATEGORIES = {
         **{90: "toothbrush"},
     },
 }
-#: The joints of a person, in the order of COCO's keypoints.
-COCO_JOINTS = (
+#: Names of a person's 17 keypoints, in the order of COCO's files.
+COCO_KEYPOINTS = (
     *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
     *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
     *("left_knee", "right_knee", "left_ankle", "right_ankle"),
 )
-#: For each joint, which it is in a mirrored picture.
-COCO_MIRROR = tuple(
-    COCO_JOINTS.index(name.replace("left", "\0").replace("right", "left").replace("\0", "right"))
-    for name in COCO_JOINTS
-)
-#: Pairs of joints (counted from 1, as in COCO's files) that are joined by a bone.
+#: Indices (left, right) of the keypoints that a horizontal flip exchanges.
+COCO_FLIP_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
+#: Pairs of keypoints that are connected, counted from 1 as in COCO's files.
 COCO_SKELETON = (
     *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),
     *((9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7)),
 )
+#: Standard deviations of the annotators, as a share of the object's size, for the object keypoint similarity
+#: (`kpt_oks_sigmas` of pycocotools' cocoeval.py).
+COCO_SIGMAS = (
+    *(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087),
+    *(0.089, 0.089),
+)
+#: Mean and standard deviation of ImageNet's training images, RGB in 0…1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+#: Mean and standard deviation of CIFAR-100's training images, RGB in 0…1.
+CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+
+
+def flip_order(count: int, pairs: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The order of keypoints after a horizontal flip.
+
+    Args:
+        count: Number of keypoints.
+        pairs: Indices (left, right) of the keypoints that exchange places.
+
+    Returns:
+        For each keypoint, the index of the keypoint whose place it takes in the flipped image.
+    """
+    order = list(range(count))
+    for left, right in pairs:
+        order[left], order[right] = right, left
+    return tuple(order)
+
+
+# Older names, until all callers use those above.
+COCO_JOINTS = COCO_KEYPOINTS
+COCO_MIRROR = flip_order(len(COCO_KEYPOINTS), COCO_FLIP_PAIRS)
 
 
 def voc_palette() -> list[int]:
-    """The 256 colours of VOC's masks as [r0, g0, b0, r1, …]: the devkit's colour map."""
+    """The colour map of VOC's devkit: 256 colours as [r0, g0, b0, r1, …], each 0…255."""
     label = np.arange(256)
     palette = np.zeros((256, 3), dtype=np.int64)
     for bit in range(8):

@@ -1,0 +1,110 @@
+"""Decoding of images, and their normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transforms
+
+from sis_lightning.errors import DataError
+
+#: File name endings (lower case) that are taken for images.
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens and decodes an image.
+
+    Args:
+        path: The image file.
+
+    Returns:
+        The decoded image, in the mode of the file.
+
+    Raises:
+        DataError: If the file is missing, truncated or not an image.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except UNREADABLE as error:
+        raise DataError(f"{path}: unreadable or truncated image ({error})") from None
+    return image
+
+
+def to_rgb(image: Image.Image, *, upright: bool = False) -> tv_tensors.Image:
+    """Converts an image of any mode to a tensor.
+
+    Args:
+        image: The decoded image.
+        upright: Whether the image is rotated as its EXIF orientation says.
+
+    Returns:
+        RGB of shape (3, H, W), uint8.
+    """
+    if image.mode.startswith("I;16"):  # convert() would clip the upper 8 bits instead of dropping the lower ones
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = ImageOps.exif_transpose(image) if upright else image
+    return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
+
+
+def read_image(path: Path, *, upright: bool = False) -> tv_tensors.Image:
+    """Reads an image file of any mode.
+
+    Args:
+        path: The image file.
+        upright: Whether the image is rotated as its EXIF orientation says. Data sets do not: their annotations refer to
+            the pixels as stored.
+
+    Returns:
+        RGB of shape (3, H, W), uint8.
+
+    Raises:
+        DataError: If the file is missing, truncated or not an image.
+    """
+    with open_image(path) as image:
+        return to_rgb(image, upright=upright)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalises images by channel.
+
+    Args:
+        images: Images (..., C, H, W), uint8.
+        mean: Mean of each channel, in 0…1.
+        std: Standard deviation of each channel, in 0…1.
+
+    Returns:
+        (value / 255 - mean) / std, float32, of the same shape.
+    """
+    normalized: Tensor = transforms.normalize(
+        transforms.to_dtype(images, torch.float32, scale=True), list(mean), list(std)
+    )
+    return normalized
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of `normalize`, for display.
+
+    Args:
+        images: Normalised images (..., C, H, W); uint8 images are only scaled.
+        mean: Mean of each channel, in 0…1.
+        std: Standard deviation of each channel, in 0…1.
+
+    Returns:
+        float32 in 0…1, of the same shape.
+    """
+    if images.dtype == torch.uint8:
+        return images / 255
+    shift, scale = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images.float() * scale + shift).clamp(0, 1)
