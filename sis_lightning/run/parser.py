@@ -6,6 +6,7 @@ Each of ours therefore boils its message down and marks it, so that the outer on
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from importlib import import_module
@@ -14,10 +15,13 @@ from typing import Any
 # Lightning's own calls of jsonargparse's older names are not the user's to mend. Read when jsonargparse is imported.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import UsageError, nearest
+from sis_lightning.run.options import RunOptions
 from sis_lightning.tasks import BaseTask
 
 _MARKS = "\x02{}\x03"
@@ -33,6 +37,47 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises UsageError instead of printing the usage and leaving."""
         raise UsageError(_MARKS.format(explain(message, self))) from ex
+
+
+@functools.cache
+def run_parser() -> Parser:
+    """The parser of everything that describes a run. It parses and resolves, and builds nothing."""
+    parser = Parser(description="Options of a run.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="File with options.")
+    parser.add_class_arguments(RunOptions)
+    for part in ("trainer", "model", "data"):
+        _add_part(parser, part)
+    return parser
+
+
+@functools.cache
+def part_parser(part: str) -> Parser:
+    """The parser of the options of one part of a run alone: `trainer`, `model` or `data`."""
+    parser = Parser()
+    _add_part(parser, part)
+    return parser
+
+
+def build(part: str, config: dict[str, Any]) -> Any:
+    """Builds one part of a run from its resolved options.
+
+    Args:
+        part: `model`, `data` or `trainer`.
+        config: The part's options as plain data, as a run's `config.yaml` holds them under its name.
+
+    Returns:
+        The model or DataModule; for `trainer` the arguments of Trainer, its callbacks and loggers built.
+    """
+    parser = part_parser(part)
+    return parser.instantiate_classes(parser.parse_object({part: config}))[part]
+
+
+def _add_part(parser: Parser, part: str) -> None:
+    if part == "trainer":
+        # For its signature alone: names, types and defaults.
+        parser.add_class_arguments(Trainer, part, instantiate=False, fail_untyped=False, sub_configs=True)
+    else:
+        parser.add_subclass_arguments(BaseTask if part == "model" else SISDataModule, part, fail_untyped=False)
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:

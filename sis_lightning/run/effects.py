@@ -1,0 +1,95 @@
+"""What of a run's configuration settles its result, derived from the effects that options declare."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from sis_lightning.option_effects import Effect, effects_of
+
+Config = dict[str, Any]
+_SEED = "seed_everything"
+
+
+def effect_of(key: str, config: Mapping[str, Any], value: Any = None) -> Effect:
+    """What changes in a run if an option changes.
+
+    Args:
+        key: The option's dotted key in the configuration, such as `model.init_args.backbone.depth`.
+        config: A resolved configuration, whose classes declare the effects of their arguments.
+        value: The option's value, which for `trainer.precision` decides.
+
+    Returns:
+        The declared effect; RESULT for an option that nobody declared.
+    """
+    from sis_lightning.run.options import TRAINER_EFFECTS, RunOptions
+
+    parts = key.split(".")
+    if parts[0] == "trainer":
+        declared = TRAINER_EFFECTS.get(parts[1], Effect.RESULT) if len(parts) > 1 else Effect.RESULT
+        return declared if isinstance(declared, Effect) else declared(value)
+    if parts[0] in ("model", "data"):
+        if len(parts) < 3 or parts[1] != "init_args":
+            return Effect.NETWORK if parts[0] == "model" else Effect.RESULT
+        return _effects_of_class(str(config[parts[0]]["class_path"])).get(parts[2], Effect.RESULT)
+    return RunOptions.option_effects.get(parts[0], Effect.RESULT)
+
+
+@functools.cache
+def _effects_of_class(class_path: str) -> dict[str, Effect]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        return effects_of(getattr(import_module(module), name))
+    except (ImportError, AttributeError, ValueError):  # a user's class that is not installed here
+        return {}
+
+
+def settled(config: Config) -> dict[str, Any]:
+    """What of a configuration settles a run's result, by dotted keys: runs that agree in it differ by chance alone.
+
+    Args:
+        config: A resolved configuration, as a run's `config.yaml` holds it.
+
+    Returns:
+        Every option that is given and has any effect, but for the seed.
+    """
+    return {key: value for key, value in _flat(config) if effect_of(key, config, value) is not Effect.NOTHING}
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """What of a configuration the experiment is: `settled` without how the numbers are computed.
+
+    An option that is off counts as absent, since the next release of a library may have one more such option.
+    """
+    effects = (Effect.RESULT, Effect.NETWORK)
+    return {k: v for k, v in _flat(config) if v is not False and effect_of(k, config, v) in effects}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif value is not None and name != _SEED:
+            yield name, value
+
+
+def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys whose values differ, with both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{prefix}.{key}" if prefix else str(key)
+            yield from changes(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield prefix, before, now
+
+
+def effective_changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """The changes between two configurations that have any effect: what a resume refuses."""
+    return [
+        (key, old, new)
+        for key, old, new in changes(before, now)
+        if effect_of(key, now, new) is not Effect.NOTHING or effect_of(key, before, old) is not Effect.NOTHING
+    ]

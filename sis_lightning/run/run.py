@@ -1,0 +1,221 @@
+"""One run: its resolved configuration, its directory, and the task and DataModule that the configuration describes.
+
+runs/TASK/BACKBONE-OPERATOR/seedN/
+    config.yaml         everything resolved; config-2.yaml and so on of later starts
+    checkpoints/        step-N.ckpt (the newest two), last.ckpt, best.ckpt
+    history.json        when the run was started, and how each start ended
+    csv/, tensorboard/  the logs of fit, test, …
+    images/             predictions beside the ground truth, one figure a validation
+    predictions/        what predict wrote
+    test.json           what test measured, on which data, with which weights: a record with a checksum
+    test_results/       the detections or keypoints that were scored, in the format of COCO's or VOC's servers
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from sis_lightning.backbones import backbone_config
+from sis_lightning.config.compose import resolve
+from sis_lightning.config_files import read_yaml
+from sis_lightning.datamodules import SISDataModule
+from sis_lightning.errors import DataError, UsageError
+from sis_lightning.option_effects import Effect, effects_of
+from sis_lightning.run.effects import changes
+from sis_lightning.run.failures import explained
+from sis_lightning.run.options import RunOptions
+from sis_lightning.run.parser import build, run_parser
+from sis_lightning.tasks import BaseTask
+
+
+class Run:
+    """A run as its configuration describes it; nothing is trained, and no Trainer is built.
+
+    Task and DataModule are built when they are first asked for. Random numbers of the caller are left as they are.
+
+    Args:
+        layers: The composed configuration: nested plain data, as `sis_lightning.config.compose.compose` returns it.
+        options: Command-line options that override it, such as `--data.batch_size=4`.
+
+    Attributes:
+        config: Everything resolved, as plain data, exactly as the run's `config.yaml` holds it.
+        options: The options of the run itself.
+
+    Raises:
+        UsageError: If an option does not exist, or its value is invalid.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], options: Sequence[str] = ()) -> None:
+        parser = run_parser()
+        with explained():
+            parsed = parser.parse_args(["--config", yaml.safe_dump(dict(layers)), *options])
+            config: dict[str, Any] = yaml.safe_load(parser.dump(parsed, skip_none=False))
+        self.config = config
+        names = [field.name for field in dataclasses.fields(RunOptions)]
+        self.options = RunOptions(**{name: config[name] for name in names})
+        self._folder: Path | None = None
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str]) -> Run:
+        """The run that `sis-lightning fit` would start with such arguments.
+
+        Args:
+            arguments: As on the command line, such as `["--config", "tasks/seg_voc.yaml", "--data.root", "data"]`.
+
+        Raises:
+            UsageError: If a file or option does not exist, or a value is invalid.
+        """
+        return cls(*resolve(list(arguments)))
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> Run:
+        """The run whose directory it is, by its `config.yaml`.
+
+        Raises:
+            DataError: If there is no run in it.
+            UsageError: If its configuration is not one of this release.
+        """
+        path = Path(folder) / "config.yaml"
+        if not path.is_file():
+            raise DataError(f"{folder}: no run in it (no config.yaml)")
+        run = cls(read_yaml(path))
+        run._folder = Path(folder)
+        return run
+
+    @property
+    def directory(self) -> Path:
+        """Where the run writes."""
+        if self._folder is not None:
+            return self._folder
+        return (
+            Path(self.options.run_dir) if self.options.run_dir else self.family / f"seed{self.options.seed_everything}"
+        )
+
+    @property
+    def family(self) -> Path:
+        """The folder with the runs of all seeds: `runs/TASK/BACKBONE-OPERATOR`."""
+        return Path("runs", self.options.task, self.slug)
+
+    @property
+    def slug(self) -> str:
+        """A short name of the backbone, such as `res2net50-26w4s-basic`."""
+        arguments = self.config["model"]["init_args"]
+        operator = arguments.get("operator")
+        with explained():
+            return backbone_config(arguments["backbone"], **({"operator": operator} if operator else {})).slug
+
+    @functools.cached_property
+    def task(self) -> BaseTask:
+        """The task, with the weights that the seed gives it.
+
+        Raises:
+            UsageError: If its arguments are invalid.
+        """
+        with isolate_rng(), explained():
+            seed = self.options.seed_everything
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            task: BaseTask = build("model", copy.deepcopy(self.config["model"]))
+        return task
+
+    @functools.cached_property
+    def datamodule(self) -> SISDataModule:
+        """The DataModule; its data is not read before `setup`.
+
+        Raises:
+            UsageError: If its arguments are invalid.
+        """
+        with isolate_rng(), explained():
+            data: SISDataModule = build("data", copy.deepcopy(self.config["data"]))
+        return data
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in px of the images that the network trains on; of detection, of the largest.
+
+        Raises:
+            UsageError: If neither the DataModule nor the task knows it.
+        """
+        size: tuple[int, int] | None = getattr(self.datamodule, "image_size", None)
+        if size is None:
+            sides = (getattr(self.task, name, None) for name in ("min_size", "max_size"))
+            # Detectors pad images to multiples of 32.
+            low, high = (-(-side // 32) * 32 if isinstance(side, int) else None for side in sides)
+            if low is None or high is None:
+                raise UsageError(
+                    f"{type(self.datamodule).__name__} has no image_size: images keep their own sizes; give a size"
+                )
+            size = (low, high)
+        return size
+
+    def checkpoint(self, which: Path | str | None = None) -> Path:
+        """The checkpoint whose weights a command takes.
+
+        Args:
+            which: `last` (of this run; also for None), `best`, or a file.
+
+        Raises:
+            DataError: If it is missing, unreadable, or holds another network: the message names what differs.
+        """
+        named = which in (None, "last", "best")
+        path = self.directory / "checkpoints" / f"{which or 'last'}.ckpt" if named else Path(str(which))
+        if not path.is_file():
+            raise DataError(
+                f"no checkpoint {path}: run 'sis-lightning fit' with the same options first, or give --ckpt_path FILE"
+            )
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved, weights = content["hyper_parameters"], content["state_dict"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise DataError(
+                f"{path}: not a checkpoint of ours, or damaged ({type(error).__name__}: {error})"[:400]
+            ) from None
+        effects = effects_of(type(self.task))
+        asked = dict(self.task.hparams)
+        keys = [key for key in sorted(saved.keys() & asked.keys()) if effects.get(key) is Effect.NETWORK]
+        differences = list(changes({key: saved[key] for key in keys}, {key: asked[key] for key in keys}, "model"))
+        if differences:
+            shown = [f"  {key}: {old!r} in the checkpoint, {new!r} asked for" for key, old, new in differences[:3]]
+            raise DataError(
+                "\n".join([f"{path} is of another network:", *shown])
+                + "\n  Give the options that it was trained with, or its run's config.yaml as --config."
+            )
+        ours = self.task.state_dict()
+        other = [key for key in (*ours, *weights) if key not in ours or key not in weights]
+        other += [key for key in ours if key in weights and ours[key].shape != weights[key].shape]
+        if other:
+            raise DataError(
+                f"{path} is of another network: {len(other)} of its weights are missing, unknown or of another shape,\n"
+                f"  such as {other[0]}. Give the options that it was trained with."
+            )
+        return path
+
+    def load(self, which: Path | str | None = None) -> BaseTask:
+        """The run's task with a checkpoint's weights, in evaluation mode.
+
+        Args:
+            which: As for `checkpoint`.
+
+        Raises:
+            DataError: As `checkpoint`.
+        """
+        content = torch.load(self.checkpoint(which), map_location="cpu", weights_only=True)
+        self.task.load_state_dict(content["state_dict"])
+        meta = content["hyper_parameters"].get("meta")
+        if meta is not None and hasattr(self.task, "set_meta"):
+            self.task.set_meta(meta)
+        elif "class_names" in content:
+            self.task.name_classes(content["class_names"])
+        return self.task.eval().requires_grad_(False)
