@@ -1,0 +1,64 @@
+"""`sis-lightning compare`: compares two runs, or two operators in one configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sis_lightning.commands.arguments import Parser, config_options, require_torch
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = Parser(
+        "compare",
+        "Compare two runs, or two backbones or operators in one configuration: settings that differ, parameters, MACs, "
+        "speed, metrics and learning curves. It is refused if anything but the operator differs and is not allowed to.",
+        [
+            ("compare basic conv --config tasks/seg_voc.yaml", "two operators in one configuration"),
+            ("compare sis50 resnet50 --config tasks/seg_voc.yaml --allow backbone --rounds 0", "two backbones"),
+            (
+                "compare runs/seg_voc/sis50-26w4s-basic/seed0 runs/seg_voc/res2net50-26w4s-conv/seed0 --out curves.svg",
+                "",
+            ),
+        ],
+        usage="A B [options]\n       sis-lightning compare A B --config FILE [options] [options of fit]",
+        more="With --config, further options are those of fit.",
+    )
+    parser.add_argument(
+        "first",
+        metavar="A",
+        help="A run's directory or its test.json; with --config an operator, or BACKBONE[:OPERATOR].",
+    )
+    parser.add_argument("second", metavar="B", help="What A is compared with, in the same form.")
+    parser.add_config(help="Configuration file that both share, as for fit. May be repeated.")
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="Settings that may differ too, by their keys or parts of them: backbone, steps.",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        metavar="N",
+        help="Rounds in which both backbones are timed alternately; 0 for none (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="Device for the timing (default: %(default)s)."
+    )
+    parser.add_argument("--out", metavar="FILE", help="Also plot the learning curves of both: a .png, .svg or .pdf.")
+    chosen, options = parser.parse_known_args(arguments)
+    if not chosen.config:
+        parser.refuse_unknown(options)
+    require_torch()
+    from sis_lightning.tables.compare import compare
+
+    given = config_options(chosen.config, options)
+    comparison = compare(chosen.first, chosen.second, given, chosen.allow, chosen.rounds, chosen.device)
+    print(comparison.to_table(), end="")
+    if chosen.out:
+        comparison.draw(Path(chosen.out))
+        print(f"wrote {chosen.out}")
+    return 0

@@ -1,0 +1,66 @@
+"""`sis-lightning complexity`: counts parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+from sis_lightning.commands.arguments import Parser, config_options, require_at_least, require_torch
+from sis_lightning.config.compose import resolve
+from sis_lightning.config_files import config_names
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = Parser(
+        "complexity",
+        "Count the parameters and the multiply-accumulates (MACs) of one image: of backbones alone and as classifiers, "
+        "or of the whole model of a run.",
+        [
+            ("complexity sis50 res2net50 resnet50", ""),
+            ("complexity sis50 --operator interactive1 --size 256", ""),
+            ("complexity --config tasks/seg_voc.yaml --json", "the whole model of a run"),
+        ],
+        usage="[BACKBONE ...] [options]\n       sis-lightning complexity --config FILE [options] [options of fit]",
+        more="With --config, further options are those of fit, such as --model.backbone.operator.",
+    )
+    names = config_names("configs/backbones")
+    of_run = any(argument.partition("=")[0] in ("-c", "--config") for argument in arguments)
+    if (
+        not of_run or "--help" in arguments or "-h" in arguments
+    ):  # else values of fit's options would be taken for names
+        parser.add_argument("names", nargs="*", metavar="BACKBONE", help=f"Of {', '.join(names)} (default: all).")
+    parser.add_config(help="Configuration file of a run, as for fit: count its whole model. May be repeated.")
+    parser.add_argument(
+        "--operator", metavar="NAME", help="Operator, instead of the one that the backbone's file names."
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PX",
+        help="Side of the image (default: of backbones 32 with the CIFAR stem, else 224; of a run the size that it "
+        "trains on).",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="Classes of the classifier (default: 100 with the CIFAR stem, else 1000).",
+    )
+    parser.add_json()
+    chosen, options = parser.parse_known_args(arguments)
+    require_at_least(parser, chosen, {"size": 1, "num_classes": 1})
+    if not chosen.config:
+        parser.refuse_unknown(options)
+    for option in ("operator", "num_classes") if chosen.config else ():
+        if getattr(chosen, option) is not None:
+            parser.error(
+                f"--{option.replace('_', '-')} is for named backbones; with --config, give "
+                "--model.backbone.operator or --model.num_classes"
+            )
+    require_torch()
+    from sis_lightning.models import complexity
+
+    if chosen.config:
+        rows = complexity.of_run(*resolve(config_options(chosen.config, options)), chosen.size)
+    else:
+        rows = complexity.of_backbones(chosen.names or names, chosen.operator, chosen.size, chosen.num_classes)
+    print(complexity.to_json(rows) if chosen.json else complexity.to_table(rows), end="")
+    return 0

@@ -1,0 +1,77 @@
+"""`sis-lightning evaluate`: scores a results file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sis_lightning.commands.arguments import Parser
+
+KINDS = ("bbox", "segm", "keypoints", "voc07", "voc12")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = Parser(
+        "evaluate",
+        "Score detections or keypoints of any program, in the results format of COCO or of the Pascal VOC devkit, with "
+        "the same code as test.",
+        [
+            ("evaluate --type bbox --truth instances_val2017.json --results detections.json", ""),
+            ("evaluate --type voc07 --truth VOCdevkit/VOC2007 --split test --results comp4", ""),
+        ],
+    )
+    parser.add_argument(
+        "--type",
+        required=True,
+        choices=KINDS,
+        help="bbox, segm, keypoints: the COCO metrics. voc07, voc12: average precision by the rule of Pascal VOC "
+        "2007 (11 recalls) or 2010 and later (area under the curve).",
+    )
+    parser.add_argument(
+        "--truth",
+        "--ground-truth",
+        required=True,
+        metavar="PATH",
+        help="Ground truth: a COCO annotation file, or the folder of a VOC year, which contains Annotations/.",
+    )
+    parser.add_argument(
+        "--results",
+        required=True,
+        metavar="PATH",
+        help="Results: a COCO results file, or a folder with one file per class, CLASS.txt or "
+        "comp4_det_SPLIT_CLASS.txt.",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="Print JSON with all digits; null stands for a metric without ground truth."
+    )
+    coco = parser.add_argument_group("COCO")
+    coco.add_argument(
+        "--evaluator",
+        choices=("pycocotools", "faster-coco-eval"),
+        help="Library that computes the metrics; both give the same values (default: pycocotools).",
+    )
+    voc = parser.add_argument_group("Pascal VOC")
+    voc.add_argument("--split", metavar="NAME", help="Image list in ImageSets/Main (default: all annotated images).")
+    voc.add_argument(
+        "--voc-rule",
+        dest="rule",
+        choices=("devkit", "toolkit"),
+        help="devkit (default): difficult objects are ignored, and a match has IoU > the threshold. toolkit: they "
+        "count as objects, and a match has IoU >= the threshold.",
+    )
+    voc.add_argument("--iou", type=float, metavar="T", help="IoU threshold (default: 0.5).")
+    voc.add_argument("--classes", nargs="+", metavar="NAME", help="Class names (default: the 20 classes of VOC).")
+    chosen = parser.parse_args(arguments)
+    of_voc = chosen.type.startswith("voc")
+    options = {key: getattr(chosen, key) for key in ("split", "rule", "iou", "classes", "evaluator")}
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if (key == "evaluator") == of_voc:
+            option = "--voc-rule" if key == "rule" else f"--{key}"
+            parser.error(f"{option} belongs to {'COCO' if of_voc else 'Pascal VOC'}, and --type is {chosen.type}")
+    from sis_lightning.evaluation.files import evaluate_coco, evaluate_voc
+
+    score = evaluate_voc if of_voc else evaluate_coco
+    evaluation = score(Path(chosen.truth), Path(chosen.results), chosen.type, **given)
+    print(evaluation.to_json() if chosen.json else evaluation.to_table(), end="")
+    return 0

@@ -1,0 +1,59 @@
+"""`sis-lightning export`: writes a trained network as a file for other runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sis_lightning.commands.arguments import Parser, config_options, require_torch
+from sis_lightning.config.compose import resolve
+from sis_lightning.errors import UsageError
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = Parser(
+        "export",
+        "Write the deployed (fused) model of a checkpoint as ONNX or as a program of torch.export, run the file, and "
+        "compare its outputs with those of the model. The file contains the class names and the preprocessing.",
+        [
+            ("export --ckpt runs/seg_voc/sis50-26w4s-basic/seed0/checkpoints/last.ckpt", ""),
+            ("export --config tasks/seg_voc.yaml --data.root /data/voc --ckpt best --format pt2 --out voc.pt2", ""),
+        ],
+        usage="[--ckpt PATH] [--config FILE] [options] [options of fit]",
+        more="Further options are those of fit, see sis-lightning fit --help. A detector can be written as ONNX only.",
+    )
+    parser.add_argument(
+        "--ckpt",
+        default="last",
+        metavar="PATH",
+        help="Path of a checkpoint; or last or best, of the run that --config describes (default: %(default)s).",
+    )
+    parser.add_config(help="Configuration file, as for fit (default: config.yaml of the checkpoint's run).")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "pt2"),
+        default="onnx",
+        help="onnx: for onnxruntime and others. pt2: for torch.export.load (default: %(default)s).",
+    )
+    parser.add_argument("--out", metavar="FILE", help="File to write (default: model.FORMAT in the run's directory).")
+    chosen, options = parser.parse_known_args(arguments)
+    files = chosen.config
+    if not files:
+        files = [str(Path(chosen.ckpt).parent.parent / "config.yaml")]
+        if not Path(files[0]).is_file():
+            raise UsageError(
+                "which network? name a checkpoint, --ckpt RUN/checkpoints/last.ckpt, or its run: --config "
+                "tasks/NAME.yaml and options as for fit"
+            )
+    require_torch()
+    from sis_lightning.models.export import export
+
+    layers, rest = resolve(config_options(files, options))
+    done = export(layers, rest, chosen.ckpt, chosen.format, Path(chosen.out) if chosen.out else None)
+    shapes = ", ".join("×".join(map(str, shape)) for shape in done.shapes)
+    print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, verified on images of shape {shapes}")
+    if done.difference is None:
+        print("note: the model detected nothing in these images, so the file was run but its outputs were not compared")
+    else:
+        print(f"largest difference of an output: {done.difference:.1g} of the largest output")
+    return 0

@@ -1,0 +1,138 @@
+"""What `fit`, `validate`, `test` and `predict` share: short help, the full list of options, and the start of a run.
+
+Lightning's parser, which takes seconds to import, parses these commands; the parsers here only explain the options that
+most runs need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from sis_lightning.commands.arguments import Parser, require_torch
+from sis_lightning.commands.operator_listing import listed_operators
+from sis_lightning.config.compose import resolve
+from sis_lightning.config_files import config_names
+from sis_lightning.errors import UsageError
+
+_USAGE = "--config FILE [--config FILE ...] [--KEY VALUE ...]"
+_MERGING = (
+    "A run is described by YAML files and options. Later files override earlier ones, and options override all files."
+)
+
+
+def run_parser(command: str, description: str, examples: Sequence[tuple[str, str]]) -> Parser:
+    """The parser that explains a command, with the options that all four commands have.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        description: What it does.
+        examples: As for `Parser`.
+    """
+    parser = Parser(command, f"{description} {_MERGING}", examples, usage=_USAGE)
+    what = parser.add_argument_group("configuration")
+    what.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help=f"Configuration file; may be repeated. Tasks: {_listed('tasks')}, each in tasks/. "
+        "Overlays: configs/demo.yaml (synthetic data, minutes on a CPU), configs/overfit.yaml (four images).",
+    )
+    what.add_argument("--print_config", action="store_true", help="Print the merged configuration, and stop.")
+    what.add_argument(
+        "--help-all",
+        action="store_true",
+        help="List all options of the Trainer; with --config also those of the task and its data.",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model.backbone", metavar="NAME", help=f"One of {_listed('configs/backbones')}.")
+    model.add_argument("--model.backbone.operator", metavar="NAME", help=f"One of {', '.join(listed_operators())}.")
+    model.add_argument(
+        "--model.backbone.steps", metavar="T", help="Number of steps of the recurrent operators (default: 2)."
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="NAME", help=f"Another data set: one of {_listed('datamodules')}.")
+    data.add_argument("--data.root", metavar="DIR", help="Folder that contains the data set.")
+    data.add_argument("--data.batch_size", metavar="N", help="Images per step, summed over all devices.")
+    data.add_argument("--data.num_workers", metavar="N", help="Processes per device that load data.")
+    if command != "predict":
+        data.add_argument(
+            "--data.person_boxes",
+            metavar="FILE",
+            help="Keypoints: evaluate on the person boxes of this results file of a detector instead of the ground "
+            "truth boxes.",
+        )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--trainer", metavar="NAME", help=f"Devices: one of {_listed('configs/trainers')} (default: the task's own)."
+    )
+    run.add_argument(
+        "--run_dir",
+        metavar="DIR",
+        help="Directory of the run: configuration, checkpoints, logs and results "
+        "(default: runs/TASK/BACKBONE-OPERATOR/seedN).",
+    )
+    run.add_argument("--seed_everything", metavar="N", help="Random seed; part of the run's directory (default: 0).")
+    if command != "fit":
+        run.add_argument("--ckpt_path", metavar="PATH", help="Checkpoint: last (default), best, or the path of a file.")
+        run.add_argument(
+            "--deploy",
+            metavar="BOOL",
+            help="If true, use the deployed (fused) model, which is faster and has the same outputs.",
+        )
+    run.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
+def _listed(folder: str) -> str:
+    return ", ".join(config_names(folder))
+
+
+def start(parser: Parser, command: str, arguments: list[str]) -> int:
+    """Prints help, or runs the command.
+
+    Args:
+        parser: That explains the command.
+        command: `fit`, `validate`, `test` or `predict`.
+        arguments: As typed, without the command.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: If no task is named.
+    """
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        return 0
+    everything = "--help-all" in arguments
+    layers, options = resolve([argument for argument in arguments if argument != "--help-all"])
+    if everything:
+        require_torch()
+        _print_all_options(command, layers)
+        return 0
+    if "model" not in layers and not any(option.startswith("--model") for option in options):
+        raise UsageError(f"{command} needs a task: --config tasks/NAME.yaml, with NAME one of {_listed('tasks')}")
+    if command == "fit":
+        from sis_lightning.run.signals import remember_early
+
+        remember_early()
+    require_torch()
+    from sis_lightning.run.lightning_cli import run
+
+    run(command, layers, options)
+    return 0
+
+
+def _print_all_options(command: str, layers: dict[str, Any]) -> None:
+    """Prints every option of a command: of the run and the Trainer, of the model, and of the data."""
+    from sis_lightning.run.lightning_cli import run
+
+    classes = {part: layers.get(part, {}).get("class_path") for part in ("model", "data")}
+    # Each of these options prints its part of the help, and leaves.
+    for option in ["--help", *(f"--{part}.help={name}" for part, name in classes.items() if name)]:
+        with contextlib.suppress(SystemExit):
+            run(command, {}, [option])
+    if not all(classes.values()):
+        print("\nThe options of a task and its data are listed with its configuration: --config tasks/NAME.yaml")

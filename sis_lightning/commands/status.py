@@ -1,0 +1,43 @@
+"""`sis-lightning status`: lists runs and how far they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sis_lightning.commands.arguments import Parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = Parser(
+        "status",
+        "List runs with their state, the SLURM job, step and epoch reached, the newest validation metric, and how "
+        "often they were restarted.",
+        [("status", "all runs below runs/"), ("status runs/seg_voc --json", "")],
+        more="States: running, finished, stopped early (by a callback), killed (ended without a word), SIGTERM and the "
+        "like (stopped by that signal, and resumable), the name of an error, or what SLURM says of the job.",
+    )
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="Folders that contain runs (default: runs).")
+    parser.add_json()
+    chosen = parser.parse_args(arguments)
+    from sis_lightning.slurm import jobs as slurm
+
+    folders = [Path(folder) for folder in chosen.folders] or [path for path in [Path("runs")] if path.is_dir()]
+    rows = slurm.status(folders)
+    if chosen.json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        print(_aligned(rows))
+    else:
+        print("no runs in " + (", ".join(chosen.folders) or "runs"))
+    return 0
+
+
+def _aligned(rows: list[dict[str, Any]]) -> str:
+    """Rows as lines with aligned columns, for the terminal and for `grep`."""
+    heads = {key: key for key in rows[0]}
+    lines = [{key: "-" if row[key] in (None, "") else str(row[key]) for key in heads} for row in [heads, *rows]]
+    widths = {key: max(len(line[key]) for line in lines) for key in heads}
+    return "\n".join("  ".join(line[key].ljust(widths[key]) for key in heads).rstrip() for line in lines)

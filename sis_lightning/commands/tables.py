@@ -1,0 +1,142 @@
+"""`sis-lightning tables`: fills the paper's tables with our results."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sis_lightning.commands import submit
+from sis_lightning.commands.arguments import Parser, require_at_least, require_torch
+from sis_lightning.errors import UsageError
+
+if TYPE_CHECKING:
+    from sis_lightning.tables.results import Results
+
+_ACTIONS = {
+    "plan": "list the runs that the tables lack, each with its command",
+    "run": "train and test these runs, or resume them; options of fit (with --launcher slurm: of submit) follow --",
+    "add": "add the records of tested runs: files, or folders that contain runs",
+    "count": "count the parameters and MACs of all rows, and resolve their configurations",
+    "render": "write TABLES.md, tables.csv, tables.html and latex/",
+    "check": "fail if a table or figure is outdated, a record was edited, or the counts have changed",
+    "figures": "plot figures: all, or those named (accuracy, sizes, curves, receptive-fields, activation-maps)",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = _parser()
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    options = arguments[len(own) + 1 :]
+    chosen = parser.parse_args(own)
+    if options and chosen.action != "run":
+        parser.error(f"only tables run takes options of fit after --, not tables {chosen.action}")
+    if chosen.names and chosen.action not in ("add", "figures"):
+        raise UsageError(f"tables {chosen.action} takes no names: --table names tables, --rows names rows")
+    require_at_least(parser, chosen, {"jobs": 1})
+    from sis_lightning.tables.results import Results
+
+    results = Results(Path(chosen.results))
+    if chosen.action in ("plan", "run"):
+        return _plan_or_run(results, chosen, options)
+    if chosen.action == "add":
+        added = results.add([Path(name) for name in chosen.names])
+        print("\n".join(f"added {path}" for path in added) or "nothing new")
+    elif chosen.action == "count":
+        require_torch()
+        print("\n".join(results.count()) or f"{results.counts} is up to date")
+    elif chosen.action == "render":
+        print("\n".join(f"wrote {path}" for path in results.render()))
+    elif chosen.action == "check":
+        require_torch()
+        problems = results.check()
+        print("\n".join(problems) or f"{results.folder}: tables, records and counts agree")
+        return min(len(problems), 1)
+    else:
+        if chosen.runs or not chosen.names or {*chosen.names} & {"receptive-fields", "activation-maps"}:
+            require_torch()
+        print("\n".join(f"wrote {path}" for path in results.draw(chosen.names, [Path(run) for run in chosen.runs])))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "tables",
+        "Fill the paper's tables, and tables of our own, with results. Cells are filled only from records that test "
+        "wrote.",
+        [
+            ("tables plan --table 3 --rows basic Res2Net", ""),
+            ("tables run --table 3 --rows basic --roots seg_voc=/data/voc -- --trainer gpu", ""),
+            ("tables run --table 3 --roots seg_voc=/data/voc --launcher slurm -- --gpus-per-node 4", ""),
+            ("tables add runs", ""),
+            ("tables render", ""),
+            ("tables figures activation-maps --runs runs/cls_cifar100/*/seed0", ""),
+        ],
+        more="actions:\n" + "\n".join(f"  {name:<9}{summary}" for name, summary in _ACTIONS.items()),
+        usage="ACTION [NAME ...] [options] [-- options of fit]",
+    )
+    parser.add_argument("action", choices=_ACTIONS, metavar="ACTION", help=f"One of {', '.join(_ACTIONS)}; see below.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="add: files and folders. figures: names of figures.")
+    parser.add_argument(
+        "--results",
+        default="results",
+        metavar="DIR",
+        help="Folder with the table specs (*.yaml) and the records (default: %(default)s).",
+    )
+    parser.add_argument("--table", nargs="+", default=[], metavar="ID", help="plan, run: tables, such as 3 or 1-1.")
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="NAME", help="plan, run: rows, such as basic or Res2Net."
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="N",
+        help="plan, run: how many seeds (3), or which (0,2 or 0..4; 0, is seed 0 alone). Default: those of the table "
+        "spec.",
+    )
+    parser.add_argument(
+        "--roots",
+        nargs="+",
+        default=[],
+        metavar="RUN=DIR",
+        help="plan, run: folder that contains the data of a run, such as seg_voc=/data/voc.",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="run: on this machine, or as jobs of SLURM (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run, local: how many at the same time, sharing the cores (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="figures: directories of trained classification runs, for activation-maps.",
+    )
+    return parser
+
+
+def _plan_or_run(results: Results, chosen: argparse.Namespace, options: list[str]) -> int:
+    require_torch()
+    from sis_lightning.tables.plan import run_here, submissions, to_do
+    from sis_lightning.tables.results import roots_of, seeds_of, to_text
+
+    wanted = results.missing(chosen.table, chosen.rows, seeds_of(chosen.seeds), roots_of(chosen.roots))
+    if chosen.action == "plan" or not wanted:
+        print(to_text(wanted), end="")
+        return 0
+    if chosen.launcher == "local":
+        left = to_do(wanted, results.records, options)
+        return min(run_here(left, results.records, chosen.jobs, options), 1)
+    # Options that submit does not take itself are those of fit.
+    submitted, rest = submit.submit_parser().parse_known_args(["--config", "", *options])
+    left = to_do(wanted, results.records, [*(f"--config={file}" for file in submitted.config[1:]), *rest])
+    return max([0, *(submit.main(line) for line in submissions(left, options))])
