@@ -14,29 +14,34 @@ __version__ = "0.1.0"
 _HOME = {
     "create_operator": "operators",
     "register_operator": "operators",
-    "operator_names": "operators",
+    "list_operators": "operators",
     "replace_convs": "operators",
     "ReplacementReport": "operators",
     "SISOperator": "operators",
     "BackboneConfig": "backbones",
     "Backbone": "backbones",
     "create_backbone": "backbones",
-    "create_classifier": "models",
+    "list_backbones": "backbones",
+    "Classifier": "models",
+    "Segmenter": "models",
+    "Detector": "models",
+    "PoseNet": "models",
+    "register_encoder": "models",
     "load_torchvision_weights": "backbones.weights",
     "load_timm_weights": "backbones.weights",
     "write_synthetic": "datasets.synthetic",
 }
 
 if TYPE_CHECKING:
-    from sis_lightning.backbones import Backbone, BackboneConfig, create_backbone
+    from sis_lightning.backbones import Backbone, BackboneConfig, create_backbone, list_backbones
     from sis_lightning.backbones.weights import load_timm_weights, load_torchvision_weights
     from sis_lightning.datasets.synthetic import write_synthetic
-    from sis_lightning.models import create_classifier
+    from sis_lightning.models import Classifier, Detector, PoseNet, Segmenter, register_encoder
     from sis_lightning.operators import (
         ReplacementReport,
         SISOperator,
         create_operator,
-        operator_names,
+        list_operators,
         register_operator,
         replace_convs,
     )
@@ -44,15 +49,20 @@ if TYPE_CHECKING:
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "Classifier",
+    "Detector",
+    "PoseNet",
     "ReplacementReport",
     "SISOperator",
+    "Segmenter",
     "__version__",
     "create_backbone",
-    "create_classifier",
     "create_operator",
+    "list_backbones",
+    "list_operators",
     "load_timm_weights",
     "load_torchvision_weights",
-    "operator_names",
+    "register_encoder",
     "register_operator",
     "replace_convs",
     "write_synthetic",

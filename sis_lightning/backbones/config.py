@@ -1,8 +1,9 @@
-"""What a backbone is, as data."""
+"""The configuration of a backbone, and the named configurations in `configs/backbones/`."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -10,7 +11,7 @@ from sis_lightning.config_files import config_names, find_config, read_yaml
 from sis_lightning.errors import UsageError, nearest
 from sis_lightning.operators import operator_class
 
-# depth → bottlenecks in each stage; a bottleneck is three layers, stem and classifier make two more.
+# Depth → number of bottlenecks in each stage. A bottleneck has three layers; the stem and the classifier are two more.
 BLOCKS: dict[int, tuple[int, ...]] = {
     11: (1, 1, 1),
     14: (1, 1, 1, 1),
@@ -25,30 +26,32 @@ BLOCKS: dict[int, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A backbone on two orthogonal axes: how a bottleneck splits its channels, and what each 3×3 is (eqs. 1-24).
+    """The configuration of a backbone: how each bottleneck splits its channels, and which operator each 3×3 is.
 
-    Built, it maps an image (N, 3, H, W) to maps `c2` … `c5` (three-stage bodies: `c4`), stage i with
+    The backbone maps an image to feature maps `c2` … `c5` (`c2` … `c4` if it has three stages). The map of stage i has
     4 · channels · 2^(i-1) channels. Source: section 3.4 of the paper.
 
-    Raises:
-        UsageError: (a ValueError) for values that cannot be, or do not fit each other.
-
     Args:
-        family: `resnet` (one path), `resnext` (groups), `res2net` (hierarchical split), `res2next` (both). Must agree
-            with `scale` and `cardinality`.
-        depth: Layers: 29 (three stages of three bottlenecks), 50, 101, 152, or small ones: 11 and 20 (three stages of
-            one and two), 14 and 26 (four stages).
-        operator: What each 3×3 is: `conv`, `basic`, `interactive1`, `interactive2`, `recurrent1`, `recurrent2`, or a
-            registered one. It goes in where it fits a split's width, else a plain conv stays (section 4.1).
-        steps: T of the recurrent operators (Table 1-1); 2 for all others.
-        width: Channels of one split of one group in stage 1; doubles with each stage.
-        scale: Hierarchical splits of a bottleneck, s of Res2Net; 1 for none.
-        cardinality: Groups of each 3×3, c of ResNeXt; 1 for none.
-        channels: Of the stem. Stage i puts out 4 · channels · 2^(i-1).
-        stem: `imagenet` (7×7 of stride 2, max-pool of stride 2) or `cifar` (3×3 of stride 1).
-        last_split: In a stage's first block, the last of several splits is average-pooled (`pool`, Res2Net's ImageNet
-            form) or convolved like the others (`conv`, its CIFAR form).
-        norm: `bn`, `syncbn` (batch norm over all devices) or `gn` (group norm, up to 32 groups).
+        family: `resnet` (one path), `resnext` (groups), `res2net` (hierarchical splits) or `res2next` (both). It must
+            agree with `scale` and `cardinality`.
+        depth: Number of layers: 29 (three stages of three bottlenecks), 50, 101, 152, or one of the small ones: 11 and
+            20 (three stages of one and two bottlenecks), 14 and 26 (four stages of one and two).
+        operator: Operator in place of each 3×3 convolution: `conv`, `basic`, `interactive1`, `interactive2`,
+            `recurrent1`, `recurrent2`, or a registered one. A stage whose split width does not suit the operator keeps
+            plain convolutions (section 4.1).
+        steps: Number of time steps T of the recurrent operators (Table 1-1); 2 for all others.
+        width: Number of channels of one split of one group in stage 1. It doubles with each stage.
+        scale: Number of hierarchical splits of a bottleneck, s of Res2Net; 1 for none.
+        cardinality: Number of groups of each 3×3 convolution, c of ResNeXt; 1 for none.
+        channels: Number of channels of the stem.
+        stem: `imagenet` (7×7 convolution and max pooling, both with stride 2) or `cifar` (3×3 convolution with stride
+            1).
+        last_split: What happens to the last split in the first block of a stage: `pool` applies average pooling
+            (Res2Net for ImageNet), `conv` convolves it like the others (Res2Net for CIFAR).
+        norm: `bn` (batch norm), `syncbn` (batch norm over all devices) or `gn` (group norm with up to 32 groups).
+
+    Raises:
+        UsageError: If a value is invalid, or values do not fit each other. It is also a ValueError.
     """
 
     family: Literal["resnet", "resnext", "res2net", "res2next"]
@@ -68,47 +71,46 @@ class BackboneConfig:
             value = getattr(self, key)
             if value not in known and key == "norm" and "froz" in str(value):
                 raise UsageError(
-                    f"backbone.norm is {value!r}: a frozen norm on weights drawn at random would leave the network "
-                    "without any.\n  Take bn, syncbn or gn; --model.freeze_norm true keeps the statistics of "
-                    "--model.backbone_weights (detection)."
+                    f"backbone: norm is {value!r}: frozen norm layers on random weights would not normalise anything.\n"
+                    "  Take bn, syncbn or gn; the detector's freeze_norm keeps the statistics of pretrained weights."
                 )
             if value not in known:
                 choices = ", ".join(str(item) for item in known)
                 hint = f" ({nearest(value, known)})" if isinstance(value, str) else ""
-                raise UsageError(f"backbone.{key} is {value!r}, must be one of {choices}{hint}")
+                raise UsageError(f"backbone: {key} is {value!r}, must be one of {choices}{hint}")
         for key in ("steps", "width", "scale", "cardinality", "channels"):
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
-                raise UsageError(f"backbone.{key} is {value!r}, must be a whole number of at least 1")
+                raise UsageError(f"backbone: {key} is {value!r}, must be an integer of at least 1")
         operator = operator_class(self.operator)
         if self.steps != 2 and not operator.recurrent:
             raise UsageError(
-                f"backbone.steps is {self.steps}, but operator '{self.operator}' has no recurrence: leave steps at 2"
+                f"backbone: steps is {self.steps}, but operator '{self.operator}' has no recurrence: leave steps at 2"
             )
         hierarchical, grouped = self.family.startswith("res2"), self.family.endswith("next")
         if (self.scale > 1) != hierarchical or (self.cardinality > 1) != grouped:
             raise UsageError(
-                f"backbone.family '{self.family}' has scale {'> 1' if hierarchical else '= 1'} and cardinality "
+                f"backbone: family '{self.family}' has scale {'> 1' if hierarchical else '= 1'} and cardinality "
                 f"{'> 1' if grouped else '= 1'}, but scale is {self.scale} and cardinality {self.cardinality}"
             )
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Bottlenecks in each stage."""
+        """The number of bottlenecks in each stage."""
         return BLOCKS[self.depth]
 
     def split_width(self, stage: int) -> int:
-        """Channels of one split in stage 1, 2, …, all groups together."""
+        """Returns the number of channels of one split in a stage (1, 2, …), all groups together."""
         return self.width * self.cardinality << (stage - 1)
 
     def fits(self, stage: int) -> bool:
-        """Whether the operator goes into a stage: its width must divide (section 4.1)."""
+        """Returns whether the operator suits the split width of a stage (section 4.1)."""
         width = self.split_width(stage)
         return operator_class(self.operator).unsuitable(width, width, 3, groups=self.cardinality) is None
 
     @property
     def slug(self) -> str:
-        """A short name that tells configs apart, such as `res2net50-26w4s-basic`."""
+        """A short name that differs for different configurations, such as `res2net50-26w4s-basic`."""
         split = f"{self.cardinality}c" * (self.cardinality > 1) + f"{self.width}w" + f"{self.scale}s" * (self.scale > 1)
         operator = self.operator + (f"-T{self.steps}" if self.steps != 2 else "")
         parts = [f"{self.family}{self.depth}", split, operator]
@@ -125,28 +127,44 @@ _LITERALS = {
 }
 
 
-def backbone_config(name_or_config: str | BackboneConfig | dict[str, Any], **overrides: Any) -> BackboneConfig:
-    """Resolves a name, a mapping or a config, with fields changed.
+def list_backbones() -> list[str]:
+    """Lists the names of all backbones: the YAML files in `configs/backbones/`, the user's own included.
+
+    Files are found in the current directory, in the folders of `$SIS_CONFIG_PATH` and in the package.
+    """
+    return config_names("configs/backbones")
+
+
+def backbone_config(
+    backbone: str | BackboneConfig | Mapping[str, Any], operator: str | None = None, **overrides: Any
+) -> BackboneConfig:
+    """Returns the configuration of a backbone that is given by name, by its fields, or as a configuration.
 
     Args:
-        name_or_config: A file in `configs/backbones/` (`"sis50"`, or a path), a mapping of fields, or a config.
-        overrides: Fields to change, such as `operator="recurrent2"`.
+        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, path of a YAML file, mapping of the fields
+            of `BackboneConfig`, or a `BackboneConfig`.
+        operator: Operator that replaces the configuration's own; None keeps it.
+        overrides: Other fields to change, such as `norm="gn"`.
 
     Raises:
-        UsageError: (a ValueError) for an unknown name or field, or values that cannot be.
+        UsageError: If a name, field or value is invalid. It is also a ValueError.
     """
-    if isinstance(name_or_config, BackboneConfig):
-        values = dataclasses.asdict(name_or_config)
-    elif isinstance(name_or_config, str):
-        values = read_yaml(find_config(name_or_config, "configs/backbones"))
+    if isinstance(backbone, BackboneConfig):
+        values = dataclasses.asdict(backbone)
+    elif isinstance(backbone, str):
+        values = read_yaml(find_config(backbone, "configs/backbones"))
+    elif isinstance(backbone, Mapping):
+        values = dict(backbone)
     else:
-        values = dict(name_or_config)
+        raise UsageError(f"a backbone is a name, a mapping or a BackboneConfig, not {type(backbone).__name__}")
     values |= overrides
+    if operator is not None:
+        values["operator"] = operator
     fields = [field.name for field in dataclasses.fields(BackboneConfig)]
     for key in values:
         if key not in fields:
-            raise UsageError(f"a backbone has no '{key}': {nearest(key, fields)}")
+            raise UsageError(f"a backbone has no '{key}': {nearest(str(key), fields)}")
     for key in ("family", "depth"):
         if key not in values:
-            raise UsageError(f"a backbone needs '{key}', or a name: {', '.join(config_names('configs/backbones'))}")
+            raise UsageError(f"a backbone needs '{key}', or a name: {', '.join(list_backbones())}")
     return BackboneConfig(**values)

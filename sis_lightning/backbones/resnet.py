@@ -1,29 +1,28 @@
-"""The one body behind every backbone: stem, stages of bottlenecks, named feature maps.
+"""The network behind every backbone: a stem, stages of bottlenecks, and named feature maps.
 
-He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Gao et al. 2019 (Res2Net, Res2NeXt), and section 3.4 of the SIS
-paper, which puts an operator in place of each 3×3 of the bottleneck.
+Sources: He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Gao et al. 2019 (Res2Net, Res2NeXt), and section 3.4 of the
+SIS paper, which replaces each 3×3 convolution of the bottleneck by an operator.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from sis_lightning.backbones.config import BackboneConfig, backbone_config
+from sis_lightning.backbones.shared_outputs import SharedOutputs
 from sis_lightning.errors import UsageError
 from sis_lightning.operators import create_operator
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """A feature map is (N, channels, ⌈H/stride⌉, ⌈W/stride⌉) for an image of (N, 3, H, W)."""
+    """The shape of a feature map: (N, channels, ⌈H/stride⌉, ⌈W/stride⌉) for an image (N, in_channels, H, W)."""
 
     channels: int
     stride: int
@@ -31,7 +30,7 @@ class FeatureInfo:
 
 @dataclass(frozen=True)
 class Placement:
-    """What the 3×3 of a stage are: the operator asked for, or a plain conv and why."""
+    """The operator of a stage: the configured one, or a plain convolution and the reason for it."""
 
     stage: int
     split_width: int
@@ -40,22 +39,38 @@ class Placement:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with up to 32 groups (Wu and He 2018)."""
+    """Creates group norm with up to 32 groups (Wu and He 2018)."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def norm_layer(kind: str, channels: int) -> nn.Module:
-    """Batch norm (`bn`), batch norm over all devices (`syncbn`) or group norm (`gn`)."""
+    """Creates batch norm (`bn`), batch norm over all devices (`syncbn`) or group norm (`gn`)."""
     if kind == "gn":
         return group_norm(channels)
     return nn.SyncBatchNorm(channels) if kind == "syncbn" else nn.BatchNorm2d(channels)
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether a compiler, an exporter or a transform of torch.func reads along: these need plain operations."""
-    graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    # torch.fx passes a stand-in.
-    return graph or torch._C._are_functorch_transforms_active() or not isinstance(x, Tensor)
+def hierarchical_split(
+    splits: Sequence[Tensor], branches: Sequence[Callable[[Tensor], Tensor]], *, hierarchical: bool = True
+) -> list[Tensor]:
+    """Applies the recursion of Res2Net: y_1 = K_1(x_1), y_i = K_i(x_i + y_{i-1}) (Gao et al. 2019, eq. 1).
+
+    The paper numbers the splits such that x_1 passes unchanged. Published code, and this function, lets the last split
+    pass instead, which is the same up to the order of the channels.
+
+    Args:
+        splits: The splits x_1, x_2, …, each (N, width, H, W).
+        branches: The functions K_1, K_2, …, at most as many as there are splits.
+        hierarchical: Whether the output of each split is added to the next one. It is not in the first block of a
+            stage, where the resolution changes.
+
+    Returns:
+        The outputs y_1, y_2, … of the branches.
+    """
+    outputs: list[Tensor] = []
+    for x, branch in zip(splits, branches, strict=False):
+        outputs.append(branch(outputs[-1] + x if hierarchical and outputs else x))
+    return outputs
 
 
 def _conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -63,29 +78,41 @@ def _conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Stem(nn.Module):
-    """conv → norm → ReLU: 7×7 of stride 2 (`imagenet`) or 3×3 of stride 1 (`cifar`)."""
+    """Convolution, norm and ReLU: 7×7 with stride 2 (`imagenet`) or 3×3 with stride 1 (`cifar`).
 
-    def __init__(self, config: BackboneConfig) -> None:
+    Args:
+        config: The configuration of the backbone.
+        in_channels: Number of channels of the image.
+    """
+
+    def __init__(self, config: BackboneConfig, in_channels: int = 3) -> None:
         super().__init__()
         imagenet = config.stem == "imagenet"
         self.stride = 2 if imagenet else 1
         k = 7 if imagenet else 3
-        self.conv = nn.Conv2d(3, config.channels, k, self.stride, k // 2, bias=False)
+        self.conv = nn.Conv2d(in_channels, config.channels, k, self.stride, k // 2, bias=False)
         self.norm = norm_layer(config.norm, config.channels)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) → (N, channels, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        """Maps (N, in_channels, H, W) to (N, channels, ⌈H/stride⌉, ⌈W/stride⌉)."""
         y: Tensor = self.relu(self.norm(self.conv(x)))
         return y
 
 
 class Split(nn.Module):
-    """The middle of a bottleneck: Res2Net's hierarchical split, of which ResNet's single 3×3 is the case scale = 1.
+    """The middle of a bottleneck: the hierarchical split of Res2Net, or the single 3×3 of ResNet if `scale` is 1.
 
-    x is cut into `scale` splits; each goes through operator → norm → ReLU, from the second on with the previous
-    split's output added (Gao et al. 2019, eq. 1). In a stage's first block the splits do not add up, as their
-    resolution changes. The last split passes unchanged, or in a first block is pooled or convolved (`last_split`).
+    The channels are cut into `scale` splits. A branch of operator, norm and ReLU convolves each split, and the output
+    of each branch is added to the next split (`hierarchical_split`). The last split passes unchanged. In the first
+    block of a stage the splits are independent, and the last one is pooled or convolved (`last_split`).
+
+    Args:
+        config: The configuration of the backbone.
+        stage: Number of the stage, from 1.
+        first: Whether this is the first block of the stage.
+        stride: Stride of all operators.
+        dilation: Dilation of all operators.
     """
 
     def __init__(self, config: BackboneConfig, stage: int, *, first: bool, stride: int, dilation: int) -> None:
@@ -111,35 +138,34 @@ class Split(nn.Module):
         self.pool = nn.AvgPool2d(3, stride, padding=1) if pooled else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, scale · width, H, W) → (N, scale · width, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        """Maps (N, scale · width, H, W) to (N, scale · width, ⌈H/stride⌉, ⌈W/stride⌉)."""
         if self.scale == 1:
             single: Tensor = self.relu(self.norms[0](self.convs[0](x)))
             return single
+        shared = SharedOutputs()
         splits = torch.split(x, self.width, dim=1)
-        outputs: list[Tensor] = []
-        kept: list[list[Tensor]] = []
-
-        def keep(output: Tensor) -> list[Tensor]:
-            kept.append([output])
-            return kept[-1]
-
-        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = splits[index] if index == 0 or self.first else outputs[-1] + splits[index]
-            y = norm(conv(y))
-            with nullcontext() if is_traced(y) else saved_tensors_hooks(keep, lambda place: place[0]):
-                outputs.append(self.relu(y))
+        branches = [_branch(conv, norm, shared.relu) for conv, norm in zip(self.convs, self.norms, strict=True)]
+        outputs = hierarchical_split(splits, branches, hierarchical=not self.first)
         if len(outputs) < self.scale:
             outputs.append(self.pool(splits[-1]))
-        joined = torch.cat(outputs, dim=1)
-        if kept:
-            # ReLU keeps its output for the backward pass, and so does what follows: once is enough.
-            for place, piece in zip(kept, torch.split(joined.detach(), self.width, dim=1), strict=False):
-                place[0] = piece
-        return joined
+        return shared.concatenate(outputs)
+
+
+def _branch(conv: nn.Module, norm: nn.Module, relu: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: relu(norm(conv(x)))
 
 
 class Bottleneck(nn.Module):
-    """1×1 reduce → split → 1×1 expand, plus the shortcut."""
+    """A residual block: 1×1 convolution that reduces the channels, `Split`, 1×1 that expands them, and the shortcut.
+
+    Args:
+        config: The configuration of the backbone.
+        stage: Number of the stage, from 1.
+        inputs: Number of input channels.
+        first: Whether this is the first block of the stage, whose shortcut is a 1×1 convolution.
+        stride: Stride of the 3×3 operators and of the shortcut.
+        dilation: Dilation of the 3×3 operators.
+    """
 
     def __init__(
         self, config: BackboneConfig, stage: int, inputs: int, *, first: bool, stride: int, dilation: int
@@ -156,7 +182,7 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) → (N, 4 · channels · 2^(stage-1), ⌈H/stride⌉, ⌈W/stride⌉)."""
+        """Maps (N, inputs, H, W) to (N, 4 · channels · 2^(stage-1), ⌈H/stride⌉, ⌈W/stride⌉)."""
         y = self.relu(self.reduce_norm(self.reduce(x)))
         y = self.expand_norm(self.expand(self.split(y)))
         y += self.shortcut(x)
@@ -165,30 +191,35 @@ class Bottleneck(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Maps an image (N, 3, H, W) to named feature maps `c2` … `c5` (three-stage bodies: … `c4`).
+    """A network that maps an image (N, in_channels, H, W) to named feature maps `c2` … `c5` (or `c2` … `c4`).
 
     Attributes:
-        config: What it was built from.
-        output_stride: The largest stride asked for.
-        feature_info: Channels and stride of each map.
-        placements: What the 3×3 of each stage are, and why.
+        config: The configuration that the backbone was created from.
+        in_channels: Number of channels of the image.
+        output_stride: Upper limit of the strides of the feature maps.
+        feature_info: Number of channels and stride of each feature map, by name.
+        placements: The operator of each stage.
 
     Args:
-        config: The backbone.
-        output_stride: 8, 16 or 32: no map's stride exceeds it; later stages dilate instead of striding, their first
-            block still at the previous dilation (as torchvision's `replace_stride_with_dilation`).
+        config: The configuration.
+        output_stride: Upper limit of the strides of the feature maps: 8, 16 or 32. Beyond it, stages use dilation
+            instead of stride; the first block of such a stage keeps the previous dilation, as with
+            `replace_stride_with_dilation` of torchvision.
+        in_channels: Number of channels of the image, at least 1.
 
     Raises:
-        UsageError: (a ValueError) for another output stride.
+        UsageError: If `output_stride` or `in_channels` is invalid. It is also a ValueError.
     """
 
-    def __init__(self, config: BackboneConfig, output_stride: int = 32) -> None:
+    def __init__(self, config: BackboneConfig, output_stride: int = 32, in_channels: int = 3) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise UsageError(f"output_stride is {output_stride}, must be 8, 16 or 32")
-        self.config, self.output_stride = config, output_stride
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise UsageError(f"in_channels is {in_channels!r}, must be an integer of at least 1")
+        self.config, self.output_stride, self.in_channels = config, output_stride, in_channels
         self._compiled: Callable[..., dict[str, Tensor]] | None = None
-        self.stem = Stem(config)
+        self.stem = Stem(config, in_channels)
         self.pool = nn.MaxPool2d(3, 2, padding=1) if config.stem == "imagenet" else nn.Identity()
         stride, dilation = (4, 1) if config.stem == "imagenet" else (1, 1)
         inputs = config.channels
@@ -219,18 +250,26 @@ class Backbone(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the 1×1 and stem convolutions from He et al.'s normal distribution (fan-out), as torchvision does."""
+        """Draws the stem and the 1×1 convolutions from the normal distribution of He et al. 2015 (fan-out).
+
+        torchvision initialises its ResNets in the same way.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
     def stages(self) -> list[nn.Module]:
-        """Stage 1, 2, … in order."""
+        """The stages in order."""
         return [self.get_submodule(f"stage{stage}") for stage in range(1, len(self.config.blocks) + 1)]
 
     def pyramid(self, x: Tensor, last: str = "") -> dict[str, Tensor]:
-        """As `forward`, with the stem's map before pooling as `c1`; stages behind map `last` are not run."""
+        """Computes the feature maps, and before them the stem's output as `c1`.
+
+        Args:
+            x: Image (N, in_channels, H, W).
+            last: Name of the last map to compute; later stages do not run. By default all run.
+        """
         maps: dict[str, Tensor] = self._compiled(self, x, last) if self._compiled else self._pyramid(x, last)
         return maps
 
@@ -246,18 +285,23 @@ class Backbone(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) → {"c2": (N, C2, ⌈H/s2⌉, ⌈W/s2⌉), …} by `feature_info`."""
+        """Maps (N, in_channels, H, W) to {"c2": (N, C2, ⌈H/s2⌉, ⌈W/s2⌉), …}, as `feature_info` states."""
         maps = self.pyramid(x)
         del maps["c1"]
         return maps
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles what all else calls, `pyramid`, by `torch.compile` with its arguments; the keys stay as they are."""
-        # Of the class, not of this object: a copy must not run the original's weights.
+        """Compiles `pyramid`, which `forward` calls, with `torch.compile`. The keys of the state dict do not change.
+
+        Args:
+            args: Positional arguments of `torch.compile`.
+            kwargs: Keyword arguments of `torch.compile`, such as `mode`.
+        """
+        # The method of the class, not of this object: a copy of this object must not run with the original's weights.
         self._compiled = torch.compile(type(self)._pyramid, *args, **kwargs)
 
     def describe(self) -> str:
-        """One line for people: which stages hold the operator, which a plain conv and why."""
+        """Returns a line that says which stages use the operator, and which use a plain convolution and why."""
         parts = []
         for placement in self.placements:
             note = f" ({placement.reason})" if placement.reason else ""
@@ -274,19 +318,26 @@ def _placement(config: BackboneConfig, stage: int) -> Placement:
 
 
 def create_backbone(
-    name_or_config: str | BackboneConfig | dict[str, Any], *, output_stride: int = 32, **overrides: Any
+    backbone: str | BackboneConfig | Mapping[str, Any],
+    in_channels: int = 3,
+    *,
+    output_stride: int = 32,
+    operator: str | None = None,
+    **overrides: Any,
 ) -> Backbone:
-    """Builds a backbone: an image (N, 3, H, W) in, named maps `c2` … `c5` out, as `feature_info` states.
+    """Creates a backbone: an image goes in, and named feature maps `c2` … `c5` come out, as `feature_info` states.
 
-    Section 3.4: Res2Net and its relatives with an operator (eqs. 1-24) in each 3×3 where it fits.
+    Section 3.4 of the paper: Res2Net and its relatives with an operator (eqs. 1-24) in place of each 3×3 convolution.
 
     Args:
-        name_or_config: A file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
-            `BackboneConfig`.
-        output_stride: 8, 16 or 32, the largest stride of a map.
-        overrides: Fields to change: `create_backbone("sis50", operator="interactive1")` (paper: eqs. 8-12).
+        backbone: Name of a file in `configs/backbones/` such as `"sis50"` (see `list_backbones`), path of a YAML file,
+            mapping of the fields of `BackboneConfig`, or a `BackboneConfig`.
+        in_channels: Number of channels of the image, at least 1.
+        output_stride: Upper limit of the strides of the feature maps: 8, 16 or 32.
+        operator: Operator that replaces the configuration's own, such as `"interactive1"`; None keeps it.
+        overrides: Other fields of `BackboneConfig` to change, such as `norm="gn"`.
 
     Raises:
-        UsageError: (a ValueError) for an unknown name or field, or values that cannot be.
+        UsageError: If a name, field or value is invalid. It is also a ValueError.
     """
-    return Backbone(backbone_config(name_or_config, **overrides), output_stride)
+    return Backbone(backbone_config(backbone, operator, **overrides), output_stride, in_channels)

@@ -18,7 +18,7 @@ from sis_lightning.bench.paired import Timing, take_turns, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.bench.roofline import Ceilings, ceilings, compiled_traffic, eager_traffic, flops
 from sis_lightning.errors import UsageError, nearest
-from sis_lightning.models import create_classifier
+from sis_lightning.models import Classifier
 from sis_lightning.models.deploy import deploy
 
 Mode = Literal["train", "inference"]
@@ -67,9 +67,7 @@ class Contender:
             UsageError: For a name that its library does not have, or a treatment that does not suit.
         """
         if self.source == "ours":
-            model: nn.Module = create_classifier(
-                self.name, classes, **({"operator": self.operator} if self.operator else {})
-            )
+            model: nn.Module = Classifier(self.name, classes, operator=self.operator)
         else:
             model = _peer(self.source, self.name, classes)
         model.train(mode == "train")

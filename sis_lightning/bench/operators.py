@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sis_lightning.bench.paired import take_turns, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
-from sis_lightning.operators import create_operator, operator_names
+from sis_lightning.operators import create_operator, list_operators
 
 #: (channels, side of the map) of the 3×3 of Res2Net-50's stages at 224 px (stage 1 has 26, not divisible by 4), of
 #: stage 4 at output stride 8, and of ResNet-50's stage 3, whose quarter, 64 channels, fills vector registers.
@@ -31,7 +31,7 @@ def time_operators(
     Raises:
         UsageError: Where torch has no such device.
     """
-    names = names or [name for name in operator_names() if name != "conv"]
+    names = names or [name for name in list_operators() if name != "conv"]
     wait = waits_for(device)
     rows: list[dict[str, str | float]] = []
     for channels, side in SHAPES:

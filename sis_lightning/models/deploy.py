@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sis_lightning.backbones.resnet import Bottleneck, Split, Stem, is_traced
+from sis_lightning.backbones.resnet import Bottleneck, Split, Stem
+from sis_lightning.backbones.torch_internals import is_traced
 from sis_lightning.operators import SISOperator
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -1,22 +1,23 @@
-"""Our backbones in torchvision's Faster R-CNN."""
+"""Object detection: our backbones in torchvision's Faster R-CNN with a feature pyramid."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from sis_lightning.backbones.config import BackboneConfig
-from sis_lightning.backbones.resnet import create_backbone, group_norm
+from sis_lightning.backbones import BackboneConfig, create_backbone
+from sis_lightning.backbones.resnet import group_norm
 from sis_lightning.errors import UsageError, nearest
 
 Norm = Literal["bn", "syncbn", "gn", "none"]
@@ -27,55 +28,83 @@ _NORMS: dict[str, Callable[[int], nn.Module] | None] = {
     "gn": group_norm,
     "none": None,
 }
-# What create_detector settles itself, from arguments of its own.
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# Arguments of FasterRCNN that Detector sets itself, from arguments of its own.
 _SETTLED = {"self", "backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs"}
 _SETTLED |= {"rpn_anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor"}
+# Side of the pooled features of a box, and number of sampling points in each bin along each side.
+_RESOLUTION, _SAMPLING_RATIO = 7, 2
 
 
-# In mixed precision the heads put out bfloat16, whose step is 8 px from 1024 px on: what boxes are made of is float32.
+# The network may compute in bfloat16 or float16, but boxes must not: from 1024 px on, the step of bfloat16 is 8 px.
 
 
-class _FloatAnchors(AnchorGenerator):  # type: ignore[misc]
+def _full(x: Tensor) -> Tensor:
+    """Converts half precision to float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _FullAnchors(AnchorGenerator):  # type: ignore[misc]
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        shapes = [torch.empty(1, device=maps.device).expand(maps.shape) for maps in feature_maps]
-        anchors: list[Tensor] = super().forward(image_list, shapes)
+        # torchvision takes the shapes, the device and the type of the anchors from the feature maps.
+        empty = [_full(maps.new_empty(1)).expand(maps.shape) for maps in feature_maps]
+        anchors: list[Tensor] = super().forward(image_list, empty)
         return anchors
 
 
-class _FloatRPNHead(RPNHead):  # type: ignore[misc]
+class _FullRPNHead(RPNHead):  # type: ignore[misc]
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
-        return [item.float() for item in logits], [item.float() for item in deltas]
+        return [_full(item) for item in logits], [_full(item) for item in deltas]
 
 
-class _FloatPredictor(FastRCNNPredictor):  # type: ignore[misc]
+class _FullRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        dtype = next(iter(x.values())).dtype
+        pooled: Tensor = super().forward({name: _full(maps) for name, maps in x.items()}, boxes, image_shapes)
+        return pooled.to(dtype)
+
+
+class _FullPredictor(FastRCNNPredictor):  # type: ignore[misc]
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+        return _full(scores), _full(deltas)
 
 
 class PyramidBackbone(nn.Module):
     """A backbone with a feature pyramid (Lin et al. 2017) on some of its maps.
 
     Args:
-        backbone: Its config.
-        levels: Names of maps, such as c2 … c5, finest first.
-        channels: Of every level of the pyramid.
-        norm: After each of the pyramid's convolutions.
+        backbone: Name, mapping of fields, or `BackboneConfig`, as for `create_backbone`.
+        levels: Names of the maps under the pyramid, finest first, such as `("c2", "c3", "c4", "c5")`.
+        channels: Number of channels of every level of the pyramid.
+        norm: Norm layer behind each convolution of the pyramid.
+        in_channels: Number of channels of the image.
+        operator: Operator that replaces the backbone's own; None keeps it.
 
     Raises:
-        UsageError: For a map that the backbone does not have.
+        UsageError: If the backbone does not have one of the maps.
     """
 
-    def __init__(self, backbone: BackboneConfig, levels: Sequence[str], channels: int, norm: Norm) -> None:
+    def __init__(
+        self,
+        backbone: str | BackboneConfig | Mapping[str, Any],
+        levels: Sequence[str],
+        channels: int,
+        norm: Norm,
+        *,
+        in_channels: int = 3,
+        operator: str | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = create_backbone(backbone)
+        self.backbone = create_backbone(backbone, in_channels, operator=operator)
         info = self.backbone.feature_info
         for level in levels:
             if level not in info:
-                raise UsageError(f"model.levels: {backbone.slug} has no map '{level}', but {', '.join(info)}")
+                known = ", ".join(info)
+                raise UsageError(f"levels: {self.backbone.config.slug} has no feature map '{level}', but {known}")
         self.levels, self.out_channels = list(levels), channels
-        # Stages above the last level are neither run nor trained, but keep their place among the weights.
+        # Stages after the last level neither run nor train, but their weights stay in the state dict.
         self.last = max(levels)
         for name, stage in zip(info, self.backbone.stages, strict=True):
             stage.requires_grad_(name <= self.last)
@@ -83,79 +112,151 @@ class PyramidBackbone(nn.Module):
         self.fpn = FeaturePyramidNetwork(inputs, channels, LastLevelMaxPool(), _NORMS[norm])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) → the levels, each (N, channels, …), and `pool`, the last one at half the resolution."""
+        """Maps (N, in_channels, H, W) to the levels (N, channels, …), and `pool`, the last level at half resolution."""
         maps = self.backbone.pyramid(x.contiguous(memory_format=torch.channels_last), self.last)
         pyramid: dict[str, Tensor] = self.fpn({level: maps[level] for level in self.levels})
         return pyramid
 
 
-def create_detector(
-    backbone: BackboneConfig,
-    num_classes: int,
-    *,
-    min_size: int,
-    max_size: int,
-    levels: Sequence[str],
-    fpn_channels: int,
-    fpn_norm: Norm,
-    head_channels: int,
-    head_norm: Norm,
-    anchor_sizes: Sequence[int],
-    canonical_scale: int,
-    **detector: Any,
-) -> FasterRCNN:
-    """Builds Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017) on one of our backbones.
+class Detector(FasterRCNN):  # type: ignore[misc]
+    """Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017) on one of our backbones.
 
-    It takes normalised images of any size as a list; resizing is its own, normalising is not.
+    Images are a list of normalised tensors (in_channels, H, W) of any sizes. The network resizes them itself.
+
+    Attributes:
+        proposals: Number of boxes in an image that the second stage classifies at test time.
 
     Args:
-        backbone: Four stages for c2 … c5.
-        num_classes: Without background.
-        min_size: Shorter side that images are resized to, in px …
-        max_size: … but the longer one at most this.
-        levels: The backbone's maps that the pyramid stands on.
-        fpn_channels: Of the pyramid.
-        fpn_norm: `bn`, `syncbn`, `gn` or `none`, in the pyramid.
-        head_channels: Of the box head's fully connected layers.
-        head_norm: `none` for a head of two fully connected layers; with a norm, four convolutions with it and one
-            fully connected layer (He et al. 2019, "Rethinking ImageNet Pre-training").
-        anchor_sizes: Side of the anchors in px, one for each level and one for `pool`.
-        canonical_scale: Side of the box, in px, that is pooled at stride 16 (224: Lin et al. 2017).
-        detector: torchvision's further arguments of `FasterRCNN`.
+        backbone: Name such as `"sis50"`, mapping of fields, or `BackboneConfig`, as for `create_backbone`. It needs
+            four stages for the levels c2 … c5.
+        num_classes: Number of classes, without background.
+        min_size: Length in pixels to which the shorter side of an image is resized, unless `max_size` limits it.
+        max_size: Upper limit in pixels of the longer side of a resized image.
+        levels: Names of the backbone's maps under the feature pyramid, finest first.
+        fpn_channels: Number of channels of the feature pyramid.
+        fpn_norm: Norm layer behind each convolution of the pyramid: `bn`, `syncbn`, `gn` or `none`.
+        head_channels: Number of channels of the fully connected layers of the box head.
+        head_norm: `none` for a box head of two fully connected layers. With a norm, the head has four convolutions with
+            this norm and one fully connected layer (He et al. 2019, "Rethinking ImageNet Pre-training").
+        anchor_sizes: Sides of the anchors in pixels: one for each level, and one for the level above them.
+        canonical_scale: Side in pixels of a box whose features come from stride 16 (224: Lin et al. 2017).
+        freeze_norm: Whether the batch norm of the backbone keeps its statistics and weights in training. Only sensible
+            with pretrained weights.
+        in_channels: Number of channels of the image.
+        operator: Operator that replaces the backbone's own; None keeps it.
+        detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`.
 
     Raises:
-        UsageError: For arguments that torchvision does not have or that do not fit each other.
+        UsageError: If an argument is invalid, or torchvision does not have it. It is also a ValueError.
     """
-    known = set(inspect.signature(FasterRCNN.__init__).parameters) - _SETTLED
-    for key in detector:
-        if key not in known:
-            raise UsageError(f"model.detector: torchvision's FasterRCNN has no '{key}': {nearest(key, known)}")
-    if len(anchor_sizes) != len(levels) + 1:
-        raise UsageError(
-            f"model.anchor_sizes has {len(anchor_sizes)} sizes, but there are {len(levels)} levels and 'pool'"
+
+    #: Modules whose weights depend on the classes.
+    head: ClassVar[tuple[str, ...]] = ("roi_heads.box_predictor",)
+
+    def __init__(
+        self,
+        backbone: str | BackboneConfig | Mapping[str, Any],
+        num_classes: int,
+        *,
+        min_size: int = 800,
+        max_size: int = 1333,
+        levels: Sequence[str] = ("c2", "c3", "c4", "c5"),
+        fpn_channels: int = 256,
+        fpn_norm: Norm = "bn",
+        head_channels: int = 1024,
+        head_norm: Norm = "none",
+        anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+        canonical_scale: int = 224,
+        freeze_norm: bool = False,
+        in_channels: int = 3,
+        operator: str | None = None,
+        detector: Mapping[str, Any] | None = None,
+    ) -> None:
+        options = dict(detector or {})
+        known = set(inspect.signature(FasterRCNN.__init__).parameters) - _SETTLED
+        for key in options:
+            if key not in known:
+                raise UsageError(f"detector: torchvision's FasterRCNN has no argument '{key}': {nearest(key, known)}")
+        if num_classes < 1:
+            raise UsageError(f"num_classes is {num_classes}, must be at least 1")
+        if len(anchor_sizes) != len(levels) + 1:
+            raise UsageError(
+                f"anchor_sizes has {len(anchor_sizes)} entries, must have {len(levels) + 1}: one for each of the "
+                f"{len(levels)} levels, and one for the level above them"
+            )
+        if not 0 < min_size <= max_size:
+            raise UsageError(f"min_size is {min_size} and max_size {max_size}, must be 0 < min_size <= max_size")
+        for argument, norm in {"fpn_norm": fpn_norm, "head_norm": head_norm}.items():
+            if norm not in _NORMS:
+                raise UsageError(f"{argument} is {norm!r}, must be one of {', '.join(_NORMS)}")
+        body = PyramidBackbone(backbone, levels, fpn_channels, fpn_norm, in_channels=in_channels, operator=operator)
+        if head_norm == "none":
+            head: nn.Module = TwoMLPHead(fpn_channels * _RESOLUTION**2, head_channels)
+        else:
+            shape = (fpn_channels, _RESOLUTION, _RESOLUTION)
+            head = FastRCNNConvFCHead(shape, [fpn_channels] * 4, [head_channels], _NORMS[head_norm])
+        ratios = (0.5, 1.0, 2.0)
+        super().__init__(
+            body,
+            min_size=min_size,
+            max_size=max_size,
+            # Images arrive normalised.
+            image_mean=[0.0] * in_channels,
+            image_std=[1.0] * in_channels,
+            rpn_anchor_generator=_FullAnchors(tuple((size,) for size in anchor_sizes), (ratios,) * len(anchor_sizes)),
+            rpn_head=_FullRPNHead(fpn_channels, len(ratios)),
+            box_roi_pool=_FullRoIAlign(list(levels), _RESOLUTION, _SAMPLING_RATIO, canonical_scale=canonical_scale),
+            box_head=head,
+            box_predictor=_FullPredictor(head_channels, num_classes + 1),
+            **options,
         )
-    if not 0 < min_size <= max_size:
-        raise UsageError(f"model.min_size is {min_size}, max_size {max_size}: wanted 0 < min_size <= max_size")
-    body = PyramidBackbone(backbone, levels, fpn_channels, fpn_norm)
-    resolution = 7
-    if head_norm == "none":
-        head: nn.Module = TwoMLPHead(fpn_channels * resolution**2, head_channels)
-    else:
-        shape = (fpn_channels, resolution, resolution)
-        head = FastRCNNConvFCHead(shape, [fpn_channels] * 4, [head_channels], _NORMS[head_norm])
-    ratios = (0.5, 1.0, 2.0)
-    anchors = _FloatAnchors(tuple((size,) for size in anchor_sizes), (ratios,) * len(anchor_sizes))
-    return FasterRCNN(
-        body,
-        min_size=min_size,
-        max_size=max_size,
-        # The DataModule has normalised already.
-        image_mean=[0.0, 0.0, 0.0],
-        image_std=[1.0, 1.0, 1.0],
-        rpn_anchor_generator=anchors,
-        rpn_head=_FloatRPNHead(fpn_channels, len(ratios)),
-        box_roi_pool=MultiScaleRoIAlign(list(levels), resolution, 2, canonical_scale=canonical_scale),
-        box_head=head,
-        box_predictor=_FloatPredictor(head_channels, num_classes + 1),
-        **detector,
-    )
+        self.max_size = max_size
+        self.proposals: int = self.rpn._post_nms_top_n["testing"]
+        self.frozen = [norm for norm in body.backbone.modules() if freeze_norm and isinstance(norm, _BATCH_NORMS)]
+        for norm in self.frozen:
+            norm.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Detector:
+        """Switches to training or evaluation mode; frozen norm layers stay in evaluation mode."""
+        super().train(mode)
+        for norm in self.frozen:
+            norm.eval()
+        return self
+
+    def forward(
+        self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Computes the losses in training mode, and detects objects in evaluation mode.
+
+        Args:
+            images: Normalised images, each (in_channels, H, W).
+            targets: In training mode, `boxes` (n, 4) as x1, y1, x2, y2 in pixels and `labels` (n,) from 1 to
+                num_classes for each image.
+
+        Returns:
+            In training mode the losses, which are scalars. In evaluation mode `boxes` (n, 4) in pixels of the image,
+            `labels` (n,) from 1 to num_classes and `scores` (n,) from 0 to 1, falling, for each image.
+        """
+        output: Any = super().forward([self._padded(image) for image in images], targets)
+        if not self.training:
+            for image, found in zip(images, output, strict=True):
+                found["boxes"] = clip_boxes_to_image(found["boxes"], image.shape[1:])
+        return output  # type: ignore[no-any-return]
+
+    def _padded(self, image: Tensor) -> Tensor:
+        """Pads a very thin image with 0, of which resizing to `max_size` would leave less than 32 px."""
+        height, width = image.shape[1:]
+        least = -(-32 * max(height, width) // self.max_size)
+        return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
+
+    def countable(self, image: Tensor) -> None:
+        """Runs all layers with weights for one image (1, in_channels, H, W), with `proposals` boxes.
+
+        How many boxes the second stage really classifies depends on the values in the image, which the meta device,
+        where `sis_lightning.models.complexity` counts operations, does not have.
+        """
+        maps = self.backbone(image)
+        self.rpn.head(list(maps.values()))
+        channels = next(iter(maps.values())).shape[1]
+        pooled = image.new_empty(self.proposals, channels, _RESOLUTION, _RESOLUTION)
+        self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))

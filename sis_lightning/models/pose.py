@@ -1,47 +1,79 @@
-"""Keypoints: heatmaps from deconvolutions on a backbone (Simple Baselines, Xiao et al. 2018)."""
+"""Keypoint detection: heatmaps from deconvolutions on a backbone (Simple Baselines, Xiao et al. 2018)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 
-from sis_lightning.backbones.config import BackboneConfig
-from sis_lightning.backbones.resnet import create_backbone, norm_layer
-from sis_lightning.datasets.constants import COCO_JOINTS
+from sis_lightning.backbones import BackboneConfig, create_backbone
+from sis_lightning.backbones.resnet import norm_layer
+from sis_lightning.errors import UsageError
 
 
 class PoseNet(nn.Module):
-    """A backbone, deconvolutions on its last map, and a 1×1: (N, 3, H, W) → heatmaps (N, 17, H/s, W/s).
+    """Maps crops of persons (N, in_channels, H, W) to heatmaps (N, num_keypoints, H/stride, W/stride).
 
-    Each deconvolution (4×4, stride 2, the backbone's kind of norm, ReLU) halves the stride: three make 4 of 32.
+    Deconvolutions (4×4, stride 2, each followed by the backbone's kind of norm and ReLU) double the resolution of the
+    backbone's last map, and a 1×1 convolution computes the heatmaps. Three deconvolutions reduce a stride of 32 to 4.
+
+    Attributes:
+        stride: Stride of the heatmaps.
+        divisor: Number of which H and W must be multiples.
 
     Args:
-        backbone: Its config.
-        deconv_channels: Of each deconvolution.
+        backbone: Name such as `"sis50"`, mapping of fields, or `BackboneConfig`, as for `create_backbone`.
+        num_keypoints: Number of keypoints of a person, 17 for COCO.
+        deconv_channels: Number of output channels of each deconvolution.
+        in_channels: Number of channels of the image.
+        operator: Operator that replaces the backbone's own; None keeps it.
+
+    Raises:
+        UsageError: If an argument is invalid. It is also a ValueError.
     """
 
-    def __init__(self, backbone: BackboneConfig, deconv_channels: tuple[int, ...]) -> None:
+    #: Modules whose weights depend on the keypoints.
+    head: ClassVar[tuple[str, ...]] = ("heatmaps",)
+
+    def __init__(
+        self,
+        backbone: str | BackboneConfig | Mapping[str, Any],
+        num_keypoints: int = 17,
+        deconv_channels: Sequence[int] = (256, 256, 256),
+        *,
+        in_channels: int = 3,
+        operator: str | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = create_backbone(backbone)
+        if num_keypoints < 1:
+            raise UsageError(f"num_keypoints is {num_keypoints}, must be at least 1")
+        self.backbone = create_backbone(backbone, in_channels, operator=operator)
         last = list(self.backbone.feature_info.values())[-1]
-        self.stride = last.stride >> len(deconv_channels)
+        self.divisor, self.stride = last.stride, last.stride >> len(deconv_channels)
+        if not deconv_channels or self.stride < 1 or min(deconv_channels) < 1:
+            raise UsageError(
+                f"deconv_channels is {list(deconv_channels)}: it needs at least one number, all of at least 1, and at "
+                f"most {last.stride.bit_length() - 1}, since each halves the stride {last.stride} of the backbone"
+            )
         layers: list[nn.Module] = []
         inputs = last.channels
         for outputs in deconv_channels:
             layers += [
                 nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False),
-                norm_layer(backbone.norm, outputs),
+                norm_layer(self.backbone.config.norm, outputs),
                 nn.ReLU(inplace=True),
             ]
             inputs = outputs
         self.deconvs = nn.Sequential(*layers)
-        self.heatmaps = nn.Conv2d(inputs, len(COCO_JOINTS), 1)
+        self.heatmaps = nn.Conv2d(inputs, num_keypoints, 1)
         for module in (*self.deconvs, self.heatmaps):
             if isinstance(module, nn.ConvTranspose2d | nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.001)  # Simple Baselines' own
+                nn.init.normal_(module.weight, std=0.001)  # as in the code of Simple Baselines
         nn.init.zeros_(self.heatmaps.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W), H and W divisible by the backbone's stride → (N, 17, H/s, W/s)."""
+        """Maps (N, in_channels, H, W), with H and W multiples of `divisor`, to the heatmaps."""
         last = list(self.backbone(x).values())[-1]
         maps: Tensor = self.heatmaps(self.deconvs(last))
         return maps

@@ -1,106 +1,204 @@
-"""Our backbones as encoders of segmentation-models-pytorch."""
+"""Semantic segmentation: our backbones with the decoders of segmentation-models-pytorch (SMP)."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, get_args
 
 import segmentation_models_pytorch as smp
 from segmentation_models_pytorch.encoders import encoders
 from segmentation_models_pytorch.encoders._base import EncoderMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sis_lightning.backbones.config import BackboneConfig, backbone_config
-from sis_lightning.backbones.resnet import create_backbone
+from sis_lightning.backbones import BackboneConfig, backbone_config, create_backbone
 from sis_lightning.errors import UsageError, nearest
+
+# DPT needs a vision transformer.
+_ARCHITECTURES = {name: model for name, model in smp.MODEL_ARCHITECTURES_MAPPING.items() if name != "dpt"}
 
 
 class SMPEncoder(nn.Module, EncoderMixin):  # type: ignore[misc]
-    """A backbone that answers as SMP's encoders do: [x, c1, c2, c3, c4, c5] at strides 1, 2, 4, 8, 16, 32.
+    """A backbone with the interface of SMP's encoders: maps [x, c1, c2, c3, c4, c5] at strides 1, 2, 4, 8, 16, 32.
 
     Args:
         backbone: Fields of a `BackboneConfig` with the `imagenet` stem and four stages.
-        depth: How many maps after x.
-        output_stride: 8, 16 or 32; the body is built dilated.
+        depth: Number of maps after x.
+        output_stride: Upper limit of the strides: 8, 16 or 32.
 
     Raises:
-        UsageError: For a three-stage or `cifar` body, whose strides no decoder of SMP expects.
+        UsageError: If the backbone has three stages or the `cifar` stem, whose strides no decoder of SMP expects.
     """
 
     def __init__(self, backbone: dict[str, Any], depth: int = 5, output_stride: int = 32) -> None:
         super().__init__()
-        self.backbone = create_backbone(backbone, output_stride=output_stride)
-        config = self.backbone.config
+        config = backbone_config(backbone)
         if config.stem != "imagenet" or len(config.blocks) != 4:
             raise UsageError(
                 f"segmentation needs a four-stage backbone with the imagenet stem (strides 4, 8, 16, 32); "
                 f"{config.slug} has {len(config.blocks)} stages and the {config.stem} stem"
             )
-        self._depth, self._in_channels, self._output_stride = depth, 3, output_stride
-        self._out_channels = [3, config.channels, *(info.channels for info in self.backbone.feature_info.values())]
+        self._depth, self._output_stride = depth, output_stride
+        self._create(config, 3)
+
+    def _create(self, config: BackboneConfig, in_channels: int) -> None:
+        self.backbone = create_backbone(config, in_channels, output_stride=self._output_stride)
+        info = self.backbone.feature_info.values()
+        self._in_channels = in_channels
+        self._out_channels = [in_channels, config.channels, *(item.channels for item in info)]
+
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
+        """Creates the backbone again if images have another number of channels than 3; SMP calls this once.
+
+        SMP's own method would draw the first convolution from another distribution.
+        """
+        if in_channels != self._in_channels:
+            self._create(self.backbone.config, in_channels)
 
     def make_dilated(self, output_stride: int) -> None:
-        """Nothing to do: the body was built at this output stride (SMP's own rewriting would harm its pools)."""
+        """Does nothing: the backbone was created with this output stride.
+
+        SMP's own method would leave the strides of the average pooling as they are.
+        """
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) → the first `depth` + 1 maps."""
+        """Maps (N, in_channels, H, W) to the first `depth` + 1 maps."""
         return [x, *self.backbone.pyramid(x).values()][: self._depth + 1]
 
 
-def register_encoder(name_or_config: str | BackboneConfig | dict[str, Any]) -> str:
-    """Makes a backbone known to SMP, so that `smp.Unet(register_encoder("sis50"), encoder_weights=None)` works.
+def _entry(config: BackboneConfig) -> dict[str, Any]:
+    return {"encoder": SMPEncoder, "params": {"backbone": dataclasses.asdict(config)}, "pretrained_settings": {}}
+
+
+def register_encoder(
+    backbone: str | BackboneConfig | Mapping[str, Any], name: str | None = None, *, operator: str | None = None
+) -> str:
+    """Adds a backbone to the encoders of SMP, so that `smp.Unet("sis50", encoder_weights=None)` works.
+
+    Args:
+        backbone: Name such as `"sis50"`, mapping of fields, or `BackboneConfig`, as for `create_backbone`.
+        name: Name of the encoder; by default the name of the backbone, or else its `slug`.
+        operator: Operator that replaces the backbone's own; None keeps it.
 
     Returns:
-        The `encoder_name`.
+        The name of the encoder.
+
+    Raises:
+        UsageError: If the backbone is invalid, or another encoder has this name.
     """
-    config = backbone_config(name_or_config)
-    name = f"sis-lightning:{config.slug}"
-    encoders[name] = {
-        "encoder": SMPEncoder,
-        "params": {"backbone": dataclasses.asdict(config)},
-        "pretrained_settings": {},
-    }
+    config = backbone_config(backbone, operator)
+    name = name or (backbone if isinstance(backbone, str) and operator is None else config.slug)
+    entry = _entry(config)
+    if encoders.setdefault(name, entry) != entry:
+        raise UsageError(
+            f"segmentation-models-pytorch has another encoder '{name}': register_encoder(…, name=…) takes a free name"
+        )
     return name
 
 
-def create_segmenter(
-    architecture: str, backbone: BackboneConfig, num_classes: int, output_stride: int, **decoder: Any
-) -> nn.Module:
-    """Builds any of SMP's networks on one of our backbones.
+@contextmanager
+def _registered(config: BackboneConfig) -> Iterator[str]:
+    """Adds a backbone to SMP's encoders for as long as a network with it is created."""
+    name = f"sis-lightning:{config.slug}"
+    encoders[name] = _entry(config)
+    try:
+        yield name
+    finally:
+        encoders.pop(name, None)
+
+
+class Segmenter(nn.Module):
+    """Maps images (N, in_channels, H, W) of any size to logits (N, num_classes, H, W).
+
+    Encoder, decoder and segmentation head are those of a network of SMP. Because its decoders need sides that are
+    multiples of `divisor`, images are padded at the bottom and on the right with 0 (the mean colour of normalised
+    images), and the logits are cropped to the size of the image.
 
     Args:
-        architecture: SMP's name: `deeplabv3plus`, `unet`, `fpn`, `upernet`, ….
-        backbone: The encoder.
-        num_classes: Channels of the logits.
-        output_stride: Of the backbone; DeepLab's decoders know 8 and 16, most others 32 alone.
-        decoder: SMP's further arguments, such as `decoder_channels`.
-
-    Returns:
-        The network: (N, 3, H, W) → logits (N, num_classes, H, W), with H and W divisible by its encoder's stride.
+        backbone: Name such as `"sis50"`, mapping of fields, or `BackboneConfig`, as for `create_backbone`. It needs
+            four stages and the `imagenet` stem.
+        num_classes: Number of classes, with background.
+        architecture: SMP's name of the network: `deeplabv3plus`, `unet`, `fpn`, `upernet`, ….
+        output_stride: Output stride of the backbone: 8 or 16 for DeepLab, 32 for decoders that do not let one choose.
+        in_channels: Number of channels of the image.
+        operator: Operator that replaces the backbone's own; None keeps it.
+        decoder: Further arguments of SMP's network, such as `{"decoder_channels": 256}`.
 
     Raises:
-        UsageError: (a ValueError) for an architecture, argument or output stride that SMP does not have.
+        UsageError: If an argument is invalid, or SMP does not have the architecture or argument. It is also a
+            ValueError.
     """
-    # DPT wants a vision transformer.
-    known = {name: model for name, model in smp.MODEL_ARCHITECTURES_MAPPING.items() if name != "dpt"}
-    if architecture.lower() not in known:
-        raise UsageError(f"segmentation-models-pytorch has no '{architecture}': {nearest(architecture.lower(), known)}")
-    model = known[architecture.lower()]
-    accepted = set(inspect.signature(model.__init__).parameters) - {"self", "kwargs"}
-    for key in decoder:
-        # SMP swallows what it does not know.
-        if key not in accepted - {"encoder_name", "encoder_weights", "encoder_output_stride", "classes"}:
-            raise UsageError(f"{architecture} has no argument '{key}': {nearest(key, accepted)}")
-    if "encoder_output_stride" in accepted:
-        choices = get_args(inspect.signature(model.__init__).parameters["encoder_output_stride"].annotation)
-        if output_stride not in choices:
-            raise UsageError(f"output_stride is {output_stride}, {architecture} takes {' or '.join(map(str, choices))}")
-        decoder["encoder_output_stride"] = output_stride
-    elif output_stride != 32:
-        raise UsageError(f"output_stride is {output_stride}, but {architecture} has none to choose: set it to 32")
-    try:
-        segmenter: nn.Module = model(register_encoder(backbone), encoder_weights=None, classes=num_classes, **decoder)
-    except ValueError as error:
-        raise UsageError(f"{architecture}: {error}") from error
-    return segmenter
+
+    #: Modules whose weights depend on the classes.
+    head: ClassVar[tuple[str, ...]] = ("segmentation_head",)
+
+    def __init__(
+        self,
+        backbone: str | BackboneConfig | Mapping[str, Any],
+        num_classes: int,
+        architecture: str = "deeplabv3plus",
+        *,
+        output_stride: int = 16,
+        in_channels: int = 3,
+        operator: str | None = None,
+        decoder: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UsageError(f"num_classes is {num_classes}, must be at least 1")
+        model = _ARCHITECTURES.get(architecture.lower())
+        if model is None:
+            close = nearest(architecture.lower(), _ARCHITECTURES)
+            raise UsageError(f"segmentation-models-pytorch has no architecture '{architecture}': {close}")
+        options = dict(decoder or {})
+        parameters = inspect.signature(model.__init__).parameters
+        settled = {"self", "kwargs", "encoder_name", "encoder_weights", "encoder_output_stride", "in_channels"}
+        accepted = set(parameters) - settled - {"classes", "aux_params"}
+        for key in options:
+            # SMP ignores unknown arguments without a word.
+            if key not in accepted:
+                raise UsageError(f"decoder: {architecture} has no argument '{key}': {nearest(key, accepted)}")
+        if "encoder_output_stride" in parameters:
+            choices = get_args(parameters["encoder_output_stride"].annotation)
+            if output_stride not in choices:
+                expected = " or ".join(map(str, choices))
+                raise UsageError(f"output_stride is {output_stride}, {architecture} takes {expected}")
+            options["encoder_output_stride"] = output_stride
+        elif output_stride != 32:
+            raise UsageError(f"output_stride is {output_stride}, but {architecture} works with 32 only")
+        # The backbone checks its channels before SMP, whose message would not name the argument.
+        config = backbone_config(backbone, operator)
+        if in_channels < 1:
+            raise UsageError(f"in_channels is {in_channels}, must be at least 1")
+        try:
+            with _registered(config) as name:
+                network = model(name, encoder_weights=None, classes=num_classes, in_channels=in_channels, **options)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{architecture}: {error}") from error
+        self.architecture = architecture.lower()
+        self.encoder: SMPEncoder = network.encoder
+        self.decoder: nn.Module = network.decoder
+        self.segmentation_head: nn.Module = network.segmentation_head
+
+    @property
+    def divisor(self) -> int:
+        """The number of which both sides of a padded image are multiples."""
+        return int(self.encoder.output_stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W) to (N, num_classes, H, W)."""
+        height, width = x.shape[-2:]
+        right, below = -width % self.divisor, -height % self.divisor
+        if not right and not below:
+            return self.logits(x)
+        return self.logits(F.pad(x, (0, right, 0, below)))[..., :height, :width]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W), with H and W multiples of `divisor`, to (N, num_classes, H, W)."""
+        logits: Tensor = self.segmentation_head(self.decoder(self.encoder(x)))
+        return logits

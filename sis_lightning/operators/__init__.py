@@ -5,7 +5,7 @@ from sis_lightning.operators.base import (
     SISOperator,
     create_operator,
     operator_class,
-    operator_names,
+    list_operators,
     register_operator,
 )
 from sis_lightning.operators.replace import ReplacementReport, replace_convs
@@ -15,7 +15,7 @@ __all__ = [
     "SISOperator",
     "create_operator",
     "operator_class",
-    "operator_names",
+    "list_operators",
     "register_operator",
     "replace_convs",
     "sis",

@@ -19,23 +19,24 @@ from sis_lightning.errors import UsageError, nearest
 
 
 class SISOperator(nn.Module):
-    """A linear stand-in for one k×k convolution: (N, C_in, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉).
+    """A drop-in replacement for one k×k convolution: (N, C_in, H, W) → (N, C, ⌈H/stride⌉, ⌈W/stride⌉).
 
-    A new operator subclasses this, names its kernels in `kernel_shapes`, writes its equations in `literal`, and is
-    registered with `register_operator`. A fast form, `prepare` and `parts`, is optional.
+    A new operator subclasses this, declares its kernels in `kernel_shapes`, writes its equations in `literal`, and is
+    registered with `register_operator`. A fast form, which consists of `prepare` and `parts`, is optional.
 
     Args:
-        in_channels: C_in, divisible by `groups`.
-        out_channels: C, with C / groups divisible by `channel_multiple`.
-        kernel_size: k, odd.
-        stride: Of K1; the other kernels see Y1's resolution.
-        dilation: Of all kernels.
-        groups: Of all kernels.
-        steps: T of the recurrent operators (Table 1-1), at least 1; the others have no recurrence.
-        bias: Adds a per-channel bias to the output. The paper has none; `replace_convs` keeps a conv's bias with it.
+        in_channels: Number of input channels C_in, divisible by `groups`.
+        out_channels: Number of output channels C; C / groups must be divisible by `channel_multiple`.
+        kernel_size: Side k of the kernels in pixels, odd.
+        stride: Stride of K1. The other kernels work at the resolution of Y1.
+        dilation: Dilation of all kernels.
+        groups: Number of groups of all kernels.
+        steps: Number of time steps T of the recurrent operators (Table 1-1), at least 1. Other operators ignore it.
+        bias: Whether to add a learnable bias to each output channel. The paper's operators have none; `replace_convs`
+            uses it to keep the bias of the convolution that it replaces.
 
     Raises:
-        UsageError: (a ValueError) where one of the numbers above cannot be.
+        UsageError: If an argument is out of its range, or the channels do not divide. It is also a ValueError.
     """
 
     name: ClassVar[str]
@@ -76,7 +77,7 @@ class SISOperator(nn.Module):
 
     @classmethod
     def unsuitable(cls, in_channels: int, out_channels: int, kernel_size: int, *, groups: int = 1) -> str | None:
-        """Says why the operator cannot replace such a convolution, or None where it can."""
+        """Returns the reason why the operator cannot replace such a convolution, or None if it can."""
         if min(in_channels, out_channels, kernel_size, groups) < 1:
             return (
                 f"in_channels {in_channels}, out_channels {out_channels}, kernel_size {kernel_size} and "
@@ -93,12 +94,12 @@ class SISOperator(nn.Module):
         return None
 
     def kernel_shapes(self) -> dict[str, tuple[int, int]]:
-        """The (output, input) channels of each kernel, before grouping."""
+        """Returns the number of output and input channels of each kernel, all groups together."""
         half, quarter = self.out_channels // 2, self.out_channels // 4
         return {"K1": (half, self.in_channels), "K2": (quarter, quarter), "K3": (quarter, quarter)}
 
     def reset_parameters(self) -> None:
-        """Draws all kernels from He et al.'s normal distribution (fan-out), as the host's convolutions are."""
+        """Draws all kernels from the normal distribution of He et al. 2015 (fan-out), and sets the bias to 0."""
         for kernel in self.kernel_shapes():
             # The fan-out of a grouped kernel is that of one group.
             weight = self.get_parameter(kernel)
@@ -108,54 +109,57 @@ class SISOperator(nn.Module):
             nn.init.zeros_(self.bias)
 
     def kernels(self) -> dict[str, Tensor]:
-        """The paper's kernels in their literal layout, each (C_out, C_in / groups, k, k)."""
+        """Returns the paper's kernels by name, each of shape (C_out, C_in / groups, k, k)."""
         return {kernel: self.get_parameter(kernel) for kernel in self.kernel_shapes()}
 
     def convolve(
         self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int | None = None
     ) -> Tensor:
-        """``kernel * x + bias`` with "same" padding and the operator's dilation."""
+        """Computes ``kernel * x + bias`` with "same" padding and the operator's dilation."""
         return F.conv2d(x, kernel, bias, stride, self.padding, self.dilation, groups or self.groups)
 
     def transform(self, x: Tensor) -> Tensor:
-        """Y1 = K1 * X (eqs. 2, 8, 19): (N, C_in, H, W) → (N, C/2, H', W')."""
+        """Computes Y1 = K1 * X (eqs. 2, 8, 19): (N, C_in, H, W) → (N, C/2, H', W')."""
         return self.convolve(x, self.K1, stride=self.stride)
 
     def literal(self, x: Tensor) -> Tensor:
-        """The paper's equations, line by line: the reference."""
+        """Computes the paper's equations line by line; every fast form is tested against it."""
         raise NotImplementedError
 
     def prepare(self) -> dict[str, Tensor]:
-        """The kernels as `parts` convolves with them.
+        """Returns the kernels that `parts` convolves with; they depend on the parameters alone.
 
-        The one under `last`, if any, makes the last part and nothing else, so that what follows the operator channel by
-        channel, as a batch norm does, can be folded into it.
+        The kernel named `last`, if there is one, computes the last part of the output and nothing else, so that a
+        channel-wise layer behind the operator, such as batch norm, can be folded into it.
         """
         return self.kernels()
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
-        """The output in pieces of channels, in order.
+        """Computes the output as a list of tensors that are consecutive in the channels.
 
         Args:
-            x: (N, C_in, H, W).
-            kernels: Of `prepare`.
-            bias: Of the convolution with `last`, where `prepare` has that.
+            x: Input of shape (N, C_in, H, W).
+            kernels: The kernels that `prepare` returned.
+            bias: Bias of the convolution with the kernel `last`, if `prepare` returns one.
+
+        Returns:
+            Tensors (N, C_i, H', W') whose channels add up to C.
         """
         return [self.literal(x)]
 
     def fast(self, x: Tensor) -> Tensor:
-        """The same function as `literal` in fewer passes over memory."""
+        """Computes the same function as `literal` in fewer passes over memory."""
         parts = self.parts(x, self.prepare())
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C_in, H, W) to (N, C, H', W') by the fast form."""
         y = self.fast(x)
-        # Under autocast the bias is of full precision, and the output, as a convolution's, is not.
+        # Under autocast the bias has full precision, and the output, like that of a convolution, has not.
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
 
     def extra_repr(self) -> str:
-        """Shows what `nn.Conv2d` shows, and T."""
+        """Describes the operator as `nn.Conv2d` does, with T for recurrent operators."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         parts += [f"{key}={getattr(self, key)}" for key in ("dilation", "groups") if getattr(self, key) > 1]
         parts += [f"steps={self.steps}"] if self.recurrent else []
@@ -167,10 +171,13 @@ _Operator = TypeVar("_Operator", bound=type[SISOperator])
 
 
 def register_operator(name: str) -> Callable[[_Operator], _Operator]:
-    """Class decorator under whose `name` an operator joins backbones, tasks, tables and tests.
+    """Class decorator that makes an operator available to backbones, tasks, tables and tests.
+
+    Args:
+        name: The name under which `create_operator` and the field `operator` of a backbone find the operator.
 
     Raises:
-        UsageError: Where the name is taken by another class.
+        UsageError: If another class is registered under this name.
     """
 
     def register(operator: _Operator) -> _Operator:
@@ -184,12 +191,12 @@ def register_operator(name: str) -> Callable[[_Operator], _Operator]:
 
 
 @functools.cache
-def _import_others() -> None:
-    """Imports the modules in which users register operators, when an operator is first asked for."""
-    for entry in entry_points(group="sis_lightning.operators.sis"):
+def _import_user_operators() -> None:
+    """Imports the modules in which users register operators, the first time that an operator is looked up."""
+    for entry in entry_points(group="sis_lightning.operators"):
         entry.load()
     modules = os.environ.get("SIS_OPERATORS", "").split()
-    sys.path.insert(0, "")  # beside which the command was typed
+    sys.path.insert(0, "")  # modules in the current directory
     try:
         for name in modules:
             import_module(name)
@@ -199,24 +206,24 @@ def _import_others() -> None:
         sys.path.remove("")
 
 
-def operator_names() -> tuple[str, ...]:
-    """All registered operators: the paper's in its order, then those of users.
+def list_operators() -> list[str]:
+    """Lists the names of all registered operators: the paper's in its order, then those of users.
 
-    These register in modules that `$SIS_OPERATORS` names (separated by spaces; also in the current directory), or that
-    an installed package has as an entry point of the group `sis_lightning.operators`.
+    User operators are registered by modules that `$SIS_OPERATORS` names (separated by spaces; the current directory is
+    searched too), or by installed packages with an entry point of the group `sis_lightning.operators`.
     """
-    _import_others()
-    return tuple(_OPERATORS)
+    _import_user_operators()
+    return list(_OPERATORS)
 
 
 def operator_class(name: str) -> type[SISOperator]:
-    """The class registered under `name`.
+    """Returns the class that is registered under a name.
 
     Raises:
-        UsageError: Where there is none; the message lists the nearest names.
+        UsageError: If there is none; the message lists the nearest names.
     """
     if name not in _OPERATORS:
-        _import_others()
+        _import_user_operators()
     if name not in _OPERATORS:
         raise UsageError(f"no operator is called '{name}': {nearest(name, _OPERATORS)}")
     return _OPERATORS[name]
@@ -234,24 +241,25 @@ def create_operator(
     steps: int = 2,
     bias: bool = False,
 ) -> SISOperator:
-    """Builds the operator `name`, which maps shapes as the convolution it replaces would.
+    """Creates an operator that maps the same shapes as the convolution that it replaces.
 
-    Input (N, C_in, H, W), output (N, C, H', W') with H' = ⌈H / stride⌉ ("same" padding). Equations: see the module.
+    The input has shape (N, C_in, H, W), the output (N, C, ⌈H/stride⌉, ⌈W/stride⌉), with "same" padding. The equations
+    are in `sis_lightning.operators.sis`.
 
     Args:
-        name: `conv` (eq. 1), `basic` (eqs. 2-5), `interactive1` (8-12), `interactive2` (13-15), `recurrent1` (19-23),
-            `recurrent2` (24), or one that `register_operator` added.
-        in_channels: C_in, divisible by `groups`.
-        out_channels: C; C / groups divisible by 4 (`conv`: by 1).
-        kernel_size: k, odd.
-        stride: Carried by K1.
-        dilation: Of every kernel.
-        groups: Of every kernel.
-        steps: T ≥ 1 of the recurrent operators (Table 1-1); the others have no recurrence and no use for it.
-        bias: Adds a bias to the output; the paper has none.
+        name: `conv` (eq. 1), `basic` (eqs. 2-5), `interactive1` (eqs. 8-12), `interactive2` (eqs. 13-15), `recurrent1`
+            (eqs. 19-23), `recurrent2` (eq. 24), or the name of an operator added by `register_operator`.
+        in_channels: Number of input channels C_in, divisible by `groups`.
+        out_channels: Number of output channels C; C / groups must be divisible by 4 (by 1 for `conv`).
+        kernel_size: Side k of the kernels in pixels, odd.
+        stride: Stride of the output.
+        dilation: Dilation of every kernel.
+        groups: Number of groups of every kernel.
+        steps: Number of time steps T ≥ 1 of the recurrent operators (Table 1-1). Other operators ignore it.
+        bias: Whether to add a learnable bias to the output. The paper's operators have none.
 
     Raises:
-        UsageError: (a ValueError) for an unknown name, or numbers that cannot be, naming them.
+        UsageError: If the name is unknown or an argument is invalid. It is also a ValueError.
     """
     return operator_class(name)(
         in_channels,

@@ -21,7 +21,7 @@ from sis_lightning.backbones import create_backbone
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.models import Classifier
-from sis_lightning.operators import operator_class, operator_names
+from sis_lightning.operators import operator_class, list_operators
 from sis_lightning.run.lightning_cli import run
 from sis_lightning.tables.figures import styled
 from sis_lightning.tasks import ClassificationTask
@@ -109,7 +109,7 @@ def receptive_fields(names: Sequence[str] | None = None) -> Figure:
     Raises:
         UsageError: For an operator that there is not.
     """
-    names = tuple(names) if names is not None else operator_names()
+    names = tuple(names) if names is not None else tuple(list_operators())
     # By strides of 8, px 48 of 97 is the centre of the map's middle.
     rows: list[tuple[str, list[np.ndarray]]] = [
         ("one operator", [gradient_map(_of_operator(name), 16, 15, 32) for name in names]),

@@ -26,7 +26,7 @@ from sis_lightning.config.compose import resolve, settled
 from sis_lightning.config_files import config_names
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.models import complexity
-from sis_lightning.operators import operator_names
+from sis_lightning.operators import list_operators
 from sis_lightning.run.lightning_cli import run
 from sis_lightning.run.record import Record, read_record
 from sis_lightning.tables.cells import shortcomings
@@ -59,11 +59,11 @@ def _side(text: str, arguments: Sequence[str]) -> Side:
     record: Record | None = None
     if arguments:
         backbone, colon, operator = text.partition(":")
-        if not colon and text in operator_names():
+        if not colon and text in list_operators():
             backbone, operator = "", text
         elif backbone not in config_names("configs/backbones"):
             raise UsageError(
-                f"'{text}' is neither an operator ({', '.join(operator_names())}) nor BACKBONE[:OPERATOR]; runs are "
+                f"'{text}' is neither an operator ({', '.join(list_operators())}) nor BACKBONE[:OPERATOR]; runs are "
                 "compared without --config"
             )
         options = [f"--model.backbone={backbone}"] * bool(backbone)

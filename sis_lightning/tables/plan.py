@@ -23,7 +23,7 @@ from sis_lightning.run.history import is_running, last_row, read_starts
 from sis_lightning.run.record import code, read_record
 from sis_lightning.slurm import jobs as slurm
 from sis_lightning.tables.cells import Cell, Evidence, Model, Models, fill
-from sis_lightning.tables.spec import BUILT_IN, Book, Experiment
+from sis_lightning.tables.spec import BUILT_IN, TableSpec, Experiment
 
 State = Literal["not begun", "queued", "running", "begun", "trained", "tested", "refused"]
 
@@ -40,7 +40,7 @@ _PARTS = (
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingRun:
     """A run that a cell waits for.
 
     Attributes:
@@ -105,23 +105,23 @@ def differences(before: Models, now: Models) -> list[str]:
     return [*sorted(found)[:5], *([f"and {len(found) - 5} more"] if len(found) > 5 else [])]
 
 
-def count(book: Book, known: Models) -> Models:
-    """Resolves and counts every experiment of the book, with rows for operators that users registered.
+def count(spec: TableSpec, known: Models) -> Models:
+    """Resolves and counts every experiment of the spec, with rows for operators that users registered.
 
     Args:
-        book: The tables, without those rows.
+        spec: The tables, without those rows.
         known: Kept where the code is the same.
 
     Raises:
         UsageError: For an experiment that cannot be: of which table.
     """
-    from sis_lightning.operators import operator_class, operator_names
+    from sis_lightning.operators import operator_class, list_operators
 
-    operators, code = operator_names(), code_digest()
+    operators, code = list_operators(), code_digest()
     # Of operators that are not ours, nobody tells whether they changed.
     kept = known.by_key if known.code == code else {}
     found: dict[str, Model | None] = {}
-    experiments = book.with_operators(operators).experiments()
+    experiments = spec.with_operators(operators).experiments()
     anew = []
     for key, experiment in experiments.items():
         fields = dict(experiment.fields)
@@ -135,7 +135,7 @@ def count(book: Book, known: Models) -> Models:
         if model is None or model.source != _source(experiment):
             anew.append(experiment)
     if len(anew) > 9:
-        print(f"counting {len(anew)} rows anew, as code, YAML or books changed: a minute or two", file=sys.stderr)
+        print(f"counting {len(anew)} rows anew, as code, YAML or specs changed: a minute or two", file=sys.stderr)
     return Models(code, operators, {**found, **{experiment.key: _resolve(experiment) for experiment in anew}})
 
 
@@ -173,23 +173,23 @@ def _resolve(experiment: Experiment) -> Model:
 
 
 def missing(
-    book: Book,
+    spec: TableSpec,
     evidence: Sequence[Evidence],
     models: Models,
     seeds: Sequence[int] | None = None,
     roots: Mapping[str, str] | None = None,
-) -> list[Missing]:
+) -> list[MissingRun]:
     """The runs that cells wait for, each once, in the order of the tables.
 
     Args:
-        book: The tables, or some of their rows.
+        spec: The tables, or some of their rows.
         evidence: What was measured.
         models: What the experiments resolve to.
         seeds: In place of those that each run wants.
         roots: Where the data of a run lies, by the run's name.
     """
     wanted: dict[Path, tuple[str, str, Experiment, Model, int, Cell]] = {}
-    for filled in fill(book, evidence, models):
+    for filled in fill(spec, evidence, models):
         for line in filled.lines:
             for column, cell in zip(filled.table.columns, line.cells, strict=True):
                 experiment = line.row.experiment(column)
@@ -207,7 +207,7 @@ def missing(
         if job := queue.get(folder):
             state, progress = "queued", f"queued (SLURM's job {job})"
         root = (roots or {}).get(experiment.run.name)
-        found.append(Missing(table, row, experiment, model, seed, folder, state, progress, root))
+        found.append(MissingRun(table, row, experiment, model, seed, folder, state, progress, root))
     return found
 
 
@@ -233,9 +233,9 @@ def directory(experiment: Experiment, model: Model, seed: int) -> Path:
     return Path("runs", experiment.run.name, model.slug, f"seed{seed}")
 
 
-def busy(book: Book, models: Models) -> Iterator[str]:
+def busy(spec: TableSpec, models: Models) -> Iterator[str]:
     """Keys of experiments that a fit here is busy with."""
-    for key, experiment in book.experiments().items():
+    for key, experiment in spec.experiments().items():
         model = models.by_key.get(key)
         if model is not None:
             folder = directory(experiment, model, 0).parent
@@ -288,7 +288,7 @@ def add(paths: Iterable[Path], folder: Path) -> list[Path]:
     return added
 
 
-def to_do(wanted: Sequence[Missing], records: Path, extra: Sequence[str]) -> list[Missing]:
+def to_do(wanted: Sequence[MissingRun], records: Path, extra: Sequence[str]) -> list[MissingRun]:
     """What is left to be trained or tested: takes in what was tested, leaves the rest as it is, and says so.
 
     Args:
@@ -328,7 +328,7 @@ def to_do(wanted: Sequence[Missing], records: Path, extra: Sequence[str]) -> lis
     return left
 
 
-def _take_in(entry: Missing, records: Path, number: str = "") -> None:
+def _take_in(entry: MissingRun, records: Path, number: str = "") -> None:
     add([entry.folder / "test.json"], records)
     record = read_record(entry.folder / "test.json")
     _say(f"{number}{entry}: {record['headline']} {record['metrics'].get(record['headline'])}")
@@ -344,7 +344,7 @@ def _say(what: str, to: TextIO | None = None) -> None:
     to.flush()
 
 
-def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequence[str]) -> int:
+def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequence[str]) -> int:
     """Trains and tests what is missing, and takes the records in; goes on with what was begun.
 
     Args:
@@ -358,7 +358,7 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
     """
     threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} if jobs > 1 else {}
 
-    def one(number: int, entry: Missing) -> bool:
+    def one(number: int, entry: MissingRun) -> bool:
         place = f"[{number}/{len(wanted)}] "
         if is_running(entry.folder):  # since the others were begun
             _say(f"{place}{entry}: another fit is at it")
@@ -387,7 +387,7 @@ def run_here(wanted: Sequence[Missing], records: Path, jobs: int, extra: Sequenc
     return done.count(False)
 
 
-def _refuse_other_recipes(entry: Missing, extra: Sequence[str]) -> None:
+def _refuse_other_recipes(entry: MissingRun, extra: Sequence[str]) -> None:
     from sis_lightning.run.lightning_cli import run
 
     for option in extra:
@@ -412,10 +412,10 @@ def _refuse_other_recipes(entry: Missing, extra: Sequence[str]) -> None:
         )
 
 
-def submissions(wanted: Sequence[Missing], extra: Sequence[str]) -> list[list[str]]:
+def submissions(wanted: Sequence[MissingRun], extra: Sequence[str]) -> list[list[str]]:
     """Options of `submit` that hand what is missing to SLURM: for each experiment an array over its seeds."""
     seeds: dict[str, list[int]] = {}
-    first: Mapping[str, Missing] = {entry.experiment.key: entry for entry in reversed(wanted)}
+    first: Mapping[str, MissingRun] = {entry.experiment.key: entry for entry in reversed(wanted)}
     for entry in wanted:
         seeds.setdefault(entry.experiment.key, []).append(entry.seed)
     return [

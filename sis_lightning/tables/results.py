@@ -1,4 +1,4 @@
-"""A folder of results: its books, its records and what the code counts; all that `sis-lightning tables` does."""
+"""A folder of results: its specs, its records and what the code counts; all that `sis-lightning tables` does."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from sis_lightning.config_files import PACKAGED
 from sis_lightning.errors import UsageError
 from sis_lightning.slurm import jobs as slurm
 from sis_lightning.tables import plan
-from sis_lightning.tables.cells import Evidence, Filled, Models, fill, read_records
+from sis_lightning.tables.cells import Evidence, FilledTable, Models, fill, read_records
 from sis_lightning.tables.render import render, stale_figures, write_tables
-from sis_lightning.tables.spec import Book, books_in, read_books
+from sis_lightning.tables.spec import TableSpec, spec_files, read_specs
 
 
 class Results:
-    """A folder with books (`*.yaml`), `records/`, `models.json`, and what is generated of them.
+    """A folder with specs (`*.yaml`), `records/`, `models.json`, and what is generated of them.
 
     Args:
-        folder: The packaged books stand in where it has none.
+        folder: The packaged specs stand in where it has none.
 
     Raises:
-        UsageError, DataError: For books and files that cannot be.
+        UsageError, DataError: For specs and files that cannot be.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.records, self.kept = folder, folder / "records", folder / "models.json"
 
     @cached_property
-    def shipped(self) -> Book:
-        """The books, with the built-in operators alone."""
-        return read_books(books_in(self.folder))
+    def shipped(self) -> TableSpec:
+        """The specs, with the built-in operators alone."""
+        return read_specs(spec_files(self.folder))
 
     @property
     def models(self) -> Models:
@@ -41,8 +41,8 @@ class Results:
         return Models.read(self.kept if self.kept.is_file() or any(self.folder.glob("*.yaml")) else packaged)
 
     @property
-    def book(self) -> Book:
-        """The books, with a row for every operator that the code knew when it counted."""
+    def spec(self) -> TableSpec:
+        """The specs, with a row for every operator that the code knew when it counted."""
         return self.shipped.with_operators(self.models.operators)
 
     @property
@@ -50,10 +50,10 @@ class Results:
         """All records."""
         return read_records(self.records)
 
-    def filled(self, running: bool = False) -> list[Filled]:
+    def filled(self, running: bool = False) -> list[FilledTable]:
         """All tables; with cells that a fit here is busy with, where asked for."""
-        book, models = self.book, self.models
-        return fill(book, self.evidence, models, plan.busy(book, models) if running else ())
+        spec, models = self.spec, self.models
+        return fill(spec, self.evidence, models, plan.busy(spec, models) if running else ())
 
     def count(self) -> list[str]:
         """Counts anew what the code may have changed; returns in what it differs from what was kept."""
@@ -65,26 +65,26 @@ class Results:
 
     def missing(
         self, tables: Sequence[str], rows: Sequence[str], seeds: Sequence[int] | None, roots: Mapping[str, str]
-    ) -> list[plan.Missing]:
+    ) -> list[plan.MissingRun]:
         """The runs that cells wait for, of the named tables and rows; counts what it needs first.
 
         Raises:
             UsageError: For a table, row or run that there is not.
         """
-        from sis_lightning.operators import operator_names
+        from sis_lightning.operators import list_operators
 
-        book = self.shipped.with_operators(operator_names()).chosen(tables, rows)
+        spec = self.shipped.with_operators(list_operators()).chosen(tables, rows)
         kept = self.models
         if kept.by_key and kept.code != plan.code_digest() and (tables or rows):
-            models = plan.count(book, kept)  # a few rows of changed code need not wait for all the others
+            models = plan.count(spec, kept)  # a few rows of changed code need not wait for all the others
         else:
             self.count()
             models = self.models
-        runs = {experiment.run.name for experiment in book.experiments().values()}
+        runs = {experiment.run.name for experiment in spec.experiments().values()}
         for name in roots:
             if name not in runs:
                 raise UsageError(f"--roots: no run is called '{name}' here: {', '.join(sorted(runs))}")
-        return plan.missing(book, self.evidence, models, seeds, roots)
+        return plan.missing(spec, self.evidence, models, seeds, roots)
 
     def add(self, paths: Sequence[Path]) -> list[Path]:
         """Takes records in; returns the new ones."""
@@ -92,10 +92,10 @@ class Results:
 
     def render(self) -> list[Path]:
         """Writes the tables in all forms."""
-        return write_tables(self.book, self.filled(running=True), self.folder)
+        return write_tables(self.spec, self.filled(running=True), self.folder)
 
     def check(self) -> list[str]:
-        """What is wrong with the folder: nothing, where everything in it follows from books, records and code.
+        """What is wrong with the folder: nothing, where everything in it follows from specs, records and code.
 
         Raises:
             DataError: For a record that was edited.
@@ -107,12 +107,12 @@ class Results:
             return [*problems, "models.json is stale: sis-lightning tables count, then tables render"]
         # What was rendered while a fit ran says so; what was rendered before it began does not.
         still, busy = self.filled(), self.filled(running=True)
-        before_fits = render(self.book, still, self.folder)
-        for path, text in render(self.book, busy, self.folder).items():
+        before_fits = render(self.spec, still, self.folder)
+        for path, text in render(self.spec, busy, self.folder).items():
             if not path.is_file():
                 problems.append(f"{path} is missing: sis-lightning tables render")
             elif path.read_text(encoding="utf-8") not in (text, before_fits[path]):
-                problems.append(f"{path} is not what books and records give: sis-lightning tables render")
+                problems.append(f"{path} is not what specs and records give: sis-lightning tables render")
         stale = stale_figures(still, self.folder)
         return [*problems, *(f"{path} was drawn of other cells: sis-lightning tables figures" for path in stale)]
 
@@ -160,7 +160,7 @@ def roots_of(texts: Sequence[str]) -> dict[str, str]:
     return {name: folder for name, _, folder in pairs}
 
 
-def to_text(wanted: Sequence[plan.Missing]) -> str:
+def to_text(wanted: Sequence[plan.MissingRun]) -> str:
     """What is missing, for people: a line of what it is, and the command below it."""
     if not wanted:
         return "nothing is missing\n"

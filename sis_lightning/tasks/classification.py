@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sis_lightning.backbones import BackboneConfig
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
-from sis_lightning.models import create_classifier
+from sis_lightning.models import Classifier
 from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
 
 
@@ -57,7 +57,7 @@ class ClassificationTask(BaseTask):
         self.label_smoothing = label_smoothing
         ks = [k for k in (1, 5) if k < num_classes]
         metrics = MetricCollection({f"top{k}": TopKAccuracy(num_classes, k) for k in ks}, compute_groups=False)
-        self.finish(create_classifier(self.backbone_config, num_classes), metrics)
+        self.finish(Classifier(self.backbone_config, num_classes), metrics)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised (N, 3, H, W) → logits (N, num_classes)."""

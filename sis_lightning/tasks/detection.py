@@ -10,16 +10,14 @@ from matplotlib import colormaps, get_data_path
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
-from torchvision.ops import clip_boxes_to_image
 from torchvision.utils import draw_bounding_boxes
 
 from sis_lightning.backbones import BackboneConfig
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.gathered import GatheredScores, Row
-from sis_lightning.models import create_detector
+from sis_lightning.models import Detector
 from sis_lightning.models.detector import Norm
 from sis_lightning.tasks.base import BaseTask, Exportable, Outputs, enlarge
 
@@ -91,8 +89,8 @@ class DetectionTask(BaseTask):
                 "model.freeze_norm keeps the statistics of model.backbone_weights, but none are given:\n"
                 "  on weights drawn at random it would leave the backbone without any norm."
             )
-        self.freeze_norm, self.shown_score, self.max_size = freeze_norm, shown_score, max_size
-        model = create_detector(
+        self.shown_score = shown_score
+        model = Detector(
             self.backbone_config,
             num_classes,
             min_size=min_size,
@@ -104,35 +102,15 @@ class DetectionTask(BaseTask):
             head_norm=head_norm,
             anchor_sizes=anchor_sizes,
             canonical_scale=canonical_scale,
-            **(detector or {}),
+            freeze_norm=freeze_norm,
+            detector=detector,
         )
-        self.proposals: int = model.rpn._post_nms_top_n["testing"]
         self.finish(model, GatheredScores())
 
-        for norm in self._frozen():
-            norm.requires_grad_(False)
-
-    def _frozen(self) -> list[nn.Module]:
-        norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
-        return [part for part in self.backbone.modules() if self.freeze_norm and isinstance(part, norms)]
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Frozen norms stay in evaluation, whatever a validation put them back to."""
-        for norm in self._frozen():
-            norm.eval()
-
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Normalised images (3, H, W) → for each `boxes` (n, 4) in its px, `labels` (n,) 1…K, `scores` (n,)."""
-        found: list[dict[str, Tensor]] = self.model([self._broadened(image) for image in images])
-        for image, output in zip(images, found, strict=True):
-            output["boxes"] = clip_boxes_to_image(output["boxes"], image.shape[1:])
+        """Detects objects in normalised images (3, H, W), as `Detector.forward` in evaluation mode."""
+        found: list[dict[str, Tensor]] = self.model(images)
         return found
-
-    def _broadened(self, image: Tensor) -> Tensor:
-        """An image so thin that resizing would leave a sliver of it, padded with the mean colour."""
-        height, width = image.shape[1:]
-        least = -(-32 * max(height, width) // self.max_size)
-        return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
 
     def exportable(self, height: int, width: int) -> Exportable:
         """The boxes of one image of any size; resizing is within."""
@@ -151,20 +129,16 @@ class DetectionTask(BaseTask):
         )
 
     def countable(self, image: Tensor) -> None:
-        """All that multiplies weights for one image (1, 3, H, W): with as many proposals as testing keeps."""
-        maps = self.model.get_submodule("backbone")(image)
-        heads = self.model.get_submodule("roi_heads")
-        self.model.get_submodule("rpn.head")(list(maps.values()))
-        channels = next(iter(maps.values())).shape[1]
-        pooled = image.new_empty(self.proposals, channels, 7, 7)
-        heads.get_submodule("box_predictor")(heads.get_submodule("box_head")(pooled))
+        """Runs all layers with weights, as `Detector.countable`."""
+        assert isinstance(self.model, Detector)
+        self.model.countable(image)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Region proposals' objectness and boxes, heads' classes and boxes."""
         targets = [
             {"boxes": boxes, "labels": labels} for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
         ]
-        losses: dict[str, Tensor] = self.model([self._broadened(image) for image in batch["image"]], targets)
+        losses: dict[str, Tensor] = self.model(batch["image"], targets)
         return losses
 
     def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:

@@ -19,8 +19,8 @@ from sis_lightning.datamodules import Batch
 from sis_lightning.datasets.constants import COCO_JOINTS, COCO_SKELETON
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.gathered import GatheredScores
+from sis_lightning.models import PoseNet
 from sis_lightning.models.heatmap_codec import HeatmapCodec, mirror, oks_nms, rescore
-from sis_lightning.models.pose import PoseNet
 from sis_lightning.tasks.base import BaseTask, Exportable, Outputs, enlarge
 
 _BONES = [(start - 1, end - 1) for start, end in COCO_SKELETON]
@@ -64,12 +64,7 @@ class KeypointTask(BaseTask):
         if sigma <= 0:
             raise UsageError(f"model.sigma is {sigma}, must be above 0")
         self.sigma, self.flip_test, self.shown_score = sigma, flip_test, shown_score
-        model = PoseNet(self.backbone_config, tuple(deconv_channels))
-        if not deconv_channels or model.stride < 1:
-            raise UsageError(
-                f"model.deconv_channels has {len(deconv_channels)} entries: wanted at least 1, and no more than halve "
-                f"the backbone's stride to 1"
-            )
+        model = PoseNet(self.backbone_config, len(COCO_JOINTS), tuple(deconv_channels))
         self.stride = model.stride
         self.finish(model, GatheredScores())
 

@@ -19,7 +19,7 @@ from sis_lightning.datamodules import Batch
 from sis_lightning.datasets.constants import VOID, voc_palette
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.iou import DatasetIoU
-from sis_lightning.models import create_segmenter
+from sis_lightning.models import Segmenter
 from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
 
 
@@ -60,7 +60,9 @@ class SegmentationTask(BaseTask):
         weight = torch.ones(num_classes)
         weight[0] = background_weight
         self.register_buffer("class_weight", weight, persistent=False)
-        model = create_segmenter(architecture, self.backbone_config, num_classes, output_stride, **(decoder or {}))
+        model = Segmenter(
+            self.backbone_config, num_classes, architecture, output_stride=output_stride, decoder=decoder
+        )
         self.finish(model, DatasetIoU(self.class_names, VOID))
 
     class_weight: Tensor
@@ -68,22 +70,13 @@ class SegmentationTask(BaseTask):
     @property
     def divisor(self) -> int:
         """What both sides of an image are padded to multiples of: SMP's networks refuse others."""
-        return int(self.model.get_submodule("encoder").output_stride)  # type: ignore[arg-type]
+        assert isinstance(self.model, Segmenter)
+        return self.model.divisor
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised (N, 3, H, W) → logits (N, num_classes, H, W).
-
-        SMP's networks take sides that divide by their encoder's stride: the image is padded below and to the right with
-        the mean colour (0 after normalising), and the logits are cut back.
-        """
-        height, width = images.shape[-2:]
-        divisor = self.divisor
-        right, below = -width % divisor, -height % divisor
-        if not right and not below:
-            whole: Tensor = self.model(images)
-            return whole
-        logits: Tensor = self.model(F.pad(images, (0, right, 0, below)))
-        return logits[..., :height, :width]
+        """Maps normalised images (N, 3, H, W) of any size to logits (N, num_classes, H, W)."""
+        logits: Tensor = self.model(images)
+        return logits
 
     def name_classes(self, names: Sequence[str]) -> None:
         """The metrics name their figures too."""

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sis_lightning import create_classifier
+from sis_lightning import Classifier
 from sis_lightning.bench.models import Contender, Settings, peak_memory, work
 from sis_lightning.bench.paired import Ratio, take_turns
 from sis_lightning.bench.roofline import compiled_traffic, eager_traffic, flops
@@ -107,7 +107,7 @@ def test_training_computes_three_times_what_inference_does():
     # Forward, and the gradients of inputs and of weights; the image needs none.
     few = Settings(mode="inference", batch=2, size=32)
     once = flops(work(Contender.parse("sis_demo"), few))
-    net = create_classifier("sis_demo", 1000)
+    net = Classifier("sis_demo", 1000)
     assert once == 2 * 2 * count_macs(net, torch.randn(1, 3, 32, 32))
     stem = 2 * 2 * count_macs(net.backbone.stem, torch.randn(1, 3, 32, 32))
     assert flops(work(Contender.parse("sis_demo"), replace(few, mode="train"))) == 3 * once - stem

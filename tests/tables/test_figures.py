@@ -1,4 +1,4 @@
-"""Figures: that they show what was measured and printed, and that what they compute is what it is called."""
+"""Figures: that they show what was measured and reported, and that what they compute is what it is called."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
-from sis_lightning.backbones import create_backbone
+from sis_lightning.backbones import backbone_config, create_backbone
 from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.models import create_classifier
-from sis_lightning.operators import create_operator, operator_names
+from sis_lightning.models import Classifier
+from sis_lightning.operators import create_operator, list_operators
 from sis_lightning.tables import attribution, figures
-from sis_lightning.tables.cells import Cell, Evidence, Filled, Line
+from sis_lightning.tables.cells import Cell, Evidence, FilledRow, FilledTable
 from sis_lightning.tables.spec import Column, DataSet, Group, Row, Run, Table
 
 RUN = Run("seg", ("tasks/seg_voc.yaml",), DataSet("pictures", "synthetic"))
@@ -31,24 +31,24 @@ SIZES = tuple(Column(name, RUN, name, 1, 1e-6) for name in ("parameters", "macs"
 SCORE = Column("mIoU", RUN, "test/miou", 3)
 
 
-def filled(rows: dict[str, list[Cell]], columns: tuple[Column, ...] = (*SIZES, SCORE), of: str = "") -> Filled:
+def filled(rows: dict[str, list[Cell]], columns: tuple[Column, ...] = (*SIZES, SCORE), of: str = "") -> FilledTable:
     group = Group(tuple(Row(label, "sis50", "basic" if label == "Basic" else None) for label in rows))
     lines = tuple(
-        Line(group, row, tuple(cells), (None,) * len(cells))
+        FilledRow(group, row, tuple(cells), (None,) * len(cells))
         for row, cells in zip(group.rows, rows.values(), strict=True)
     )
-    return Filled(Table("9", "Shapes", columns, (group,), of), lines)
+    return FilledTable(Table("9", "Shapes", columns, (group,), of), lines)
 
 
 def counted(*values: float) -> list[Cell]:
     return [Cell(None, {0: value}, (), "counted") for value in values]
 
 
-def measured(*values: float, state: str = "synthetic", printed: float | None = None, records=()) -> Cell:
-    return Cell(printed, dict(enumerate(values)), (), state, tuple(records))
+def measured(*values: float, state: str = "synthetic", reported: float | None = None, records=()) -> Cell:
+    return Cell(reported, dict(enumerate(values)), (), state, tuple(records))
 
 
-def printed(value: float) -> Cell:
+def reported(value: float) -> Cell:
     return Cell(value, {}, (0, 1, 2), "not run")
 
 
@@ -70,8 +70,8 @@ def markers(axis, *, hollow: bool) -> list[tuple[float, float]]:
 def test_accuracy_shows_means_filled_and_printed_figures_hollow():
     table = filled(
         {
-            "Res2Net": [*counted(25.0, 4e3), measured(0.2, 0.3, 0.7, printed=0.5, state="reproduced")],
-            "Basic": [*counted(24.0, 3e3), printed(0.6)],
+            "Res2Net": [*counted(25.0, 4e3), measured(0.2, 0.3, 0.7, reported=0.5, state="reproduced")],
+            "Basic": [*counted(24.0, 3e3), reported(0.6)],
         },
         of="the paper",
     )
@@ -85,7 +85,7 @@ def test_accuracy_shows_means_filled_and_printed_figures_hollow():
     low, high = bar.lines[2][0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((0.4 - np.std([0.2, 0.3, 0.7], ddof=1), 0.4 + np.std([0.2, 0.3, 0.7], ddof=1)))
     title = figure.get_suptitle()
-    assert "printed by the paper, 1 of 2 reproduced" in title
+    assert "reported by the paper, 1 of 2 reproduced" in title
     assert "3 seeds" in title
 
 
@@ -94,25 +94,25 @@ def test_synthetic_figures_are_never_drawn_as_printed_nor_printed_ones_as_measur
     figure = figures.accuracy(synthetic)
     assert figure is not None
     assert "synthetic" in figure.get_suptitle()
-    assert "printed" not in figure.get_suptitle()
+    assert "reported" not in figure.get_suptitle()
     assert all(markers(axis, hollow=True) == [] for axis in figure.axes)
     assert markers(figure.axes[0], hollow=False) == [(25, pytest.approx(0.3))]
-    paper = filled({"Res2Net": [*counted(25.0, 4e3), printed(0.7)]}, of="the paper")
+    paper = filled({"Res2Net": [*counted(25.0, 4e3), reported(0.7)]}, of="the paper")
     figure = figures.accuracy(paper)
     assert figure is not None
-    assert "printed by the paper, not reproduced" in figure.get_suptitle()
+    assert "reported by the paper, not reproduced" in figure.get_suptitle()
     assert all(markers(axis, hollow=False) == [] for axis in figure.axes)
-    # Where a book has figures of nobody's, they are not shown as anybody's.
-    assert figures.accuracy(filled({"Res2Net": [*counted(25.0, 4e3), printed(0.7)]})) is None
+    # Where a spec has figures of nobody's, they are not shown as anybody's.
+    assert figures.accuracy(filled({"Res2Net": [*counted(25.0, 4e3), reported(0.7)]})) is None
 
 
 def test_columns_of_one_metric_take_their_own_counts_and_are_joined():
     deep = tuple(dataclasses.replace(column, backbone=DEEP) for column in SIZES)
     columns = (*SIZES, *deep, SCORE, dataclasses.replace(SCORE, label="mIoU 101", backbone=DEEP))
     rows = {
-        "Res2Net": [*counted(25.0, 4e3, 45.0, 7e3), printed(0.7), printed(0.8)],
-        "Basic": [*counted(24.0, 3e3, 43.0, 6e3), printed(0.75), printed(0.85)],
-        "Third": [*counted(23.0, 2e3, 42.0, 5e3), printed(0.71), printed(0.81)],
+        "Res2Net": [*counted(25.0, 4e3, 45.0, 7e3), reported(0.7), reported(0.8)],
+        "Basic": [*counted(24.0, 3e3, 43.0, 6e3), reported(0.75), reported(0.85)],
+        "Third": [*counted(23.0, 2e3, 42.0, 5e3), reported(0.71), reported(0.81)],
     }
     figure = figures.accuracy(filled(rows, columns, "the paper"))
     assert figure is not None
@@ -144,7 +144,7 @@ def test_sizes_are_means_over_the_records_and_missing_ones_are_left_out():
     columns = (Column("AP", RUN, "test/AP", 1, 100.0), Column("AP(M)", RUN, "test/APm", 1, 100.0))
     names = ("a.json", "b.json")
     table = filled(
-        {"Basic": [measured(1, 2, records=names), measured(20.0, 40.0, records=names, printed=33.0)]}, columns, "it"
+        {"Basic": [measured(1, 2, records=names), measured(20.0, 40.0, records=names, reported=33.0)]}, columns, "it"
     )
     figure = figures.by_size(table, evidence)
     assert figure is not None
@@ -152,11 +152,11 @@ def test_sizes_are_means_over_the_records_and_missing_ones_are_left_out():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["AP(S)", "AP(M)", "AR(S)"]
     assert markers(axis, hollow=False) == [(0, pytest.approx(15)), (1, pytest.approx(30)), (2, pytest.approx(40))]
     assert markers(axis, hollow=True) == [(1, 33.0)]
-    # A printed figure that is of no size is none of those shown.
-    alone = filled({"Basic": [measured(1, 2, printed=30.0, records=names)]}, columns[:1], "it")
+    # A reported figure that is of no size is none of those shown.
+    alone = filled({"Basic": [measured(1, 2, reported=30.0, records=names)]}, columns[:1], "it")
     figure = figures.by_size(alone, evidence)
     assert figure is not None
-    assert "printed" not in figure.get_suptitle() + str([t.get_text() for t in figure.legends[0].get_texts()])
+    assert "reported" not in figure.get_suptitle() + str([t.get_text() for t in figure.legends[0].get_texts()])
     without = filled({"Basic": [measured(1, records=["c.json"]), measured(1, records=["c.json"])]}, columns)
     assert figures.by_size(without, [record("c.json", 0, {"test/AP": 0.1})]) is None
 
@@ -187,7 +187,7 @@ def test_curves_are_the_mean_between_the_lowest_and_the_highest_seed():
     assert figures.curves(table, []) is None
 
 
-@pytest.mark.parametrize(("operator", "side"), [("conv", 3), *((name, 7) for name in operator_names()[1:6])])
+@pytest.mark.parametrize(("operator", "side"), [("conv", 3), *((name, 7) for name in list_operators()[1:6])])
 def test_an_operator_sees_as_far_as_the_paper_says(operator, side):
     state = torch.get_rng_state()
     field = attribution.gradient_map(lambda: create_operator(operator, 16, 16), 16, 15, 3)
@@ -226,7 +226,7 @@ def test_a_gradient_map_is_the_gradient():
 
 def test_the_mean_of_an_activation_map_is_the_logit_without_its_bias():
     torch.manual_seed(0)
-    network = create_classifier("sis_demo", 7, stem="cifar").eval()
+    network = Classifier(backbone_config("sis_demo", stem="cifar"), 7).eval()
     images = torch.randn(3, 3, 32, 32)
     maps, probabilities = attribution.class_activation_map(network, images)
     with torch.no_grad():
@@ -288,10 +288,10 @@ def test_runs_that_cannot_be_shown_together_are_refused(fitted, tmp_path):
         attribution.activation_maps([tmp_path])
 
 
-def paper_and_ours() -> tuple[list[Filled], list[Evidence]]:
+def paper_and_ours() -> tuple[list[FilledTable], list[Evidence]]:
     curves = {"train/loss": [[1, 2.0], [2, 1.0]], "val/miou": [[2, 0.3]]}
     ours = filled({"Basic": [*counted(24.0, 3e3), measured(0.3, records=["a.json"])]})
-    its = filled({"Basic": [*counted(24.0, 3e3), printed(0.7)]}, of="the paper")
+    its = filled({"Basic": [*counted(24.0, 3e3), reported(0.7)]}, of="the paper")
     its = dataclasses.replace(its, table=dataclasses.replace(its.table, id="3-X"))
     return [ours, its], [record("a.json", curves=curves)]
 
