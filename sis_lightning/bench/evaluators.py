@@ -9,7 +9,8 @@ import numpy as np
 
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.evaluation.coco import COCOTruth, Evaluator
+from sis_lightning.datasets.coco_reader import read_coco
+from sis_lightning.evaluation.coco import Backend, COCOGroundTruth
 
 _CLASSES, _BOXES, _FALSE = 80, 36, 4  # classes of the set; boxes and false detections of an image
 _SIDE = 640
@@ -30,11 +31,11 @@ def time_evaluators(images: int = 5000) -> Benchmark:
     truth, found = _boxes(images)
     rows: list[dict[str, str | float]] = []
     figures = []
-    evaluators: tuple[Evaluator, ...] = get_args(Evaluator)
+    evaluators: tuple[Backend, ...] = get_args(Backend)
     for evaluator in evaluators:
-        COCOTruth({"images": [], "categories": []}, "bbox", evaluator)  # imports
+        COCOGroundTruth(read_coco({"images": [], "categories": []}), "bbox", evaluator)  # imports
         begun = time.perf_counter()
-        known = COCOTruth(truth, "bbox", evaluator)
+        known = COCOGroundTruth(read_coco(truth), "bbox", evaluator)
         indexed, indexed_cpu = time.perf_counter(), time.process_time()
         figures.append(known.score(found))
         scored, scored_cpu = time.perf_counter(), time.process_time()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sis_lightning.commands.arguments import Parser
 
 KINDS = ("bbox", "segm", "keypoints", "voc07", "voc12")
@@ -69,9 +67,10 @@ def main(arguments: list[str]) -> int:
         if (key == "evaluator") == of_voc:
             option = "--voc-rule" if key == "rule" else f"--{key}"
             parser.error(f"{option} belongs to {'COCO' if of_voc else 'Pascal VOC'}, and --type is {chosen.type}")
-    from sis_lightning.evaluation.files import evaluate_coco, evaluate_voc
+    if "evaluator" in given:
+        given["backend"] = given.pop("evaluator")
+    from sis_lightning.evaluation.files import evaluate
 
-    score = evaluate_voc if of_voc else evaluate_coco
-    evaluation = score(Path(chosen.truth), Path(chosen.results), chosen.type, **given)
+    evaluation = evaluate(chosen.truth, chosen.results, chosen.type, **given)
     print(evaluation.to_json() if chosen.json else evaluation.to_table(), end="")
     return 0

@@ -13,13 +13,19 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sis_lightning.datamodules.base import Sample, SISDataModule, Source, Split, read_image
-from sis_lightning.datasets.annotations import Annotations, read_coco, read_voc, voc_names
+from sis_lightning.datasets.annotations import Annotations
+from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.datasets.constants import VOC_CLASSES
 from sis_lightning.datasets.download import Archive, voc_archives
+from sis_lightning.datasets.lists import read_names, voc_list
+from sis_lightning.datasets.voc_reader import read_voc
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.evaluation.coco import COCOTruth, Evaluator, Kind
+from sis_lightning.evaluation.coco import Backend as Evaluator
+from sis_lightning.evaluation.coco import COCOGroundTruth as COCOTruth
+from sis_lightning.evaluation.coco import Kind
 from sis_lightning.evaluation.gathered import Row, Truth
-from sis_lightning.evaluation.voc import VOCTruth, write_comp4
+from sis_lightning.evaluation.voc import VOCGroundTruth as VOCTruth
+from sis_lightning.evaluation.voc import write_comp4
 from sis_lightning.files import write_text
 
 
@@ -205,13 +211,13 @@ class COCOFiles(AnnotatedDataModule):
     def annotations(self, split: Split) -> Annotations:
         """Reads the JSON of a split."""
         folder = self.home / self.splits[split].replace("test-dev", "test")
-        return read_coco(self.annotation_file(split), folder, keypoints=self.kind == "keypoints")
+        return read_coco(self.annotation_file(split), folder, self.kind, split=self.splits[split])
 
     def truth(self, split: Split) -> Truth:
         """The annotation file, for COCO's own evaluation."""
         path = str(self.annotation_file(split))
         if path not in self._truths:
-            self._truths[path] = COCOTruth(Path(path), self.kind, self.evaluator)
+            self._truths[path] = COCOTruth(read_coco(Path(path), kind=self.kind), self.kind, self.evaluator)
         return self._truths[path]
 
     def write_results(self, rows: list[Row], folder: Path) -> Path:
@@ -322,7 +328,7 @@ class VOCDetectionDataModule(AnnotatedDataModule):
             if not (home / "Annotations").is_dir():
                 raise DataError(self.missing(f"{home / 'Annotations'} does not exist"))
             # Lists may overlap, as trainval does with train: each image counts once.
-            homes.setdefault(home, {}).update(dict.fromkeys(voc_names(home, part)))
+            homes.setdefault(home, {}).update(dict.fromkeys(read_names(voc_list(home, "Main", part))))
         return read_voc([(home, list(names)) for home, names in homes.items()], self.names)
 
     def train_transform(self, sample: Sample) -> Sample:
@@ -340,9 +346,9 @@ class VOCDetectionDataModule(AnnotatedDataModule):
         truth = self.annotations("test")
         for split in self.test_splits:
             year, _, part = split.partition("/")
-            names = set(voc_names(self.year(year), part))
+            names = set(read_names(voc_list(self.year(year), "Main", part)))
             chosen = [row for row in rows if row["image_id"] in names]
-            write_comp4(chosen, truth, folder / f"VOC{year}" / "Main", part)
+            write_comp4(chosen, truth.class_names, folder / f"VOC{year}" / "Main", part)
         return folder
 
     def how_to_get(self) -> str:

@@ -1,39 +1,42 @@
-"""Reads the annotations of COCO and Pascal VOC as arrays, and finds what is wrong with them. Needs no torch.
+"""The objects of a data set's images as arrays, and what is wrong with them. Needs no torch.
 
-Coordinates are continuous: an image spans 0…width and 0…height, a box is x1, y1, x2, y2 with its area
-(x2 - x1) · (y2 - y1). COCO's boxes are of this kind; VOC's, which count pixels from 1 and include the last, become so
-when 1 is taken from xmin and ymin.
+Coordinates are continuous: an image spans 0…width and 0…height, and a box x1, y1, x2, y2 has the area
+(x2 - x1) · (y2 - y1). COCO's boxes are of this kind. VOC's count pixels from 1 and include the last one; they become
+continuous by taking 1 from xmin and ymin.
+
+The rules for what is sound are in one place for each format: `coco_reader`, `voc_reader` and, for boxes of both,
+`check_boxes` here. Training, check-data and evaluation all read by them. A defect without a remedy stops all three.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sis_lightning.datasets.constants import COCO_JOINTS
 from sis_lightning.errors import DataError
 
-_OVERHANG = 1.0  # px that a box may reach over the border before it counts as a defect: COCO's are rounded
+#: Ground truth of one image as evaluators take it; see `Annotations.ground_truth`.
+GroundTruth = dict[str, Any]
+
+_OVERHANG = 1.0  # px by which a box may reach over the border before it counts as a defect: COCO's are rounded
 
 
 @dataclass(frozen=True)
 class Defect:
-    """Something wrong in a data set.
+    """Something that is wrong in a data set.
 
     Attributes:
-        file: Where.
-        where: Which image, annotation or line of it; empty for the whole file.
+        file: The file that has the defect.
+        where: The image, annotation or line in the file; empty for the whole file.
         what: What is wrong.
-        remedy: What training does: `clipped` to the image, `dropped` as COCO's own tools do, or nothing, as it stops.
+        remedy: What training does: `clipped` to the image, `dropped` as COCO's own tools do, or, if empty, it stops.
     """
 
     file: Path
@@ -47,27 +50,49 @@ class Defect:
         return f"{self.file}{where}: {self.what}{remedy}"
 
 
+def require_sound(defects: Iterable[Defect]) -> None:
+    """Stops if there are defects without a remedy.
+
+    Raises:
+        DataError: If there is one; the message has the first of them and their number.
+    """
+    fatal = [defect for defect in defects if not defect.remedy]
+    if fatal:
+        count = f"\n  {len(fatal)} defects of this severity; check-data lists them all." if len(fatal) > 1 else ""
+        raise DataError(f"{fatal[0]}{count}")
+
+
 @dataclass
 class Annotations:
     """The images and objects of one split.
 
-    Objects lie in the order of their images; those that training cannot use are left out and counted in `dropped`.
+    Objects are in the order of their images, and within an image in the order of the file. Entries with defects that
+    have no remedy are left out of the arrays.
 
     Attributes:
         source: The file or folder that was read.
-        class_names: By label, 0…K-1.
-        category_ids: COCO's number of each label; for VOC the label itself.
-        paths: The pictures.
-        image_ids: COCO's number of each picture; VOC's name.
-        sizes: (I, 2) width and height, 0 where the annotations do not say.
-        image: (N,) index of each object's picture.
-        boxes: (N, 4).
-        labels: (N,).
-        ignored: (N,) COCO's crowds and VOC's difficult objects.
-        keypoints: (N, 17, 3) x, y, v, where they were asked for.
+        class_names: Class names by label, 0…K-1.
+        category_ids: COCO's id of each label; for VOC the label itself.
+        paths: The image files.
+        image_ids: COCO's id of each image; for VOC its name.
+        sizes: Width and height of each image in px (I, 2); 0 if the annotations do not say.
+        image: Index of each object's image (N,).
+        boxes: Boxes x1, y1, x2, y2 in px (N, 4), not clipped to the image.
+        labels: Label of each object (N,), 0…K-1.
+        ignored: Whether each object counts neither for nor against a detection (N,): COCO's crowds, VOC's difficult
+            objects.
+        keypoints: Keypoints x, y, visibility (N, 17, 3), visibility being 0 (not annotated), 1 (hidden) or 2 (visible);
+            None if they were not read.
+        areas: Area of each object in px² as the file has it (N,); None for the area of its box.
+        num_keypoints: Number of annotated keypoints as the file has it (N,).
+        extents: COCO's boxes x, y, width, height as the file has them (N, 4): x2 - x1 may differ from the width in the
+            last bit.
+        segmentations: COCO's polygons or run-length encoded mask of each object (N,); None if they were not read.
+        splits: Names of the splits that list each image, for results files.
         defects: What is wrong.
-        dropped: How many objects were left out, by reason.
-        annotated: False where the file has no annotations at all, as of COCO's test sets.
+        dropped: Number of objects that were left out, by reason.
+        derived: Number of values that the file lacks and that were computed, by what they are.
+        annotated: False if the file has no annotations at all, as those of COCO's test sets.
     """
 
     source: Path
@@ -81,60 +106,76 @@ class Annotations:
     labels: NDArray[np.int64]
     ignored: NDArray[np.bool_]
     keypoints: NDArray[np.float64] | None = None
+    areas: NDArray[np.float64] | None = None
+    num_keypoints: NDArray[np.int64] | None = None
+    extents: NDArray[np.float64] | None = None
+    segmentations: NDArray[np.object_] | None = None
+    splits: list[tuple[str, ...]] = field(default_factory=list)
     defects: list[Defect] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    derived: Counter[str] = field(default_factory=Counter)
     annotated: bool = True
 
     def __post_init__(self) -> None:
-        order = np.argsort(self.image, kind="stable")
-        self._select(order)
+        self.splits = self.splits or [("",)] * len(self.paths)
+        self._select(np.argsort(self.image, kind="stable"))
 
     def _select(self, which: NDArray[Any]) -> None:
-        self.image, self.boxes = self.image[which], self.boxes[which]
-        self.labels, self.ignored = self.labels[which], self.ignored[which]
-        if self.keypoints is not None:
-            self.keypoints = self.keypoints[which]
+        for name in _PER_OBJECT:
+            values = getattr(self, name)
+            if values is not None:
+                setattr(self, name, values[which])
         self._starts = np.searchsorted(self.image, np.arange(len(self.paths) + 1))
 
     def __len__(self) -> int:
-        """How many pictures there are."""
+        """Number of images."""
         return len(self.paths)
 
     def objects(self, index: int) -> slice:
-        """Where the objects of picture `index` lie in the arrays."""
+        """The range of the objects of image `index` in the arrays."""
         return slice(int(self._starts[index]), int(self._starts[index + 1]))
 
+    def copy(self) -> Annotations:
+        """A copy that can be clipped and reduced without a change of the original."""
+        return self._of_images(np.arange(len(self)))
+
     def first(self, count: int | None) -> Annotations:
-        """The same with the first `count` pictures alone that have objects, or annotated joints; None for all."""
+        """A copy with the first `count` images that have objects, or annotated keypoints if these were read.
+
+        Args:
+            count: Number of images; None for all images, those without objects included.
+        """
         if count is None:
-            return self
+            return self.copy()
         counted = ~self.ignored
         if self.keypoints is not None:
             counted &= np.any(self.keypoints[..., 2] > 0, axis=1)
-        chosen = np.unique(self.image[counted])[:count]
+        return self._of_images(np.unique(self.image[counted])[:count])
+
+    def _of_images(self, chosen: NDArray[np.int64]) -> Annotations:
         objects = np.isin(self.image, chosen)
+        kept = {name: getattr(self, name) for name in _PER_OBJECT}
+        of_objects = {name: None if values is None else values[objects] for name, values in kept.items()}
         return Annotations(
-            self.source,
-            self.class_names,
-            self.category_ids,
-            [self.paths[index] for index in chosen.tolist()],
-            [self.image_ids[index] for index in chosen.tolist()],
-            self.sizes[chosen],
-            np.searchsorted(chosen, self.image[objects]),
-            self.boxes[objects],
-            self.labels[objects],
-            self.ignored[objects],
-            None if self.keypoints is None else self.keypoints[objects],
-            self.defects,
-            self.dropped,
-            self.annotated,
+            source=self.source,
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            paths=[self.paths[index] for index in chosen.tolist()],
+            image_ids=[self.image_ids[index] for index in chosen.tolist()],
+            sizes=self.sizes[chosen],
+            splits=[self.splits[index] for index in chosen.tolist()],
+            defects=self.defects,
+            dropped=self.dropped.copy(),
+            derived=self.derived,
+            annotated=self.annotated,
+            **{**of_objects, "image": np.searchsorted(chosen, self.image[objects])},
         )
 
     def keep_class(self, name: str) -> None:
         """Leaves out all other classes.
 
         Raises:
-            DataError: Where there is no such class.
+            DataError: If there is no such class.
         """
         if name not in self.class_names:
             raise DataError(f"{self.source}: no category '{name}' among its {len(self.class_names)}")
@@ -144,90 +185,151 @@ class Annotations:
         self.class_names, self.category_ids = (name,), (self.category_ids[label],)
 
     def drop(self, which: NDArray[np.bool_], reason: str) -> None:
-        """Leaves objects out."""
+        """Leaves objects out, and counts them in `dropped`.
+
+        Args:
+            which: Whether each object is left out (N,).
+            reason: The key in `dropped`.
+        """
         if which.any():
             self.dropped[reason] += int(which.sum())
             self._select(~which)
 
     def clip(self) -> None:
-        """Cuts boxes to their pictures, and leaves out what then has no area."""
+        """Clips boxes to their images, and leaves out those that then have no area."""
         known = self.sizes[self.image]
         limits = np.where(known > 0, known, np.inf)
         self.boxes = np.clip(self.boxes, 0, np.concatenate([limits, limits], axis=1))
         sides = self.boxes[:, 2:] - self.boxes[:, :2]
         self.drop(np.any(sides <= 0, axis=1), "boxes of no area")
 
+    def ground_truth(self, index: int) -> GroundTruth:
+        """What a prediction for an image is scored against.
 
-def read_coco(path: Path, pictures: Path, *, keypoints: bool = False) -> Annotations:
-    """Reads an annotation file of COCO (instances, person_keypoints, or image_info without any annotations).
+        Args:
+            index: Index of the image.
+
+        Returns:
+            `image_id`; `source`, the names of the splits that list the image; `annotated`, False if the file has no
+            annotations; and of its n objects, in the order of the file, `boxes` (n, 4) x1, y1, x2, y2 in px, not
+            clipped, float64, `labels` (n,) 1…K, `ignored` (n,), `areas` (n,) in px²; for COCO `extents` (n, 4) x, y,
+            width, height as in the file; with keypoints `keypoints` (n, 17, 3) and `num_keypoints` (n,).
+        """
+        objects = self.objects(index)
+        boxes = self.boxes[objects]
+        sides = boxes[:, 2:] - boxes[:, :2]
+        truth: GroundTruth = {
+            "image_id": self.image_ids[index],
+            "source": self.splits[index],
+            "annotated": self.annotated,
+            "boxes": boxes,
+            "labels": self.labels[objects] + 1,
+            "ignored": self.ignored[objects],
+            "areas": sides.prod(axis=1) if self.areas is None else self.areas[objects],
+        }
+        for name in ("extents", "keypoints", "num_keypoints"):
+            values = getattr(self, name)
+            if values is not None:
+                truth[name] = values[objects]
+        return truth
+
+    def require_sound(self) -> None:
+        """Stops if there are defects without a remedy.
+
+        Raises:
+            DataError: If there is one; the message has the first of them and their number.
+        """
+        require_sound(self.defects)
+
+
+_PER_OBJECT = (
+    *("image", "boxes", "labels", "ignored", "keypoints", "areas", "num_keypoints", "extents", "segmentations"),
+)
+
+
+def check_boxes(
+    boxes: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    where: Callable[[int], tuple[Path, str]],
+    defects: list[Defect],
+) -> NDArray[np.bool_]:
+    """Lists what is wrong with boxes.
 
     Args:
-        path: The JSON.
-        pictures: The folder that its `file_name`s are in.
-        keypoints: Reads 17 keypoints of every annotation too.
+        boxes: Boxes x1, y1, x2, y2 in px (N, 4).
+        sizes: Width and height of each box's image in px (N, 2); 0 if unknown.
+        where: Gives the file of a box and its place in the file.
+        defects: The list that defects are added to.
 
-    Raises:
-        DataError: Where there is no such file, or it is not of this format at all; everything else is in `defects`.
+    Returns:
+        Whether each box is sound, or has only defects with a remedy (N,).
     """
-    content = _load_coco(path)
-    defects: list[Defect] = []
-    images = _unique(content["images"], "image", path, defects)
-    index_of = {image["id"]: index for index, image in enumerate(images)}
-    there = _listing(pictures)
-    names = [str(image.get("file_name", "")) for image in images]
-    for image, name in zip(images, names, strict=True):
-        # Names may hold folders; only then is the disk asked for each.
-        if name not in there and not ("/" in name and (pictures / name).is_file()):
-            defects.append(Defect(pictures / name, f"image {image['id']}", "no such file"))
-    sizes = _numbers([[image.get("width"), image.get("height")] for image in images], 2)
-    sizeless = np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)).all(axis=1)).tolist()
-    defects += [Defect(path, f"image {images[index]['id']}", "width or height is missing") for index in sizeless]
-    categories = sorted(_unique(content["categories"], "category", path, defects), key=lambda item: int(item["id"]))
-    label_of = {category["id"]: label for label, category in enumerate(categories)}
+    finite: NDArray[np.bool_] = np.all(np.isfinite(boxes), axis=1)
+    with np.errstate(invalid="ignore"):
+        negative = finite & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+        flat = finite & ~negative & (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+        limits = np.where(sizes > 0, sizes, np.inf)
+        outside = finite & ~negative & ~flat & ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= limits)).any(axis=1)
+        over = (boxes[:, :2] < -_OVERHANG) | (boxes[:, 2:] > limits + _OVERHANG)
+        reaching = finite & ~negative & ~flat & ~outside & over.any(axis=1)
+    for which, what, remedy in (
+        (~finite, "the box is not four finite numbers", ""),
+        (negative, "the box has a negative width or height", ""),
+        (flat, "the box has no area", "dropped"),
+        (outside, "the box is outside of the image", "dropped"),
+        (reaching, "the box reaches over the image's border", "clipped"),
+    ):
+        for place in np.flatnonzero(which).tolist():
+            x1, y1, x2, y2 = boxes[place]
+            size = "×".join(str(side) for side in sizes[place])
+            values = f": x {x1:g}…{x2:g}, y {y1:g}…{y2:g}, image {size}"
+            defects.append(Defect(*where(place), what + values, remedy))  # type: ignore[arg-type]
+    return finite & ~negative
 
-    rows = []
-    for row in _unique(content.get("annotations", []), "annotation", path, defects):
-        if row.get("image_id") not in index_of:
-            defects.append(Defect(path, _named(row), f"of image {row.get('image_id')!r}, which is not listed"))
-        elif row.get("category_id") not in label_of:
-            defects.append(Defect(path, _named(row), f"unknown category {row.get('category_id')!r}"))
-        else:
-            rows.append(row)
-    boxes = _numbers([row.get("bbox") for row in rows], 4)
-    boxes[:, 2:] += boxes[:, :2]
-    owners = np.array([index_of[row["image_id"]] for row in rows], dtype=np.int64)
-    whole = np.nan_to_num(sizes, nan=0, posinf=0, neginf=0).astype(np.int64)
-    sound = _check_boxes(boxes, whole[owners], lambda place: (path, _named(rows[place])), defects)
-    joints = None
-    if keypoints:
-        joints = _numbers([row.get("keypoints") for row in rows], 3 * len(COCO_JOINTS)).reshape(-1, len(COCO_JOINTS), 3)
-        broken = ~np.isfinite(joints).all(axis=(1, 2)) | ~np.isin(joints[..., 2], (0, 1, 2)).all(axis=1)
-        for place in np.flatnonzero(broken).tolist():
-            what = f"keypoints are not {len(COCO_JOINTS)} × (x, y, v) with v 0, 1 or 2"
-            defects.append(Defect(path, _named(rows[place]), what))
-        sound &= ~broken
-    return Annotations(
-        path,
-        tuple(str(category["name"]) for category in categories),
-        tuple(int(category["id"]) for category in categories),
-        [pictures / name for name in names],
-        [image["id"] for image in images],
-        whole,
-        owners[sound],
-        boxes[sound],
-        np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64)[sound],
-        np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=np.bool_)[sound],
-        None if joints is None else joints[sound],
-        defects,
-        annotated="annotations" in content,
-    )
+
+def rows_of_numbers(rows: Sequence[Any], width: int) -> NDArray[np.float64]:
+    """Numbers from a file as one array.
+
+    Args:
+        rows: What should be sequences of `width` numbers (numbers, for width 0).
+        width: Length of each row; 0 for single numbers.
+
+    Returns:
+        (len(rows), width), or (len(rows),) for width 0; NaN in rows that are anything else.
+    """
+    shape = (width,) if width else ()
+    try:
+        whole = np.array(rows)
+        if whole.shape == (len(rows), *shape) and whole.dtype.kind in "iuf":
+            return whole.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    values = np.full((len(rows), *shape), np.nan)
+    for place, row in enumerate(rows):
+        try:
+            numbers = np.array(row)
+            if numbers.shape == shape and numbers.dtype.kind in "iuf":
+                values[place] = numbers
+            elif numbers.shape == shape and numbers.dtype == object:  # whole numbers of more than 64 bits
+                values[place] = np.array([float(number) for number in numbers.ravel()]).reshape(shape)
+        except (OverflowError, TypeError, ValueError):
+            continue
+    return values
+
+
+def file_names(folder: Path) -> set[str]:
+    """Names of the files in a folder; empty if there is no such folder.
+
+    One listing is quicker than ten thousand look-ups on a network file system.
+    """
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def load_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        DataError: Where it is not there, not to be read, or not JSON.
+        DataError: If it does not exist, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -239,177 +341,7 @@ def load_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error})") from None
 
 
-def _load_coco(path: Path) -> dict[str, Any]:
-    content = load_json(path)
-    if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
-        raise DataError(f"{path}: not an annotation file of COCO, which has 'images', 'annotations' and 'categories'")
-    for key, needed in (("images", ("id", "file_name")), ("categories", ("id", "name")), ("annotations", ())):
-        entries = content.get(key, [])
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f"{path}: '{key}' is not a list of objects")
-        for place, entry in enumerate(entries):
-            lacking = [name for name in needed if name not in entry]
-            if lacking:
-                raise DataError(f"{path}: entry {place} of '{key}' has no '{lacking[0]}'")
-            for name in ("id", "image_id", "category_id"):
-                if not isinstance(entry.get(name, 0), int):
-                    raise DataError(f"{path}: entry {place} of '{key}': {name} is {entry[name]!r}, no whole number")
-    return content
-
-
-def _unique(entries: Iterable[dict[str, Any]], kind: str, path: Path, defects: list[Defect]) -> list[dict[str, Any]]:
-    seen: set[Any] = set()
-    kept = []
-    for entry in entries:
-        number = entry.get("id")
-        if number in seen:
-            defects.append(Defect(path, f"{kind} {number}", "this id is given twice"))
-            continue
-        if number is not None:
-            seen.add(number)
-        kept.append(entry)
-    return kept
-
-
-def _named(row: dict[str, Any]) -> str:
-    return f"annotation {row.get('id', 'without an id')} of image {row.get('image_id')}"
-
-
-def _numbers(rows: Sequence[Any], width: int) -> NDArray[np.float64]:
-    """An array (len(rows), width); NaN where a row is not `width` numbers."""
-    try:
-        whole = np.array(rows)
-        if whole.shape == (len(rows), width) and whole.dtype.kind in "iuf":
-            return whole.astype(np.float64)
-    except (TypeError, ValueError):
-        pass
-    values = np.full((len(rows), width), np.nan)
-    for place, row in enumerate(rows):
-        try:
-            numbers = np.array(row)
-        except ValueError:
-            continue
-        if numbers.shape == (width,) and numbers.dtype.kind in "iuf":
-            values[place] = numbers
-    return values
-
-
-def _listing(folder: Path) -> set[str]:
-    # One listing: ten thousand look-ups are slow on a network's file system.
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
-def _check_boxes(
-    boxes: NDArray[np.float64],
-    sizes: NDArray[np.int64],
-    where: Callable[[int], tuple[Path, str]],
-    defects: list[Defect],
-) -> NDArray[np.bool_]:
-    """Lists what is wrong with boxes, with the file and place that `where` says; returns which are numbers at all."""
-    finite: NDArray[np.bool_] = np.all(np.isfinite(boxes), axis=1)
-    flat = finite & (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
-    limits = np.where(sizes > 0, sizes, np.inf)
-    outside = finite & ~flat & ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= limits)).any(axis=1)
-    over = (boxes[:, :2] < -_OVERHANG) | (boxes[:, 2:] > limits + _OVERHANG)
-    reaching = finite & ~flat & ~outside & over.any(axis=1)
-    for which, what, remedy in (
-        (~finite, "the box is not four finite numbers", ""),
-        (flat, "the box has no area", "dropped"),
-        (outside, "the box lies outside of the image", "dropped"),
-        (reaching, "the box reaches over the image's border", "clipped"),
-    ):
-        for place in np.flatnonzero(which).tolist():
-            x1, y1, x2, y2 = boxes[place]
-            size = "×".join(str(side) for side in sizes[place])
-            values = f": x {x1:g}…{x2:g}, y {y1:g}…{y2:g}, image {size}"
-            defects.append(Defect(*where(place), what + values, remedy))  # type: ignore[arg-type]
-    return finite
-
-
-def read_voc(homes_and_names: Sequence[tuple[Path, Sequence[str]]], class_names: Sequence[str]) -> Annotations:
-    """Reads Pascal VOC's XML.
-
-    Args:
-        homes_and_names: Folders with `Annotations/` and `JPEGImages/`, each with the names of its images.
-        class_names: By label.
-
-    Raises:
-        DataError: Where a file is not XML at all; everything else is in `defects`.
-    """
-    label_of = {name: label for label, name in enumerate(class_names)}
-    defects: list[Defect] = []
-    paths: list[Path] = []
-    sizes: list[tuple[int, int]] = []
-    objects: list[tuple[int, int, bool, list[float], str, Path]] = []
-    for home, names in homes_and_names:
-        there, described = _listing(home / "JPEGImages"), _listing(home / "Annotations")
-        for name in names:
-            picture, file = home / "JPEGImages" / f"{name}.jpg", home / "Annotations" / f"{name}.xml"
-            paths.append(picture)
-            sizes.append((0, 0))
-            if picture.name not in there:
-                defects.append(Defect(picture, "", "no such file"))
-            if file.name not in described:
-                defects.append(Defect(file, "", "no such file"))
-                continue
-            tree = _parse_xml(file)
-            sizes[-1] = (_whole(tree.findtext("size/width")), _whole(tree.findtext("size/height")))
-            for place, node in enumerate(tree.findall("object"), start=1):
-                known = (node.findtext("name") or "").strip()
-                if known not in label_of:
-                    defects.append(Defect(file, f"object {place}", f"unknown class {known!r}"))
-                    continue
-                box = [_float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-                difficult = (node.findtext("difficult") or "0").strip() == "1"
-                objects.append((len(paths) - 1, label_of[known], difficult, box, f"object {place}, {known}", file))
-    boxes = np.array([item[3] for item in objects], dtype=np.float64).reshape(-1, 4)
-    boxes[:, :2] -= 1
-    image = np.array([item[0] for item in objects], dtype=np.int64)
-    wide = np.array(sizes, dtype=np.int64).reshape(-1, 2)
-    sound = _check_boxes(boxes, wide[image], lambda place: (objects[place][5], objects[place][4]), defects)
-    return Annotations(
-        homes_and_names[0][0] if homes_and_names else Path(),
-        tuple(class_names),
-        tuple(range(len(class_names))),
-        paths,
-        [path.stem for path in paths],
-        wide,
-        image[sound],
-        boxes[sound],
-        np.array([item[1] for item in objects], dtype=np.int64)[sound],
-        np.array([item[2] for item in objects], dtype=np.bool_)[sound],
-        None,
-        defects,
-    )
-
-
-def _parse_xml(file: Path) -> ElementTree.Element:
-    try:
-        return ElementTree.parse(file).getroot()
-    except ElementTree.ParseError as error:
-        raise DataError(f"{file}: not valid XML ({error})") from None
-
-
-def _float(text: str | None) -> float:
-    try:
-        return float(text or "")
-    except ValueError:
-        return math.nan
-
-
-def _whole(text: str | None) -> int:
-    value = _float(text)
-    return int(value) if math.isfinite(value) else 0
-
-
-def voc_names(home: Path, split: str) -> Iterator[str]:
-    """The names of a list below `ImageSets/Main/`.
-
-    Raises:
-        DataError: Where there is no such list.
-    """
-    path = home / "ImageSets" / "Main" / f"{split}.txt"
-    if not path.is_file():
-        known = sorted(item.stem for item in path.parent.glob("*.txt") if "_" not in item.stem)
-        raise DataError(f"{path} does not exist" + (f"; there are: {', '.join(known)}" if known else ""))
-    yield from (line.split()[0] for line in path.read_text().splitlines() if line.strip())
+def shortened(value: Any) -> str:
+    """A value from a file as it can be shown in a message: at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,4 +1,4 @@
-"""COCO's figures, as its own tools compute them. Needs no torch."""
+"""COCO's metrics, as its own tools compute them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sis_lightning.datasets.annotations import load_json
-from sis_lightning.datasets.constants import COCO_JOINTS
+from sis_lightning.datasets.annotations import Annotations, load_json, shortened
+from sis_lightning.datasets.coco_reader import Kind, rle_fault
+from sis_lightning.datasets.constants import COCO_KEYPOINTS, COCO_SIGMAS
 from sis_lightning.errors import DataError, UsageError
 
-Kind = Literal["bbox", "segm", "keypoints"]
-Evaluator = Literal["pycocotools", "faster-coco-eval"]
+Backend = Literal["pycocotools", "faster-coco-eval"]
 Row = dict[str, Any]
 
 
-class Figure(NamedTuple):
-    """One of COCO's figures.
+class COCOMetric(NamedTuple):
+    """One of COCO's metrics.
 
     Attributes:
         name: Its short name.
         overlap: The IoU (OKS for keypoints) from which a detection counts.
-        area: Of which objects: small is below 32² px, large from 96² px.
-        detections: The most of an image and class that count, in the order of their scores.
+        area: Which objects count: small ones are below 32² px, large ones from 96² px.
+        detections: The most detections of an image and class that count, in descending order of their scores.
     """
 
     name: str
@@ -37,106 +37,123 @@ class Figure(NamedTuple):
     detections: int
 
 
-_DETECTION = (
-    Figure("AP", ".50:.95", "all", 100),
-    Figure("AP50", ".50", "all", 100),
-    Figure("AP75", ".75", "all", 100),
-    Figure("APs", ".50:.95", "small", 100),
-    Figure("APm", ".50:.95", "medium", 100),
-    Figure("APl", ".50:.95", "large", 100),
-    Figure("AR1", ".50:.95", "all", 1),
-    Figure("AR10", ".50:.95", "all", 10),
-    Figure("AR100", ".50:.95", "all", 100),
-    Figure("ARs", ".50:.95", "small", 100),
-    Figure("ARm", ".50:.95", "medium", 100),
-    Figure("ARl", ".50:.95", "large", 100),
+_DETECTION_METRICS = (
+    COCOMetric("AP", ".50:.95", "all", 100),
+    COCOMetric("AP50", ".50", "all", 100),
+    COCOMetric("AP75", ".75", "all", 100),
+    COCOMetric("APs", ".50:.95", "small", 100),
+    COCOMetric("APm", ".50:.95", "medium", 100),
+    COCOMetric("APl", ".50:.95", "large", 100),
+    COCOMetric("AR1", ".50:.95", "all", 1),
+    COCOMetric("AR10", ".50:.95", "all", 10),
+    COCOMetric("AR100", ".50:.95", "all", 100),
+    COCOMetric("ARs", ".50:.95", "small", 100),
+    COCOMetric("ARm", ".50:.95", "medium", 100),
+    COCOMetric("ARl", ".50:.95", "large", 100),
 )
-#: COCO's figures in its own order.
-FIGURES: dict[Kind, tuple[Figure, ...]] = {
-    "bbox": _DETECTION,
-    "segm": _DETECTION,
+#: COCO's metrics, in its own order.
+COCO_METRICS: dict[Kind, tuple[COCOMetric, ...]] = {
+    "bbox": _DETECTION_METRICS,
+    "segm": _DETECTION_METRICS,
     "keypoints": (
-        Figure("AP", ".50:.95", "all", 20),
-        Figure("AP50", ".50", "all", 20),
-        Figure("AP75", ".75", "all", 20),
-        Figure("APm", ".50:.95", "medium", 20),
-        Figure("APl", ".50:.95", "large", 20),
-        Figure("AR", ".50:.95", "all", 20),
-        Figure("AR50", ".50", "all", 20),
-        Figure("AR75", ".75", "all", 20),
-        Figure("ARm", ".50:.95", "medium", 20),
-        Figure("ARl", ".50:.95", "large", 20),
+        COCOMetric("AP", ".50:.95", "all", 20),
+        COCOMetric("AP50", ".50", "all", 20),
+        COCOMetric("AP75", ".75", "all", 20),
+        COCOMetric("APm", ".50:.95", "medium", 20),
+        COCOMetric("APl", ".50:.95", "large", 20),
+        COCOMetric("AR", ".50:.95", "all", 20),
+        COCOMetric("AR50", ".50", "all", 20),
+        COCOMetric("AR75", ".75", "all", 20),
+        COCOMetric("ARm", ".50:.95", "medium", 20),
+        COCOMetric("ARl", ".50:.95", "large", 20),
     ),
 }
-#: Where a row of COCO's result format holds what is scored.
+#: The key of COCO's result format that holds what is scored.
 RESULT_KEYS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-_KEYPOINT_VALUES = 3 * len(COCO_JOINTS)
+_KEYPOINT_VALUES = 3 * len(COCO_KEYPOINTS)
 
 
-class COCOTruth:
+class COCOGroundTruth:
     """The ground truth of one split, and the scores of detections against it.
 
     Args:
-        path: An annotation file of COCO, or its content, which stays as it is.
+        annotations: Images and objects, as `read_coco` gives them.
         kind: What is scored.
-        evaluator: Which library computes.
-
-    Attributes:
-        image_ids: Of all images, ascending.
-        category_ids: Of all categories, ascending.
-        objects: How many there are, crowds included.
-        has_truth: False for a file without annotations (COCO's image_info of the test sets), which only COCO's server
-            can score.
+        backend: The library that computes the metrics.
+        sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for COCO's 17.
 
     Raises:
-        DataError: Where the file is not what COCO's tools can score; names the entry.
-        UsageError: Where faster-coco-eval is asked for and not installed.
+        DataError: If an entry has a defect without a remedy; the message names it.
+        UsageError: If faster-coco-eval is asked for and not installed.
     """
 
-    def __init__(self, path: Path | dict[str, Any], kind: Kind, evaluator: Evaluator = "pycocotools") -> None:
-        source, content = ("truth", path) if isinstance(path, dict) else (str(path), load_json(path))
-        self.kind, self.evaluator = kind, evaluator
-        self._coco, self._evaluation = _tools(evaluator)
-        dataset = _sound_truth(content, kind, source)
-        self.has_truth = "annotations" in content
-        self.objects = len(dataset["annotations"])
-        self.image_ids: list[int] = sorted(image["id"] for image in dataset["images"])
-        self.category_ids: list[int] = sorted(category["id"] for category in dataset["categories"])
-        self.image_sizes = {image["id"]: [image.get("height"), image.get("width")] for image in dataset["images"]}
-        self._truth = self._indexed(dataset)
+    def __init__(
+        self,
+        annotations: Annotations,
+        kind: Kind,
+        backend: Backend = "pycocotools",
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        self._coco, self._evaluation = _tools(backend)
+        annotations.require_sound()
+        self.annotations, self.kind, self.backend = annotations, kind, backend
+        self.sigmas = None if sigmas is None or np.allclose(sigmas, COCO_SIGMAS) else np.array(sigmas)
+        # Images are numbered from 1 in the order of their own ids, which may be larger than 64 bits or no numbers.
+        order = _in_order(annotations.image_ids)
+        self._number_of = {image: number for number, image in enumerate(order, start=1)}
+        self._truth = self._indexed(_coco_content(annotations, kind, self._number_of))
 
-    def _indexed(self, dataset: dict[str, Any]) -> Any:
+    @property
+    def image_ids(self) -> list[Any]:
+        """Ids of all images, ascending."""
+        return list(self._number_of)
+
+    @property
+    def annotated(self) -> bool:
+        """False for images without annotations, such as COCO's test sets, which only COCO's server can score."""
+        return self.annotations.annotated
+
+    def _indexed(self, content: dict[str, Any]) -> Any:
         indexed = self._coco()
-        indexed.dataset = dataset
+        indexed.dataset = content
         with redirect_stdout(io.StringIO()):
             indexed.createIndex()
         return indexed
 
-    def score(self, rows: Sequence[Row], image_ids: Collection[int] | None = None) -> dict[str, float]:
-        """COCO's figures of detections.
+    def score(self, rows: Sequence[Row], image_ids: Collection[Any] | None = None) -> dict[str, float]:
+        """Computes COCO's metrics of detections.
 
         Args:
             rows: Entries of COCO's result format: `image_id`, `category_id`, `score`, and `bbox` [x, y, w, h],
                 `segmentation` (compressed RLE) or `keypoints` (51 numbers). Other keys do not count: a `bbox` beside a
-                `segmentation` does not decide on its area. They stay as they are.
-            image_ids: The images that are scored; all of the truth for None.
+                `segmentation` does not decide on its area. The rows are not changed.
+            image_ids: The images that are scored; None for all.
 
         Returns:
-            The figures of `FIGURES[kind]` in 0…1, NaN where there is nothing to find; none at all without a truth.
+            The metrics of `COCO_METRICS[kind]` in 0…1, NaN if there is nothing to find; no metrics at all if the images
+            have no annotations.
         """
-        if not self.has_truth:
+        if not self.annotated:
             return {}
-        names = [figure.name for figure in FIGURES[self.kind]]
-        wanted = set(self.image_ids) if image_ids is None else set(image_ids).intersection(self.image_ids)
-        if not wanted or not self.category_ids:
+        names = [metric.name for metric in COCO_METRICS[self.kind]]
+        known = self._number_of
+        wanted = set(known.values()) if image_ids is None else {known[image] for image in image_ids if image in known}
+        categories = list(self.annotations.category_ids)
+        if not wanted or not categories:
             return dict.fromkeys(names, math.nan)
-        keys = ("image_id", "category_id", "score", RESULT_KEYS[self.kind])
-        chosen = [{key: row[key] for key in keys} for row in rows if row["image_id"] in wanted]
+        keys = ("category_id", "score", RESULT_KEYS[self.kind])
+        chosen = [
+            {"image_id": number, **{key: row[key] for key in keys}}
+            for row in rows
+            if (number := known.get(row["image_id"])) in wanted
+        ]
         with redirect_stdout(io.StringIO()):
             # loadRes looks into the first row, so it needs one.
             found = self._truth.loadRes(chosen) if chosen else self._indexed({**self._truth.dataset, "annotations": []})
             evaluation = self._evaluation(self._truth, found, self.kind)
-            evaluation.params.imgIds, evaluation.params.catIds = sorted(wanted), self.category_ids
+            evaluation.params.imgIds, evaluation.params.catIds = sorted(wanted), categories
+            if self.sigmas is not None:
+                evaluation.params.kpt_oks_sigmas = self.sigmas
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -144,13 +161,74 @@ class COCOTruth:
         return {name: value if value >= 0 else math.nan for name, value in zip(names, values, strict=True)}
 
 
-def _tools(evaluator: Evaluator) -> tuple[Any, Any]:
+def _in_order(image_ids: Sequence[Any]) -> list[Any]:
+    try:
+        return sorted(image_ids)
+    except TypeError:  # numbers among names
+        return sorted(image_ids, key=lambda item: (str(type(item)), item))
+
+
+def _coco_content(annotations: Annotations, kind: Kind, number_of: dict[Any, int]) -> dict[str, Any]:
+    """The ground truth as COCO's tools take it, and may change it."""
+    count = len(annotations.image)
+    extents = annotations.extents
+    if extents is None:
+        extents = annotations.boxes.copy()
+        extents[:, 2:] -= extents[:, :2]
+    areas = annotations.areas if annotations.areas is not None else extents[:, 2] * extents[:, 3]
+    numbers = [number_of[image] for image in annotations.image_ids]
+    objects: list[Row] = [
+        # Numbered from 1: COCO's tools take an object 0 for one that nothing has found.
+        {"id": place, "image_id": numbers[image], "category_id": annotations.category_ids[label]}
+        | {"iscrowd": int(crowd), "area": area}
+        for place, image, label, crowd, area in zip(
+            range(1, count + 1),
+            annotations.image.tolist(),
+            annotations.labels.tolist(),
+            annotations.ignored.tolist(),
+            areas.tolist(),
+            strict=True,
+        )
+    ]
+    columns: dict[str, list[Any]] = {}
+    if kind == "segm":
+        assert annotations.segmentations is not None
+        columns["segmentation"] = annotations.segmentations.tolist()
+    else:
+        columns["bbox"] = extents.tolist()
+    if kind == "keypoints":
+        assert annotations.keypoints is not None
+        keypoints = annotations.keypoints.reshape(count, annotations.keypoints.shape[1] * 3)
+        visible = np.count_nonzero(annotations.keypoints[..., 2] > 0, axis=1)
+        stated = visible if annotations.num_keypoints is None else annotations.num_keypoints
+        columns |= {"keypoints": keypoints.tolist(), "num_keypoints": stated.tolist()}
+    for key, values in columns.items():
+        for entry, value in zip(objects, values, strict=True):
+            entry[key] = value
+    sizes = annotations.sizes.tolist()
+    return {
+        "info": {},
+        "images": [
+            {"id": number, "width": width, "height": height}
+            for number, (width, height) in zip(numbers, sizes, strict=True)
+        ],
+        "categories": [
+            {"id": number, "name": name}
+            for number, name in zip(annotations.category_ids, annotations.class_names, strict=True)
+        ],
+        "annotations": objects,
+    }
+
+
+def _tools(backend: Backend) -> tuple[Any, Any]:
     """The classes COCO and COCOeval of a library."""
-    if evaluator == "pycocotools":
+    if backend == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
         return COCO, COCOeval
+    if backend != "faster-coco-eval":
+        raise UsageError(f"backend is {backend!r}, must be 'pycocotools' or 'faster-coco-eval'")
     try:
         import faster_coco_eval
     except ImportError:
@@ -160,137 +238,71 @@ def _tools(evaluator: Evaluator) -> tuple[Any, Any]:
     return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
 
 
-def read_results(path: Path, truth: COCOTruth) -> list[Row]:
+def read_results(path: Path, truth: COCOGroundTruth) -> list[Row]:
     """Reads a results file and checks it.
 
+    Args:
+        path: A JSON file in COCO's result format.
+        truth: The ground truth that the results are to be scored with.
+
     Raises:
-        DataError: Names the entry and what is wrong with it.
+        DataError: If an entry is not a result; the message names the entry and what is wrong with it.
     """
     rows = load_json(path)
     check_results(rows, truth, str(path))
     return rows  # type: ignore[no-any-return]
 
 
-def check_results(rows: Any, truth: COCOTruth, source: str = "results") -> None:
-    """Checks result rows against the truth that they are to be scored with.
+def check_results(rows: Any, truth: COCOGroundTruth, source: str = "results") -> None:
+    """Checks result rows against the ground truth that they are to be scored with.
 
     Args:
         rows: What should be entries of COCO's result format.
-        truth: Knows the images and categories, and what is scored.
-        source: Names the rows in errors.
+        truth: The ground truth, which says what the images and categories are and what is scored.
+        source: What the rows are called in errors.
 
     Raises:
-        DataError: Names the first entry (counted from 0) with the first kind of fault, its key and value.
+        DataError: If an entry is not a result; the message names the first such entry (counted from 0), its key and
+            value.
     """
     key = RESULT_KEYS[truth.kind]
     if not isinstance(rows, list):
         raise DataError(f"{source}: not a list of results, each with image_id, category_id, score and {key}")
     where = f"{source}: entry"
     _require_keys(rows, ("image_id", "category_id", "score", key), where)
-    _require_known(rows, "image_id", set(truth.image_ids), where, "is not an image of the truth")
-    categories = truth.category_ids
-    span = f" (its {len(categories)} lie in {categories[0]}…{categories[-1]})" if categories else ""
-    _require_known(rows, "category_id", set(categories), where, f"is not a category of the truth{span}")
+    _require_known(rows, "image_id", set(truth.image_ids), where, "is not an image of the ground truth")
+    categories = truth.annotations.category_ids
+    span = f" (its {len(categories)} are in {categories[0]}…{categories[-1]})" if categories else ""
+    _require_known(rows, "category_id", set(categories), where, f"is not a category of the ground truth{span}")
     _numbers(rows, "score", 0, where)
     if truth.kind == "bbox":
         _require_boxes(rows, where)
     elif truth.kind == "keypoints":
         _numbers(rows, "keypoints", _KEYPOINT_VALUES, where)
     else:
+        annotations = truth.annotations
+        size_of = dict(zip(annotations.image_ids, annotations.sizes, strict=True))
         for place, row in enumerate(rows):
-            fault = _rle_fault(row["segmentation"], truth.image_sizes[row["image_id"]])
+            fault = rle_fault(row["segmentation"], size_of[row["image_id"]])
             if fault:
                 raise DataError(f"{where} {place}: {fault}")
-
-
-def _sound_truth(content: Any, kind: Kind, source: str) -> dict[str, Any]:
-    """A copy of what COCO's tools need of an annotation file, which they then accept and may change."""
-    if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
-        raise DataError(f"{source}: not an annotation file of COCO, which has 'images', 'annotations' and 'categories'")
-    lists = {key: content.get(key, []) for key in ("images", "categories", "annotations")}
-    for key, entries in lists.items():
-        if not isinstance(entries, list):
-            raise DataError(f"{source}: '{key}' is not a list")
-        _require_keys(entries, ("id",), f"{source}: '{key}' entry")
-        _require_unique(entries, f"{source}: '{key}' entry", whole=key != "annotations")
-    images = {image["id"]: image for image in lists["images"]}
-    categories = {category["id"] for category in lists["categories"]}
-
-    where = f"{source}: 'annotations' entry"
-    found = lists["annotations"]
-    needed = {"bbox": ("bbox",), "segm": ("segmentation",), "keypoints": ("bbox", "keypoints")}[kind]
-    _require_keys(found, ("image_id", "category_id", "area", *needed), where)
-    _require_known(found, "image_id", set(images), where, "is not listed under 'images'")
-    _require_known(found, "category_id", categories, where, "is not listed under 'categories'")
-    areas = _numbers(found, "area", 0, where)
-    copies = [
-        {
-            # Numbered anew from 1: COCO's tools take an object 0 for one that nothing has found.
-            "id": number,
-            "image_id": int(annotation["image_id"]),
-            "category_id": int(annotation["category_id"]),
-            "iscrowd": int(bool(annotation.get("iscrowd", 0))),
-            "area": area,
-            **{key: annotation[key] for key in needed},
-        }
-        for number, (annotation, area) in enumerate(zip(found, areas.tolist(), strict=True), start=1)
-    ]
-    if "bbox" in needed:
-        _require_boxes(found, where)
-    if kind == "keypoints":
-        joints = _numbers(found, "keypoints", _KEYPOINT_VALUES, where)
-        visible = np.count_nonzero(joints[:, 2::3] > 0, axis=1)
-        for copy, annotation, count in zip(copies, found, visible.tolist(), strict=True):
-            copy["num_keypoints"] = annotation.get("num_keypoints", count)
-    if kind == "segm":
-        for image in images.values():
-            sides = (image.get("height"), image.get("width"))
-            if not all(isinstance(side, int) and side > 0 for side in sides):
-                raise DataError(f"{source}: image {image['id']} has no height and width, which masks need")
-        for place, annotation in enumerate(found):
-            image = images[annotation["image_id"]]
-            fault = _mask_fault(annotation["segmentation"], [image["height"], image["width"]])
-            if fault:
-                raise DataError(f"{where} {place}: {fault}")
-    return {
-        "info": {},
-        "images": [dict(image) for image in lists["images"]],
-        "categories": [dict(category) for category in lists["categories"]],
-        "annotations": copies,
-    }
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _require_keys(entries: list[Any], keys: tuple[str, ...], where: str) -> None:
     needed = set(keys)
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise DataError(f"{where} {place} is {_shown(entry)}, not an object with {', '.join(keys)}")
+            raise DataError(f"{where} {place} is {shortened(entry)}, not an object with {', '.join(keys)}")
         if not needed <= entry.keys():
             lacking = next(key for key in keys if key not in entry)
             raise DataError(f"{where} {place} has no '{lacking}'; it has {', '.join(map(repr, entry)) or 'nothing'}")
-
-
-def _require_unique(entries: list[Row], where: str, whole: bool) -> None:
-    seen = set()
-    for place, entry in enumerate(entries):
-        number = entry["id"]
-        if not isinstance(number, int if whole else (int, float, str)):
-            raise DataError(f"{where} {place}: the id is {_shown(number)}, not a whole number")
-        if number in seen:
-            raise DataError(f"{where} {place}: the id {number} is given twice")
-        seen.add(number)
 
 
 def _require_known(entries: list[Row], key: str, known: set[int], where: str, fault: str) -> None:
     for place, entry in enumerate(entries):
         value = entry[key]
         if not isinstance(value, (int, float, np.integer)) or value not in known:
-            raise DataError(f"{where} {place}: {key} {_shown(value)} {fault}")
+            raise DataError(f"{where} {place}: {key} {shortened(value)} {fault}")
 
 
 def _numbers(entries: list[Row], key: str, width: int, where: str) -> NDArray[np.float64]:
@@ -310,7 +322,7 @@ def _numbers(entries: list[Row], key: str, width: int, where: str) -> NDArray[np
             if len(numbers) != max(width, 1) or not all(_is_finite(number) for number in numbers):
                 wanted = f"{width} finite numbers" if width else "a finite number"
                 count = f" ({len(numbers)} values)" if width and len(numbers) != width else ""
-                raise DataError(f"{where} {place}: {key} is {_shown(value)}{count}, not {wanted}")
+                raise DataError(f"{where} {place}: {key} is {shortened(value)}{count}, not {wanted}")
     return array.astype(np.float64) if sound else np.array(values, dtype=np.float64)
 
 
@@ -325,36 +337,5 @@ def _require_boxes(entries: list[Row], where: str) -> None:
     negative = np.flatnonzero((_numbers(entries, "bbox", 4, where)[:, 2:] < 0).any(axis=1))
     if len(negative):
         place = int(negative[0])
-        shown = _shown(entries[place]["bbox"])
-        raise DataError(f"{where} {place}: bbox {shown} has a negative width or height; it is [x, y, width, height]")
-
-
-def _mask_fault(segmentation: Any, size: list[int]) -> str:
-    """What keeps a ground truth's mask from being one: polygons, or RLE of either kind."""
-    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
-        if segmentation.get("size") != size or sum(segmentation["counts"]) != size[0] * size[1]:
-            return f"segmentation's RLE is not of an image of {size[0]}×{size[1]} (height × width)"
-        return ""
-    if isinstance(segmentation, dict):
-        return _rle_fault(segmentation, size)
-    polygons = segmentation if isinstance(segmentation, list) else []
-    for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_finite, polygon)):
-            return f"segmentation's polygon {_shown(polygon)} is not at least three points x, y"
-    return "" if polygons else f"segmentation is {_shown(segmentation)}, neither polygons nor RLE"
-
-
-def _rle_fault(segmentation: Any, size: list[int]) -> str:
-    """What keeps a mask from being compressed RLE of an image of this height and width."""
-    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
-    if not isinstance(counts, (str, bytes)):
-        return f"segmentation is {_shown(segmentation)}, not compressed RLE; pycocotools.mask.encode makes it"
-    if list(segmentation.get("size", ())) != size:
-        return f"segmentation's size is {segmentation.get('size')}, its image's height and width {size}"
-    # Five bits a character, the sixth says that more follow: behind the last, COCO's tools would read on.
-    if not counts or (ord(counts[-1]) if isinstance(counts, str) else counts[-1]) - 48 not in range(32):
-        return "segmentation's counts are cut off"
-    from pycocotools import mask
-
-    area = int(mask.area(segmentation))
-    return f"segmentation's counts are damaged: {area} px of {size[0] * size[1]}" if area > size[0] * size[1] else ""
+        found = shortened(entries[place]["bbox"])
+        raise DataError(f"{where} {place}: bbox {found} has a negative width or height; it is [x, y, width, height]")

@@ -1,24 +1,26 @@
-"""`sis-lightning evaluate`: scores anyone's results file as `test` scores its own. Needs no torch."""
+"""Scoring of anyone's results files, by the same rules as a test of ours. Needs no torch."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from sis_lightning.datasets.annotations import Annotations, read_voc, voc_names
+from sis_lightning.datasets.annotations import Annotations
+from sis_lightning.datasets.coco_reader import Kind, read_coco
 from sis_lightning.datasets.constants import VOC_CLASSES
+from sis_lightning.datasets.lists import read_names, voc_list
+from sis_lightning.datasets.voc_reader import read_voc
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.evaluation.coco import FIGURES, COCOTruth, Evaluator, Kind, read_results
-from sis_lightning.evaluation.voc import Rule, VOCTruth, read_comp4
+from sis_lightning.evaluation.coco import COCO_METRICS, Backend, COCOGroundTruth, check_results, read_results
+from sis_lightning.evaluation.voc import Rule, VOCGroundTruth, read_comp4
+from sis_lightning.text_tables import table_to_text
 
 VOCKind = Literal["voc07", "voc12"]
 _RECALLS: dict[VOCKind, str] = {
@@ -29,18 +31,18 @@ _RECALLS: dict[VOCKind, str] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one results file.
+    """The metrics of one results file; `print` shows them as a table.
 
     Attributes:
         kind: What was scored: COCO's bbox, segm, keypoints or VOC's voc07, voc12.
-        truth: The annotation file, or VOC's folder.
+        truth: The ground truth's annotation file, or VOC's folder.
         results: The results file, or the folder of VOC's files.
-        settings: By what rule, and with which library.
-        counts: Of images, objects and detections.
-        figures: In 0…1, NaN where there is nothing to find.
-        headings: Of the columns of `meanings`.
-        meanings: What each figure means, one cell a column.
-        note: What else there is to know of them.
+        settings: The rule, and the library that computed.
+        counts: Number of images, objects and detections.
+        metrics: The metrics by name in 0…1, NaN if there is nothing to find.
+        headings: Headings of the columns of `meanings`.
+        meanings: What each metric means, one cell a column.
+        note: What else a reader must know of the metrics.
     """
 
     kind: Kind | VOCKind
@@ -48,61 +50,129 @@ class Evaluation:
     results: Path
     settings: dict[str, Any]
     counts: dict[str, int]
-    figures: dict[str, float]
-    headings: tuple[str, ...]
+    metrics: dict[str, float]
+    headings: tuple[str, ...] = field(repr=False)
     meanings: dict[str, tuple[str, ...]] = field(repr=False)
-    note: str
+    note: str = field(repr=False)
 
     def to_json(self) -> str:
-        """For machines: all digits, null for NaN."""
-        figures = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
+        """The metrics as JSON, with all digits and null for NaN."""
+        metrics = {name: None if math.isnan(value) else value for name, value in self.metrics.items()}
         content = {"type": self.kind, "truth": str(self.truth), "results": str(self.results), **self.settings}
-        return json.dumps({**content, **self.counts, "metrics": figures}, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps({**content, **self.counts, "metrics": metrics}, indent=2, ensure_ascii=False) + "\n"
 
     def to_table(self) -> str:
-        """For people."""
+        """The metrics as a table of text."""
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         table = Table(
             title=f"{self.kind} ({settings})", title_justify="left", caption=self.note, caption_justify="left"
         )
-        table.add_column("figure", no_wrap=True)
+        table.add_column("metric", no_wrap=True)
         table.add_column("value", justify="right", no_wrap=True)
         for heading in self.headings:
             table.add_column(heading, justify="right")
-        for name, value in self.figures.items():
+        for name, value in self.metrics.items():
             table.add_row(name, "–" if math.isnan(value) else f"{value:.4f}", *self.meanings[name])
-        text = io.StringIO()
         # Paths are printed apart: a table would break or cut them.
-        print(f"truth:   {self.truth}\nresults: {self.results}", file=text)
-        print(", ".join(f"{count:,} {what}" for what, count in self.counts.items()), file=text)
-        Console(file=text, width=120).print(table)
-        if any(math.isnan(value) for value in self.figures.values()):
-            print("– nothing to find", file=text)
-        return text.getvalue()
+        lines = [f"ground truth: {self.truth}", f"results:      {self.results}"]
+        lines.append(", ".join(f"{count:,} {what}" for what, count in self.counts.items()))
+        lines.append(table_to_text(table).rstrip("\n"))
+        if any(math.isnan(value) for value in self.metrics.values()):
+            lines.append("– nothing to find")
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_table().rstrip("\n")
 
 
-def evaluate_coco(truth: Path, results: Path, kind: Kind, evaluator: Evaluator = "pycocotools") -> Evaluation:
-    """Scores a file in COCO's result format.
+def evaluate(
+    truth: str | Path | dict[str, Any],
+    results: str | Path | list[dict[str, Any]],
+    kind: Kind | VOCKind,
+    **options: Any,
+) -> Evaluation:
+    """Scores results, COCO's or VOC's.
+
+    Args:
+        truth: The ground truth: COCO's annotation file (or its content), or a folder of VOC's layout with
+            `Annotations/`.
+        results: The results: a file in COCO's result format (or its content), or a folder of VOC's detection files,
+            `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
+        kind: What is scored: COCO's `bbox`, `segm` or `keypoints`, or VOC's average precision by the rules of 2007
+            (`voc07`) or of 2010 and later (`voc12`).
+        options: For COCO: `backend` (`pycocotools` or `faster-coco-eval`). For VOC: `split` (a list of
+            `ImageSets/Main/`), `rule` (`devkit` or `toolkit`), `iou` and `classes`.
+
+    Returns:
+        The metrics, with what was scored and how; `print` shows them as a table.
 
     Raises:
-        DataError: Where either file is not what it should be, or the truth has no annotations.
-        UsageError: Where the evaluator is not installed.
+        DataError: If the ground truth or the results are not what they should be; the message names the entry.
+        UsageError: If an argument is invalid, or the backend is not installed.
     """
-    known = COCOTruth(truth, kind, evaluator)
-    if not known.has_truth:
-        raise DataError(f"{truth} has no 'annotations' (COCO's image_info of a test set): only its server can score")
-    rows = read_results(results, known)
+    if kind not in (*get_args(Kind), *get_args(VOCKind)):
+        known = ", ".join((*get_args(Kind), *get_args(VOCKind)))
+        raise UsageError(f"kind is {kind!r}, must be one of {known}")
+    allowed = ("split", "rule", "iou", "classes") if kind in get_args(VOCKind) else ("backend",)
+    for name in options:
+        if name not in allowed:
+            raise UsageError(f"{name} is not an option of {kind}, which has {', '.join(allowed)}")
+    if kind == "voc07" or kind == "voc12":
+        if not isinstance(truth, str | Path) or not isinstance(results, str | Path):
+            raise UsageError(f"{kind} scores a folder of detection files against a folder with Annotations/")
+        return evaluate_voc(Path(truth), Path(results), kind, **options)
+    return evaluate_coco(
+        truth if isinstance(truth, dict) else Path(truth),
+        results if isinstance(results, list) else Path(results),
+        kind,
+        **options,
+    )
+
+
+def evaluate_coco(
+    truth: Path | dict[str, Any],
+    results: Path | list[dict[str, Any]],
+    kind: Kind,
+    backend: Backend = "pycocotools",
+) -> Evaluation:
+    """Scores results in COCO's result format.
+
+    Args:
+        truth: COCO's annotation file, or its content.
+        results: A results file, or its content.
+        kind: What is scored.
+        backend: The library that computes the metrics.
+
+    Raises:
+        DataError: If either is not what it should be, or the ground truth has no annotations.
+        UsageError: If the backend is not installed.
+    """
+    known = COCOGroundTruth(read_coco(truth, kind=kind), kind, backend)
+    annotations = known.annotations
+    if not known.annotated:
+        raise DataError(
+            f"{annotations.source} has no 'annotations' (COCO's image_info of a test set): only its server can score"
+        )
+    if isinstance(results, Path):
+        rows = read_results(results, known)
+    else:
+        rows = results
+        check_results(rows, known)
     overlap = "OKS" if kind == "keypoints" else "IoU"
+    derived = "".join(
+        f"\n{count:,} {what} are not in the file: they are computed from masks or boxes"
+        for what, count in annotations.derived.items()
+    )
     return Evaluation(
         kind,
-        truth,
-        results,
-        {"evaluator": evaluator},
-        {"images": len(known.image_ids), "objects": known.objects, "detections": len(rows)},
+        annotations.source,
+        results if isinstance(results, Path) else Path("results"),
+        {"backend": backend},
+        {"images": len(annotations), "objects": len(annotations.labels), "detections": len(rows)},
         known.score(rows),
         (overlap, "area", "detections an image and class"),
-        {figure.name: (figure.overlap, figure.area, f"≤ {figure.detections}") for figure in FIGURES[kind]},
-        "area: small to 32² px, medium to 96² px, large above; .50:.95: the mean over ten of them",
+        {metric.name: (metric.overlap, metric.area, f"≤ {metric.detections}") for metric in COCO_METRICS[kind]},
+        f"area: small to 32² px, medium to 96² px, large above; .50:.95: the mean over ten thresholds{derived}",
     )
 
 
@@ -116,29 +186,31 @@ def evaluate_voc(
     iou: float = 0.5,
     classes: Sequence[str] = VOC_CLASSES[1:],
 ) -> Evaluation:
-    """Scores a folder of the devkit's files of detections.
+    """Scores a folder of the devkit's detection files.
 
     Args:
-        truth: A folder with `Annotations/`; the pictures need not be there.
+        truth: A folder with `Annotations/`; image files are not needed.
         results: A folder with `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
-        kind: By which year's average precision.
-        split: A list of `ImageSets/Main/`; every file of `Annotations/` for None.
-        rule: See `VOCTruth`.
-        iou: Above 0, at most 1.
-        classes: Their names.
+        kind: The year whose average precision is computed: `voc07` or `voc12`.
+        split: A list of `ImageSets/Main/`; None for every file of `Annotations/`.
+        rule: `devkit` or `toolkit`; see `VOCGroundTruth`.
+        iou: Threshold of the IoU, above 0 and at most 1.
+        classes: Names of the classes.
 
     Raises:
-        DataError: Where truth or results are not what they should be.
-        UsageError: For an IoU out of range or a class named twice.
+        DataError: If ground truth or results are not what they should be.
+        UsageError: If an argument is invalid.
     """
     if not 0 < iou <= 1:
-        raise UsageError(f"--iou {iou:g}: it lies above 0 and is at most 1")
+        raise UsageError(f"iou is {iou:g}, must be above 0 and at most 1")
     if len(set(classes)) < len(classes):
-        raise UsageError(f"--classes names one twice: {' '.join(classes)}")
+        raise UsageError(f"classes names one twice: {' '.join(classes)}")
+    if rule not in get_args(Rule):
+        raise UsageError(f"rule is {rule!r}, must be one of {', '.join(get_args(Rule))}")
     annotations = _voc_annotations(truth, split, classes)
     rows = read_comp4(results, annotations)
-    figures = VOCTruth(annotations, rule, iou).score(rows)
-    chosen = {name: value for name, value in figures.items() if name.partition("/")[0].endswith(kind)}
+    metrics = VOCGroundTruth(annotations, rule, iou).score(rows)
+    chosen = {name: value for name, value in metrics.items() if name.partition("/")[0].endswith(kind)}
     mean = next(iter(chosen))
     difficult = annotations.ignored & (rule == "devkit")
     positives = np.bincount(annotations.labels[~difficult], minlength=len(classes)).tolist()
@@ -166,13 +238,15 @@ def _voc_annotations(home: Path, split: str | None, classes: Sequence[str]) -> A
         near = sorted(home.glob("**/VOC20*/Annotations"))[:1] if home.is_dir() else []
         hint = f"; did you mean {near[0].parent}?" if near else ""
         raise DataError(f"{home} has no folder Annotations{hint}")
-    names = sorted(path.stem for path in folder.glob("*.xml")) if split is None else list(voc_names(home, split))
+    names = (
+        sorted(path.stem for path in folder.glob("*.xml"))
+        if split is None
+        else read_names(voc_list(home, "Main", split))
+    )
     if not names:
         raise DataError(f"{folder} has no XML" if split is None else f"{home}: split '{split}' names no image")
-    annotations = read_voc([(home, names)], classes)
-    # Nothing is wrong with pictures here: they are not looked at.
-    fatal = [defect for defect in annotations.defects if not defect.remedy and defect.file.suffix == ".xml"]
-    if fatal:
-        hint = "\n  --classes NAME … says which there are" if "unknown class" in fatal[0].what else ""
-        raise DataError(f"{fatal[0]}\n  {len(fatal)} such defects in {folder}{hint}")
+    annotations = read_voc([(home, names)], classes, images=False)
+    unknown = [defect for defect in annotations.defects if defect.what.startswith("unknown class")]
+    if unknown:
+        raise DataError(f"{unknown[0]}\n  {len(unknown)} such objects; `classes` names those of your data")
     return annotations

@@ -9,27 +9,43 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 
-class DatasetIoU(MulticlassConfusionMatrix):
-    """IoU per class and their mean, from one confusion matrix over all pixels of the split.
+class IoUEvaluator(MulticlassConfusionMatrix):
+    """IoU of each class and their mean, from one confusion matrix over all pixels of the split.
 
-    A class that occurs neither in the truth nor in the predictions has no IoU (NaN) and does not count in the mean.
-    Void pixels count nowhere. Counts are integers: the figures depend neither on the batch size nor on the number of
-    devices.
+    A class that occurs neither in the ground truth nor in the predictions has no IoU (NaN) and does not count in the
+    mean. Void pixels do not count at all. Counts are integers: the metrics depend neither on the batch size nor on the
+    number of devices.
 
     Args:
-        class_names: By id.
-        void: The id that is not annotated.
+        class_names: Class names by mask id.
+        void: Mask id of pixels that are not annotated.
     """
 
     def __init__(self, class_names: Sequence[str], void: int = 255) -> None:
         super().__init__(num_classes=len(class_names), ignore_index=void, validate_args=False)
         self.class_names = list(class_names)
 
+    def update(self, predictions: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]) -> None:
+        """Adds the pixels of one or more images.
+
+        Args:
+            predictions: Predicted class ids (H, W) or (N, H, W) of any integer type, or a list of (H, W).
+            targets: Ground truth of the same shapes, with `void` for pixels that are not annotated.
+        """
+        if isinstance(predictions, Tensor) and isinstance(targets, Tensor):
+            super().update(predictions.long(), targets.long())
+        else:
+            for prediction, target in zip(predictions, targets, strict=True):
+                super().update(prediction.long(), target.long())
+
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """`miou`, `pixel_accuracy` and `iou/CLASS`, each in 0…1."""
+        """Computes the metrics: `miou`, `pixel_accuracy` and `iou/CLASS`, each in 0…1."""
         confusion = super().compute().double()
         hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
         iou = torch.where(union > 0, hits / union, torch.nan)
         accuracy = hits.sum() / confusion.sum()
         named = {f"iou/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
         return {"miou": iou.nanmean(), "pixel_accuracy": accuracy, **named}
+
+
+DatasetIoU = IoUEvaluator  # the older name, until no task uses it

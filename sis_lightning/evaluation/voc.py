@@ -1,4 +1,4 @@
-"""Pascal VOC's average precision, and the devkit's files of detections. Needs no torch."""
+"""Pascal VOC's average precision, and the devkit's detection files. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,43 +16,48 @@ from sis_lightning.files import write_text
 
 Rule = Literal["devkit", "toolkit"]
 Row = dict[str, Any]
-# As the devkit's Python port has them: a recall of exactly 3/10, 6/10 or 7/10 falls short of its point by rounding.
+# As in the devkit's Python port: by rounding, a recall of exactly 3/10, 6/10 or 7/10 is below its point.
 _ELEVEN_POINTS = np.arange(0.0, 1.1, 0.1)
-_SLACK = 1e-9  # px of rounding by which a box's side may be negative
+_SLACK = 1e-9  # px by which a box's side may be negative through rounding
 
 
-class VOCTruth:
+class VOCGroundTruth:
     """The ground truth of one split, and the average precision of detections against it.
 
-    In both rules a detection belongs to the object of its class and image that it overlaps most; of several that belong
-    to one object, that of the highest score hits and all others are false. Equal scores keep the order of the rows.
+    By both rules a detection belongs to the object of its class and image with which it has the largest IoU. Of several
+    detections of one object, the one with the highest score is a true positive and all others are false positives.
+    Equal scores keep the order of the rows.
 
     Args:
         annotations: Images and objects.
-        rule: `devkit`: difficult objects are neither to be found nor held against a detection, and the IoU must be
-            greater than `iou` (as in the Python port of the devkit that py-faster-rcnn and detectron2 use; the original
-            in MATLAB takes an equal one too). `toolkit` (Padilla et al.): difficult objects count as all others, and
-            the IoU may be equal.
-        iou: In 0…1.
+        rule: `devkit`: difficult objects count neither for nor against a detection, and the IoU must be greater than
+            `iou` (as in the Python port of the devkit that py-faster-rcnn and detectron2 use; the MATLAB original also
+            accepts an equal one). `toolkit` (Padilla et al.): difficult objects count like all others, and the IoU may
+            be equal.
+        iou: Threshold of the IoU, in 0…1.
+
+    Raises:
+        DataError: If an entry has a defect without a remedy; the message names it.
     """
 
     def __init__(self, annotations: Annotations, rule: Rule = "devkit", iou: float = 0.5) -> None:
+        annotations.require_sound()
         self.annotations, self.rule, self.iou = annotations, rule, iou
 
     def score(self, rows: Sequence[Row], image_ids: Collection[Any] | None = None) -> dict[str, float]:
-        """Average precision, as the mean over the classes that have objects, and of each class.
+        """Computes the average precision of each class, and its mean over the classes that have objects.
 
         Args:
-            rows: Detections in COCO's result format: `image_id` (VOC's name), `category_id` (the label), `score`, and
-                `bbox` [x, y, w, h] in continuous coordinates.
-            image_ids: The images that are scored; all for None.
+            rows: Detections in COCO's result format: `image_id` (VOC's image name), `category_id` (the label 0…K-1),
+                `score`, and `bbox` [x, y, w, h] in continuous coordinates.
+            image_ids: The images that are scored; None for all.
 
         Returns:
             `AP50_voc07` (mean precision at 11 recalls) and `AP50_voc12` (area under the curve, VOC2010 and later), then
-            `AP50_voc07/CLASS` and `AP50_voc12/CLASS`, in 0…1; NaN for a class without objects. The 50 is that of `iou`.
+            `AP50_voc07/CLASS` and `AP50_voc12/CLASS`, in 0…1; NaN for a class without objects. The 50 is 100 · `iou`.
 
         Raises:
-            KeyError: For a row of an image that the truth does not have.
+            KeyError: If a row's image is not an image of the ground truth.
         """
         truth = self.annotations
         wanted = np.array([image_ids is None or name in image_ids for name in truth.image_ids], dtype=np.bool_)
@@ -72,19 +77,19 @@ class VOCTruth:
             average_precision(hits[counted & (labels[order] == label)], int(count))
             for label, count in enumerate(positives)
         ]
-        figures = {}
+        metrics: dict[str, float] = {}
         for place, year in enumerate(("07", "12")):
             of_class = [pair[place] for pair in precisions]
             name = f"AP{100 * self.iou:g}_voc{year}"
             present = [value for value in of_class if not math.isnan(value)]
-            figures[name] = float(np.mean(present)) if present else math.nan
-            figures |= {f"{name}/{known}": value for known, value in zip(truth.class_names, of_class, strict=True)}
-        return figures
+            metrics[name] = float(np.mean(present)) if present else math.nan
+            metrics |= {f"{name}/{known}": value for known, value in zip(truth.class_names, of_class, strict=True)}
+        return metrics
 
     def _judge(
         self, image: NDArray[np.int64], labels: NDArray[np.int64], boxes: NDArray[np.float64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which detections, given by descending score, hit an object, and which count at all."""
+        """Which detections, in descending order of their scores, are true positives, and which count at all."""
         truth = self.annotations
         # Every detection with every object of its class in its image, as one list of pairs.
         keys, true_keys = labels * len(truth) + image, truth.labels * len(truth) + truth.image
@@ -112,20 +117,20 @@ class VOCTruth:
 
 
 def average_precision(hits: NDArray[np.bool_], positives: int) -> tuple[float, float]:
-    """Average precision at 11 recalls, and under the curve.
+    """Average precision as the mean over 11 recalls, and as the area under the curve.
 
     Args:
-        hits: (N,) of the detections that count, by descending score.
-        positives: How many objects there are to find.
+        hits: Whether each detection that counts is a true positive (N,), in descending order of their scores.
+        positives: Number of objects to find.
 
     Returns:
-        VOC2007's and VOC2010's figure, in 0…1; NaN where there is nothing to find.
+        VOC2007's and VOC2010's average precision, in 0…1; NaN if there is nothing to find.
     """
     if not positives:
         return math.nan, math.nan
     found = np.cumsum(hits)
     recall, precision = found / positives, found / np.arange(1, len(hits) + 1)
-    # The best precision at this recall or any higher one, falling to 0 behind the last.
+    # The best precision at this recall or any higher one, 0 beyond the last.
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     eleven = envelope[np.searchsorted(recall, _ELEVEN_POINTS, "left")].mean()
     area = np.sum(np.diff(recall, prepend=0.0) * envelope[:-1])
@@ -133,54 +138,54 @@ def average_precision(hits: NDArray[np.bool_], positives: int) -> tuple[float, f
 
 
 def _overlap(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The IoU (N,) of boxes (N, 4) pair by pair; 0 where they do not meet."""
+    """The IoU (N,) of boxes (N, 4), pair by pair; 0 if they do not overlap."""
     sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
     common: NDArray[np.float64] = sides.clip(min=0).prod(axis=1)
     union = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (others[:, 2:] - others[:, :2]).prod(axis=1) - common
     return common / np.where(common > 0, union, 1.0)
 
 
-def write_comp4(rows: Sequence[Row], annotations: Annotations, folder: Path, split: str) -> None:
-    """Writes detections as the devkit and VOC's server take them: `comp4_det_SPLIT_CLASS.txt` for every class.
+def write_comp4(rows: Sequence[Row], class_names: Sequence[str], folder: Path, split: str) -> None:
+    """Writes detections in the format of the devkit and VOC's server: `comp4_det_SPLIT_CLASS.txt` for every class.
 
-    Lines are `name score xmin ymin xmax ymax`, pixels counted from 1 and the last included. Numbers have all digits of
-    a float64: scores come back as they are, and so do coordinates that were float32 (adding 1 is then exact; others
-    change in their last digit).
+    Lines are `name score xmin ymin xmax ymax`, pixels counted from 1 and the last one included. Numbers have all digits
+    of a float64: scores are read back as they are, and so are coordinates that were float32 (adding 1 to these is
+    exact; others change in their last digit).
 
     Args:
-        rows: As `VOCTruth.score` takes them.
-        annotations: Knows the classes.
-        folder: Is made where it does not exist.
-        split: For the names of the files.
+        rows: Detections as `VOCGroundTruth.score` takes them.
+        class_names: Class names by label.
+        folder: The folder to write to, which is created if it does not exist.
+        split: Name of the split, for the names of the files.
     """
-    lines: list[list[str]] = [[] for _ in annotations.class_names]
+    lines: list[list[str]] = [[] for _ in class_names]
     for row in rows:
         x, y, width, height = (float(value) for value in row["bbox"])
         corners = f"{x + 1!r} {y + 1!r} {x + width!r} {y + height!r}"
         lines[row["category_id"]].append(f"{row['image_id']} {float(row['score'])!r} {corners}\n")
-    for name, text in zip(annotations.class_names, lines, strict=True):
+    for name, text in zip(class_names, lines, strict=True):
         write_text(folder / f"comp4_det_{split}_{name}.txt", "".join(text))
 
 
 def read_comp4(folder: Path, annotations: Annotations) -> list[Row]:
-    """Reads the devkit's files of detections, `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
+    """Reads the devkit's detection files, `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
 
     Args:
-        folder: A class that has no file there has no detections.
-        annotations: Knows the classes and images.
+        folder: The folder of the files; a class without a file has no detections.
+        annotations: The ground truth, which says what the classes and images are.
 
     Returns:
-        Rows as `VOCTruth.score` takes them.
+        Rows as `VOCGroundTruth.score` takes them.
 
     Raises:
-        DataError: Where there is no such file at all, or one has a bad line; names file and line.
+        DataError: If there is no such file at all, or a line is not a detection; the message names file and line.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; VOC's detections are one file a class, CLASS.txt")
     label_of = {name: label for label, name in enumerate(annotations.class_names)}
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.txt")):
-        # A class may itself have a _ in its name, so that the longest one that fits is meant.
+        # Class names may contain _ themselves, so the longest class name that fits is meant.
         competition, rest = path.stem.startswith("comp"), "_" + path.stem
         fitting = [name for name in label_of if name == path.stem or (competition and rest.endswith(f"_{name}"))]
         if not fitting:
@@ -191,7 +196,7 @@ def read_comp4(folder: Path, annotations: Annotations) -> list[Row]:
             raise DataError(f"{path}: {files[name].name} holds class '{name}' already")
         files[name] = path
     if not files:
-        raise DataError(f"{folder} has no file of detections: CLASS.txt or comp4_det_SPLIT_CLASS.txt")
+        raise DataError(f"{folder} has no detection files: CLASS.txt or comp4_det_SPLIT_CLASS.txt")
     known = set(annotations.image_ids)
     rows: list[Row] = []
     for name, path in files.items():
@@ -212,9 +217,11 @@ def read_comp4(folder: Path, annotations: Annotations) -> list[Row]:
                 raise _bad_line(path, number, line, "not finite")
             x, y = xmin - 1, ymin - 1
             if xmax - x < -_SLACK or ymax - y < -_SLACK:
-                raise _bad_line(path, number, line, "xmax or ymax lies before xmin or ymin")
+                raise _bad_line(path, number, line, "xmax or ymax is before xmin or ymin")
             if image not in known:
-                raise _bad_line(path, number, line, f"image {image!r} is not one of the {len(known)} of the truth")
+                raise _bad_line(
+                    path, number, line, f"image {image!r} is not one of the {len(known)} of the ground truth"
+                )
             bbox = [x, y, max(xmax - x, 0.0), max(ymax - y, 0.0)]
             rows.append({"image_id": image, "category_id": label_of[name], "score": score, "bbox": bbox})
     return rows

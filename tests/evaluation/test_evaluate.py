@@ -19,8 +19,9 @@ from pycocotools import mask as masks
 
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.errors import UsageError
-from sis_lightning.evaluation.coco import COCOTruth
-from sis_lightning.evaluation.voc import VOCTruth, read_comp4, write_comp4
+from sis_lightning.datasets.coco_reader import read_coco
+from sis_lightning.evaluation.coco import COCOGroundTruth
+from sis_lightning.evaluation.voc import VOCGroundTruth, read_comp4, write_comp4
 
 EVALUATORS = ("pycocotools", "faster-coco-eval")
 KEY = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
@@ -74,7 +75,7 @@ def test_evaluators_agree_on_published_cases_and_leave_rows_alone(reference, kin
     truth, results, _ = published(reference, kind)
     content, rows = json.loads(truth.read_bytes()), json.loads(results.read_bytes())
     before = copy.deepcopy((content, rows))
-    known = [COCOTruth(content, kind, evaluator) for evaluator in EVALUATORS]
+    known = [COCOGroundTruth(read_coco(content, kind=kind), kind, evaluator) for evaluator in EVALUATORS]
     for image_ids in (None, known[0].image_ids[::2]):
         one, other = (truth.score(rows, image_ids) for truth in known)
         assert one == pytest.approx(other, abs=1e-12, nan_ok=True)
@@ -126,7 +127,7 @@ def random_case(seed: int) -> tuple[dict[str, object], list[dict[str, object]]]:
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(KEY)))
 def test_evaluators_agree_on_random_cases(seed, kind):
     content, rows = random_case(seed)
-    one, other = (COCOTruth(content, kind, evaluator).score(rows) for evaluator in EVALUATORS)
+    one, other = (COCOGroundTruth(read_coco(content, kind=kind), kind, evaluator).score(rows) for evaluator in EVALUATORS)
     assert one == pytest.approx(other, abs=1e-12, nan_ok=True)
     assert all(math.isnan(value) or 0 <= value <= 1 for value in one.values())
 
@@ -135,19 +136,19 @@ def test_evaluators_agree_on_random_cases(seed, kind):
 @pytest.mark.parametrize("kind", KEY)
 def test_defined_where_there_is_nothing(kind, evaluator):
     content, rows = random_case(2)
-    truth = COCOTruth(content, kind, evaluator)
+    truth = COCOGroundTruth(read_coco(content, kind=kind), kind, evaluator)
     assert rows
-    assert truth.objects
+    assert len(truth.annotations.labels)
     assert truth.score([])["AP"] == 0
     assert all(math.isnan(value) for value in truth.score(rows, []).values())
     for part in ("annotations", "images"):
         emptied = {**content, "annotations": [], part: []}
-        assert all(math.isnan(value) for value in COCOTruth(emptied, kind, evaluator).score([]).values())
-    assert all(math.isnan(v) for v in COCOTruth({**content, "annotations": []}, kind, evaluator).score(rows).values())
-    no_category = COCOTruth({"images": content["images"], "categories": [], "annotations": []}, kind, evaluator)
+        assert all(math.isnan(value) for value in COCOGroundTruth(read_coco(emptied, kind=kind), kind, evaluator).score([]).values())
+    assert all(math.isnan(v) for v in COCOGroundTruth(read_coco({**content, "annotations": []}, kind=kind), kind, evaluator).score(rows).values())
+    no_category = COCOGroundTruth(read_coco({"images": content["images"], "categories": [], "annotations": []}, kind=kind), kind, evaluator)
     assert math.isnan(no_category.score([])["AP"])
-    unlabelled = COCOTruth({key: content[key] for key in ("images", "categories")}, kind, evaluator)
-    assert not unlabelled.has_truth
+    unlabelled = COCOGroundTruth(read_coco({key: content[key] for key in ("images", "categories")}, kind=kind), kind, evaluator)
+    assert not unlabelled.annotated
     assert unlabelled.score(rows) == {}
 
 
@@ -161,10 +162,10 @@ def test_persons_without_a_visible_joint_are_not_to_be_found(evaluator):
         "annotations": [{**hidden, "keypoints": person(rng, visible=False)}],
     }
     seen = {"image_id": 1, "category_id": 1, "score": 0.5, "keypoints": person(rng)}
-    assert all(math.isnan(value) for value in COCOTruth(content, "keypoints", evaluator).score([seen]).values())
+    assert all(math.isnan(value) for value in COCOGroundTruth(read_coco(content, kind="keypoints"), "keypoints", evaluator).score([seen]).values())
     content["annotations"].append({**hidden, "id": 2, "keypoints": [50.0, 50.0, 2] * 17})
     right = {**seen, "keypoints": [50.0, 50.0, 1] * 17}
-    assert COCOTruth(content, "keypoints", evaluator).score([right])["AP"] == pytest.approx(1)
+    assert COCOGroundTruth(read_coco(content, kind="keypoints"), "keypoints", evaluator).score([right])["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
@@ -176,13 +177,13 @@ def test_an_object_numbered_0_can_be_found(evaluator):
         "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": box, "area": 1600}],
     }
     row = {"image_id": 0, "category_id": 0, "score": 1.0, "bbox": box}
-    assert COCOTruth(content, "bbox", evaluator).score([row])["AP"] == pytest.approx(1)
+    assert COCOGroundTruth(read_coco(content, kind="bbox"), "bbox", evaluator).score([row])["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_a_box_beside_a_mask_does_not_decide_its_size(evaluator):
     content, rows = random_case(2)
-    truth = COCOTruth(content, "segm", evaluator)
+    truth = COCOGroundTruth(read_coco(content, kind="segm"), "segm", evaluator)
     small, medium = ([{**row, "bbox": [0, 0, side, side]} for row in rows] for side in (1, 50))
     assert truth.score(small) == pytest.approx(truth.score(medium), abs=0, nan_ok=True)
 
@@ -197,7 +198,7 @@ def test_missing_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UsageError, match=r'pip install "sis-lightning\[fast\]"'):
-        COCOTruth({"images": [], "categories": []}, "bbox", "faster-coco-eval")
+        COCOGroundTruth(read_coco({"images": [], "categories": []}, kind="bbox"), "bbox", "faster-coco-eval")
 
 
 def coco_files(tmp_path: Path, kind: str, change) -> tuple[str, ...]:
@@ -357,7 +358,8 @@ def test_missing_files(command, tmp_path):
 def test_neither_torch_nor_the_other_library_is_imported():
     script = (
         "import sys, sis_lightning.commands.main, sis_lightning.evaluation.files, sis_lightning.bench.evaluators;"
-        "from sis_lightning.evaluation.coco import COCOTruth; COCOTruth({'images': [], 'categories': []}, 'bbox');"
+        "from sis_lightning.datasets.coco_reader import read_coco; from sis_lightning.evaluation.coco import COCOGroundTruth;"
+        "COCOGroundTruth(read_coco({'images': [], 'categories': []}), 'bbox');"
         "print(*{'torch', 'matplotlib', 'faster_coco_eval'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -449,7 +451,7 @@ def test_voc_is_the_plain_loop(objects, rows, rule, iou):
     truth = voc_truth(objects)
     # The loop looks at objects in the order of the file, as the truth holds them.
     objects = sorted(objects, key=lambda item: item[0])
-    figures = VOCTruth(truth, rule, iou).score(rows)
+    figures = VOCGroundTruth(truth, rule, iou).score(rows)
     expected = {}
     for place, year in enumerate(("07", "12")):
         of_class = {name: plain_voc_ap(objects, rows, k, rule, iou)[place] for k, name in enumerate(NAMES)}
@@ -464,7 +466,7 @@ def test_voc_is_the_plain_loop(objects, rows, rule, iou):
 @given(objects=objects_of_voc, rows=rows_of_voc, rule=rules, box=boxes, label=st.integers(0, 2), data=st.data())
 def test_voc_does_not_change_with_what_does_not_count(objects, rows, rule, box, label, data):
     rows = [{**row, "score": row["score"] + i / 100} for i, row in enumerate(rows)]  # no two alike
-    truth = VOCTruth(voc_truth(objects, images=5), rule)  # the fifth image has no objects
+    truth = VOCGroundTruth(voc_truth(objects, images=5), rule)  # the fifth image has no objects
     figures = truth.score(rows)
     assert truth.score(data.draw(st.permutations(rows))) == pytest.approx(figures, abs=0, nan_ok=True)
 
@@ -474,7 +476,7 @@ def test_voc_does_not_change_with_what_does_not_count(objects, rows, rule, box, 
     assert all(math.isnan(value) or value <= figures[key] + 1e-12 for key, value in truth.score([first, *rows]).items())
 
     # A difficult object that no detection meets counts with the toolkit alone.
-    more = VOCTruth(voc_truth([*objects, (4, label, box, True)], images=5), rule).score(rows)
+    more = VOCGroundTruth(voc_truth([*objects, (4, label, box, True)], images=5), rule).score(rows)
     name = f"AP50_voc12/{NAMES[label]}"
     if rule == "devkit":
         assert more == pytest.approx(figures, abs=0, nan_ok=True)
@@ -482,7 +484,7 @@ def test_voc_does_not_change_with_what_does_not_count(objects, rows, rule, box, 
         assert math.isnan(figures[name]) or more[name] <= figures[name]
 
     # Scoring some images is scoring a truth of these alone.
-    some = VOCTruth(voc_truth([item for item in objects if item[0] < 2], images=2), rule)
+    some = VOCGroundTruth(voc_truth([item for item in objects if item[0] < 2], images=2), rule)
     chosen = [row for row in rows if row["image_id"] in ("im0", "im1")]
     assert truth.score(rows, ["im0", "im1"]) == pytest.approx(some.score(chosen), abs=0, nan_ok=True)
 
@@ -491,20 +493,20 @@ def test_voc_rules_differ_in_ties_and_difficult_objects():
     box, half = (0, 0, 10, 10), (0, 0, 10, 5)  # of IoU 0.5
     plain, difficult = voc_truth([(0, 0, box, False)]), voc_truth([(0, 0, box, False), (1, 0, box, True)])
     tie, sure = voc_row(0, 0, half, 0.9), voc_row(0, 0, box, 0.5)
-    assert VOCTruth(plain, "devkit").score([tie])["AP50_voc12"] == 0
-    assert VOCTruth(plain, "toolkit").score([tie])["AP50_voc12"] == 1
+    assert VOCGroundTruth(plain, "devkit").score([tie])["AP50_voc12"] == 0
+    assert VOCGroundTruth(plain, "toolkit").score([tie])["AP50_voc12"] == 1
     on_difficult = [voc_row(1, 0, box, 0.9), sure]
-    assert VOCTruth(difficult, "devkit").score(on_difficult)["AP50_voc12"] == 1
-    assert VOCTruth(difficult, "devkit").score([sure])["AP50_voc12"] == 1
-    assert VOCTruth(difficult, "toolkit").score([sure])["AP50_voc12"] == 0.5
+    assert VOCGroundTruth(difficult, "devkit").score(on_difficult)["AP50_voc12"] == 1
+    assert VOCGroundTruth(difficult, "devkit").score([sure])["AP50_voc12"] == 1
+    assert VOCGroundTruth(difficult, "toolkit").score([sure])["AP50_voc12"] == 0.5
     # A second detection of an object is false, and an absent class has no figure.
-    assert VOCTruth(plain).score([voc_row(0, 0, box, 0.9), sure])["AP50_voc12"] == 1
+    assert VOCGroundTruth(plain).score([voc_row(0, 0, box, 0.9), sure])["AP50_voc12"] == 1
     two = voc_truth([(0, 0, box, False), (1, 0, box, False)])
     rows = [voc_row(0, 0, box, 0.9), sure, voc_row(1, 0, box, 0.1)]
-    assert VOCTruth(two).score(rows)["AP50_voc12"] == pytest.approx((1 + 2 / 3) / 2)
-    assert math.isnan(VOCTruth(two).score(rows)["AP50_voc12/bee"])
-    assert math.isnan(VOCTruth(voc_truth([])).score([])["AP50_voc07"])
-    assert VOCTruth(two, iou=0.3).score([])["AP30_voc07"] == 0
+    assert VOCGroundTruth(two).score(rows)["AP50_voc12"] == pytest.approx((1 + 2 / 3) / 2)
+    assert math.isnan(VOCGroundTruth(two).score(rows)["AP50_voc12/bee"])
+    assert math.isnan(VOCGroundTruth(voc_truth([])).score([])["AP50_voc07"])
+    assert VOCGroundTruth(two, iou=0.3).score([])["AP30_voc07"] == 0
 
 
 reals = st.floats(0, 1000, width=32)
@@ -520,7 +522,7 @@ def test_comp4_files_come_back(tmp_path_factory, drawn):
     folder = tmp_path_factory.mktemp("comp4")
     truth = voc_truth([])
     rows = [voc_row(i, k, (x, y, x + w, y + h), score) for i, k, x, y, w, h, score in drawn]
-    write_comp4(rows, truth, folder / "new", "val")
+    write_comp4(rows, NAMES, folder / "new", "val")
     back = read_comp4(folder / "new", truth)
     assert sorted(path.name for path in (folder / "new").iterdir()) == [f"comp4_det_val_{name}.txt" for name in NAMES]
     expected = sorted(rows, key=lambda row: row["category_id"])
@@ -536,7 +538,7 @@ def test_comp4_files_come_back(tmp_path_factory, drawn):
 def test_comp4_of_pixels_is_exact(tmp_path):
     truth = voc_truth([])
     rows = [voc_row(0, 2, (0, 4, 17, 25.5), 1 / 3)]
-    write_comp4(rows, truth, tmp_path, "test")
+    write_comp4(rows, NAMES, tmp_path, "test")
     text = (tmp_path / "comp4_det_test_wild_bee.txt").read_text()
     assert text == f"im0 {1 / 3!r} 1.0 5.0 17.0 25.5\n"
     assert read_comp4(tmp_path, truth) == rows

@@ -1,0 +1,274 @@
+"""The reader and validator of COCO's annotation files. Needs no torch.
+
+All rules for COCO's entries are here. Rules for image files (a file name, a file of this name, a width and a height)
+hold if the images are going to be read; all others hold for training, check-data and evaluation alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sis_lightning.datasets.annotations import (
+    Annotations,
+    Defect,
+    check_boxes,
+    file_names,
+    load_json,
+    rows_of_numbers,
+    shortened,
+)
+from sis_lightning.datasets.constants import COCO_KEYPOINTS
+from sis_lightning.errors import DataError
+
+Kind = Literal["bbox", "segm", "keypoints"]
+Entry = dict[str, Any]
+
+
+def read_coco(
+    source: Path | Mapping[str, Any],
+    images: Path | None = None,
+    kind: Kind = "bbox",
+    *,
+    split: str = "",
+) -> Annotations:
+    """Reads an annotation file of COCO: instances, person_keypoints, or image_info without annotations.
+
+    Args:
+        source: The JSON file, or its content, which is not changed.
+        images: The folder of the image files; None if they are not going to be read.
+        kind: What is read of each annotation beside its box: `segm` its mask, `keypoints` its 17 keypoints.
+        split: Name of the split, for results files.
+
+    Returns:
+        The annotations. What is wrong with single entries is in `defects`. If an annotation has no `area`, it is that
+        of its mask or box, which `derived` counts.
+
+    Raises:
+        DataError: If there is no such file, or it is not of this format at all.
+    """
+    path, content = (source, load_json(source)) if isinstance(source, Path) else (Path("ground truth"), source)
+    lists = _entries(content, path, files=images is not None)
+    defects: list[Defect] = []
+    listed = _unique(lists["images"], "image", path, defects)
+    index_of = {image["id"]: index for index, image in enumerate(listed)}
+    names = [str(image.get("file_name", "")) for image in listed]
+    sizes = rows_of_numbers([[image.get("width"), image.get("height")] for image in listed], 2)
+    if images is not None:
+        _check_files(listed, names, images, defects)
+    if images is not None or kind == "segm":
+        sizeless = np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)).all(axis=1)).tolist()
+        defects += [Defect(path, f"image {listed[index]['id']}", "width or height is missing") for index in sizeless]
+    whole = np.nan_to_num(sizes, nan=0, posinf=0, neginf=0).astype(np.int64)
+    categories = sorted(_unique(lists["categories"], "category", path, defects), key=lambda item: int(item["id"]))
+    label_of = {category["id"]: label for label, category in enumerate(categories)}
+
+    places = {id(row): place for place, row in enumerate(lists["annotations"])}
+
+    def where(row: Entry) -> str:
+        number = f"annotation {shortened(row['id'])}" if "id" in row else "an annotation without id"
+        return f"{number} of image {shortened(row.get('image_id'))} (entry {places[id(row)]} of 'annotations')"
+
+    rows: list[Entry] = []
+    for row in _unique(lists["annotations"], "annotation", path, defects):
+        if not _known(row.get("image_id"), index_of):
+            what = f"its image {shortened(row.get('image_id'))} is not listed under 'images'"
+            defects.append(Defect(path, where(row), what))
+        elif not _known(row.get("category_id"), label_of):
+            what = f"unknown category {shortened(row.get('category_id'))}: it is not listed under 'categories'"
+            defects.append(Defect(path, where(row), what))
+        else:
+            rows.append(row)
+    owners = np.array([index_of[row["image_id"]] for row in rows], dtype=np.int64)
+    extents = rows_of_numbers([row.get("bbox") for row in rows], 4)
+    boxes = extents.copy()
+    boxes[:, 2:] += boxes[:, :2]
+    sound = np.ones(len(rows), dtype=np.bool_)
+    if kind != "segm":
+        negative = (extents[:, 2:] < 0).any(axis=1)
+        boxes[negative, 2:] = np.minimum(boxes[negative, 2:], np.nextafter(boxes[negative, :2], -np.inf))
+        sound &= check_boxes(boxes, whole[owners], lambda place: (path, where(rows[place])), defects)
+
+    def check(fine: NDArray[np.bool_], what: str) -> None:
+        defects.extend(Defect(path, where(rows[place]), what) for place in np.flatnonzero(~fine).tolist())
+        np.logical_and(sound, fine, out=sound)
+
+    segmentations = keypoints = num_keypoints = None
+    if kind == "segm":
+        segmentations = np.empty(len(rows), dtype=np.object_)
+        faults = [mask_fault(row.get("segmentation"), whole[owner]) for row, owner in zip(rows, owners, strict=True)]
+        for place, (row, fault) in enumerate(zip(rows, faults, strict=True)):
+            segmentations[place] = row.get("segmentation")
+            if fault:
+                defects.append(Defect(path, where(row), fault))
+        sound &= np.array([not fault for fault in faults], dtype=np.bool_)
+    if kind == "keypoints":
+        count = len(COCO_KEYPOINTS)
+        keypoints = rows_of_numbers([row.get("keypoints") for row in rows], 3 * count).reshape(-1, count, 3)
+        fine = np.isfinite(keypoints).all(axis=(1, 2)) & np.isin(keypoints[..., 2], (0, 1, 2)).all(axis=1)
+        check(fine, f"keypoints are not {count} × (x, y, v) with v 0, 1 or 2")
+        visible = np.count_nonzero(keypoints[..., 2] > 0, axis=1)
+        stated = rows_of_numbers(
+            [row.get("num_keypoints", found) for row, found in zip(rows, visible.tolist(), strict=True)], 0
+        )
+        check(np.isfinite(stated), "num_keypoints is not a finite number")
+        num_keypoints = np.nan_to_num(stated).astype(np.int64)
+    areas = rows_of_numbers([row.get("area", 0) for row in rows], 0)
+    check(np.isfinite(areas), "area is not a finite number")
+    lacking = np.array(["area" not in row for row in rows], dtype=np.bool_)
+    derived: Counter[str] = Counter()
+    if kind == "keypoints":
+        check(~lacking, "it has no 'area', which the similarity of keypoints needs")
+    elif (lacking & sound).any():
+        for place in np.flatnonzero(lacking & sound).tolist():
+            owner = owners[place]
+            areas[place] = (
+                extents[place, 2] * extents[place, 3]
+                if segmentations is None
+                else mask_area(segmentations[place], whole[owner])
+            )
+        derived["areas"] = int((lacking & sound).sum())
+    return Annotations(
+        source=path,
+        class_names=tuple(str(category.get("name", category["id"])) for category in categories),
+        category_ids=tuple(int(category["id"]) for category in categories),
+        paths=[Path(name) if images is None else images / name for name in names],
+        image_ids=[image["id"] for image in listed],
+        sizes=whole,
+        image=owners[sound],
+        boxes=boxes[sound],
+        labels=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64)[sound],
+        ignored=np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=np.bool_)[sound],
+        keypoints=None if keypoints is None else keypoints[sound],
+        areas=areas[sound],
+        num_keypoints=None if num_keypoints is None else num_keypoints[sound],
+        extents=extents[sound],
+        segmentations=None if segmentations is None else segmentations[sound],
+        splits=[(split,)] * len(listed),
+        defects=defects,
+        derived=derived,
+        annotated="annotations" in content,
+    )
+
+
+def _entries(content: Any, path: Path, *, files: bool) -> dict[str, list[Entry]]:
+    """The three lists of an annotation file, of objects with ids."""
+    if not isinstance(content, Mapping) or not {"images", "categories"} <= content.keys():
+        raise DataError(f"{path}: not an annotation file of COCO, which has 'images', 'annotations' and 'categories'")
+    lists = {key: content.get(key, []) for key in ("images", "categories", "annotations")}
+    needed = {"images": ("id", "file_name") if files else ("id",), "categories": ("id",), "annotations": ()}
+    for key, entries in lists.items():
+        if not isinstance(entries, list):
+            raise DataError(f"{path}: '{key}' is not a list of objects")
+        for place, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise DataError(f"{path}: '{key}' is not a list of objects: entry {place} is {shortened(entry)}")
+            for name in needed[key]:
+                if name not in entry:
+                    raise DataError(f"{path}: entry {place} of '{key}' has no '{name}'")
+            kinds = (int, str) if key == "annotations" else int
+            if not isinstance(entry.get("id", 0), kinds):
+                found = shortened(entry["id"])
+                raise DataError(f"{path}: entry {place} of '{key}': the id is {found}, not a whole number")
+    return lists
+
+
+def _check_files(listed: list[Entry], names: list[str], folder: Path, defects: list[Defect]) -> None:
+    found = file_names(folder)
+    for image, name in zip(listed, names, strict=True):
+        # Names may hold folders; only then is the disk asked for each.
+        if name not in found and not ("/" in name and (folder / name).is_file()):
+            defects.append(Defect(folder / name, f"image {image['id']}", "no such file"))
+
+
+def _unique(entries: Iterable[Entry], kind: str, path: Path, defects: list[Defect]) -> list[Entry]:
+    seen: set[Any] = set()
+    kept = []
+    for place, entry in enumerate(entries):
+        number = entry.get("id")
+        if number in seen:
+            defects.append(Defect(path, f"{kind} {number} (entry {place})", "this id is given twice"))
+            continue
+        if number is not None:
+            seen.add(number)
+        kept.append(entry)
+    return kept
+
+
+def _known(number: Any, known: Mapping[Any, int]) -> bool:
+    return isinstance(number, (int, float)) and number in known
+
+
+def mask_fault(segmentation: Any, size: NDArray[np.int64]) -> str:
+    """What is wrong with the mask of an annotation: polygons, or a run-length encoding of either kind.
+
+    Args:
+        segmentation: The value from the file.
+        size: Width and height of the image in px.
+
+    Returns:
+        A sentence; empty if nothing is wrong.
+    """
+    width, height = (int(side) for side in size)
+    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
+        if segmentation.get("size") != [height, width] or sum(segmentation["counts"]) != width * height:
+            return f"segmentation's RLE is not of an image of {height}×{width} (height × width)"
+        return ""
+    if isinstance(segmentation, dict):
+        return rle_fault(segmentation, size)
+    polygons = segmentation if isinstance(segmentation, list) else []
+    for polygon in polygons:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_finite, polygon)):
+            return f"segmentation's polygon {shortened(polygon)} is not at least three points x, y"
+    return "" if polygons else f"segmentation is {shortened(segmentation)}, neither polygons nor RLE"
+
+
+def rle_fault(segmentation: Any, size: NDArray[np.int64]) -> str:
+    """What is wrong with a compressed run-length encoding, as results files have them.
+
+    Args:
+        segmentation: The value from the file.
+        size: Width and height of the image in px.
+
+    Returns:
+        A sentence; empty if nothing is wrong.
+    """
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    if not isinstance(counts, (str, bytes)):
+        return f"segmentation is {shortened(segmentation)}, not compressed RLE; pycocotools.mask.encode makes it"
+    width, height = (int(side) for side in size)
+    if list(segmentation.get("size", ())) != [height, width]:
+        return f"segmentation's size is {segmentation.get('size')}, its image's height and width {[height, width]}"
+    # A character has five bits of a number and one that says whether more follow. pycocotools reads past the end of
+    # counts whose last character says so.
+    if not counts or (ord(counts[-1]) if isinstance(counts, str) else counts[-1]) - 48 not in range(32):
+        return "segmentation's counts are cut off"
+    from pycocotools import mask
+
+    area, most = int(mask.area(segmentation)), width * height
+    return f"segmentation's counts are damaged: {area} px of {most}" if area > most else ""
+
+
+def mask_area(segmentation: Any, size: NDArray[np.int64]) -> float:
+    """The area in px² of a sound mask in any of COCO's encodings, in an image of this width and height."""
+    from pycocotools import mask
+
+    width, height = (int(side) for side in size)
+    if isinstance(segmentation, list):
+        segmentation = mask.merge(mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = mask.frPyObjects(segmentation, height, width)
+    return float(mask.area(segmentation))
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+    except OverflowError:
+        return False

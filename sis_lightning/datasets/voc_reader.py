@@ -1,0 +1,102 @@
+"""The reader and validator of Pascal VOC's XML annotations. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from sis_lightning.datasets.annotations import Annotations, Defect, check_boxes, file_names
+from sis_lightning.errors import DataError
+
+
+def read_voc(
+    homes_and_names: Sequence[tuple[Path, Sequence[str]]],
+    class_names: Sequence[str],
+    *,
+    images: bool = True,
+    splits: Sequence[tuple[str, ...]] = (),
+) -> Annotations:
+    """Reads Pascal VOC's XML.
+
+    Args:
+        homes_and_names: Folders with `Annotations/` and `JPEGImages/`, each with the names of its images.
+        class_names: Class names by label.
+        images: Whether a missing image file is a defect; False to score results, which needs no images.
+        splits: Names of the splits that list each image, for results files.
+
+    Returns:
+        The annotations. What is wrong with single entries is in `defects`.
+
+    Raises:
+        DataError: If a file is not XML at all.
+    """
+    label_of = {name: label for label, name in enumerate(class_names)}
+    defects: list[Defect] = []
+    paths: list[Path] = []
+    sizes: list[tuple[int, int]] = []
+    objects: list[tuple[int, int, bool, list[float], str, Path]] = []
+    for home, names in homes_and_names:
+        found, described = file_names(home / "JPEGImages"), file_names(home / "Annotations")
+        for name in names:
+            image_file, file = home / "JPEGImages" / f"{name}.jpg", home / "Annotations" / f"{name}.xml"
+            paths.append(image_file)
+            sizes.append((0, 0))
+            if images and image_file.name not in found:
+                defects.append(Defect(image_file, "", "no such file"))
+            if file.name not in described:
+                defects.append(Defect(file, "", "no such file"))
+                continue
+            tree = _parse_xml(file)
+            sizes[-1] = (_whole(tree.findtext("size/width")), _whole(tree.findtext("size/height")))
+            for place, node in enumerate(tree.findall("object"), start=1):
+                known = (node.findtext("name") or "").strip()
+                if known not in label_of:
+                    defects.append(Defect(file, f"object {place}", f"unknown class {known!r}"))
+                    continue
+                box = [_float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+                difficult = (node.findtext("difficult") or "0").strip() == "1"
+                objects.append((len(paths) - 1, label_of[known], difficult, box, f"object {place}, {known}", file))
+    boxes = np.array([item[3] for item in objects], dtype=np.float64).reshape(-1, 4)
+    boxes[:, :2] -= 1
+    image = np.array([item[0] for item in objects], dtype=np.int64)
+    wide = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    sound = check_boxes(boxes, wide[image], lambda place: (objects[place][5], objects[place][4]), defects)
+    return Annotations(
+        source=homes_and_names[0][0] if homes_and_names else Path(),
+        class_names=tuple(class_names),
+        category_ids=tuple(range(len(class_names))),
+        paths=paths,
+        image_ids=[path.stem for path in paths],
+        sizes=wide,
+        image=image[sound],
+        boxes=boxes[sound],
+        labels=np.array([item[1] for item in objects], dtype=np.int64)[sound],
+        ignored=np.array([item[2] for item in objects], dtype=np.bool_)[sound],
+        splits=list(splits),
+        defects=defects,
+    )
+
+
+def _parse_xml(file: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.parse(file).getroot()
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # an unknown encoding is a LookupError
+        raise DataError(f"{file}: not valid XML ({error})") from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+
+
+def _float(text: str | None) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.nan
+
+
+def _whole(text: str | None) -> int:
+    value = _float(text)
+    return int(value) if math.isfinite(value) else 0
