@@ -118,7 +118,7 @@ def _measure(chosen: argparse.Namespace) -> Benchmark:
 
         return time_evaluators(chosen.images)
     require_torch()
-    from sis_lightning.machine import keep_freed_memory
+    from sis_lightning.run.process import keep_freed_memory
 
     keep_freed_memory()
     if chosen.operators:

@@ -110,7 +110,7 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
     layers, options = resolve([argument for argument in arguments if argument != "--help-all"])
     if everything:
         require_torch()
-        _print_all_options(command, layers)
+        _print_all_options(layers)
         return 0
     if "model" not in layers and not any(option.startswith("--model") for option in options):
         raise UsageError(f"{command} needs a task: --config tasks/NAME.yaml, with NAME one of {_listed('tasks')}")
@@ -119,20 +119,20 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
 
         remember_early()
     require_torch()
-    from sis_lightning.run.lightning_cli import run
+    from sis_lightning.run.start import start as start_run
 
-    run(command, layers, options)
+    start_run(command, layers, options)
     return 0
 
 
-def _print_all_options(command: str, layers: dict[str, Any]) -> None:
+def _print_all_options(layers: dict[str, Any]) -> None:
     """Prints every option of a command: of the run and the Trainer, of the model, and of the data."""
-    from sis_lightning.run.lightning_cli import run
+    from sis_lightning.run.parser import run_parser as all_options
 
     classes = {part: layers.get(part, {}).get("class_path") for part in ("model", "data")}
     # Each of these options prints its part of the help, and leaves.
     for option in ["--help", *(f"--{part}.help={name}" for part, name in classes.items() if name)]:
         with contextlib.suppress(SystemExit):
-            run(command, {}, [option])
+            all_options().parse_args([option])
     if not all(classes.values()):
         print("\nThe options of a task and its data are listed with its configuration: --config tasks/NAME.yaml")

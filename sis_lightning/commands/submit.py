@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sis_lightning.commands.arguments import Parser, config_options, require_at_least, require_torch
-from sis_lightning.config.compose import resolve
 from sis_lightning.errors import UsageError
 
 
@@ -74,11 +73,12 @@ def main(arguments: list[str]) -> int:
     files = [*chosen.config, "configs/cluster.yaml"]
     given = config_options(files, [*device, f"--max_restarts={cluster.max_restarts}", *options])
     require_torch()
-    from sis_lightning.run.lightning_cli import run
+    from sis_lightning.run.run import Run
 
     # The whole run is built here, so that mistakes are reported now and not when the job starts.
-    cli = run(None, *resolve(given))
-    folder = cli.directory(None if seeds is None else "")
+    run = Run.from_arguments(given)
+    _ = run.task, run.datamodule
+    folder = run.directory if seeds is None else run.family
     text = slurm.submit(
         ["fit", *given, *([] if seeds is not None else [f"--run_dir={folder}"])],
         folder,

@@ -27,27 +27,6 @@ REFERENCES = {"backbone": "configs/backbones", "data": "datamodules", "trainer":
 
 Layer = dict[str, Any]
 
-# What of a configuration changes nothing in a run's result, or is said when it does.
-FREE_TO_CHANGE = (
-    *("resume", "overwrite", "run_dir", "checkpoint_every", "max_restarts", "ckpt_path", "task", "deploy"),
-    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.enable_"),
-    *("data.init_args.num_workers", "data.init_args.root", "data.init_args.predict_path"),
-    *("data.init_args.download", "data.init_args.synthetic"),
-)
-
-
-# How a run computes and logs; two runs that differ in it alone are runs of one recipe.
-NOT_OF_THE_RECIPE = (
-    *("trainer.precision", "trainer.sync_batchnorm", "trainer.deterministic", "trainer.benchmark"),
-    *("trainer.log_every_n_steps", "trainer.logger", "trainer.default_root_dir"),
-    *("trainer.num_sanity_val_steps", "trainer.profiler", "trainer.detect_anomaly"),
-    *("model.init_args.compile_mode", "model.init_args.shown_score", "data.init_args.evaluator", "verbose"),
-)
-
-# Precisions in which a network learns, and measures, otherwise; mixed ones keep the weights in 32 bits.
-WEIGHTS_IN_16_BITS = ("16-true", "bf16-true")
-
-
 def load_layer(path: Path) -> Layer:
     """Reads one YAML file, with dotted keys nested and named files put in place.
 
@@ -149,39 +128,6 @@ def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 def load_named(kind: str, name: str) -> Layer:
     """The content of the file that `name` means for a key of `REFERENCES`, such as `backbone`."""
     return load_layer(find_config(name, REFERENCES[kind]))
-
-
-def settled(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What of a configuration settles a run's result, by dotted keys: runs that agree in it differ by chance alone."""
-    plain: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            plain |= settled(value, f"{name}.")
-        elif value is not None and not name.startswith((*FREE_TO_CHANGE, "weights_only", "seed_everything")):
-            plain[name] = value
-    return plain
-
-
-def recipe(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration an experiment is: `settled` without how its numbers are computed and logged.
-
-    What is off is as if it were not there: a library's next release may have a switch more.
-    """
-    plain = {k: value for k, value in settled(config).items() if value is not False}
-    coarse = str(plain.get("trainer.precision")) in WEIGHTS_IN_16_BITS
-    kept = ("trainer.precision",) if coarse else ()
-    return {k: value for k, value in plain.items() if k in kept or not k.startswith(NOT_OF_THE_RECIPE)}
-
-
-def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The keys, dotted, whose values differ, with both."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            inner = f"{prefix}.{key}" if prefix else str(key)
-            yield from changes(before.get(key), now.get(key), inner)
-    elif before != now:
-        yield prefix, before, now
 
 
 # Marks an object that came from a file of its own: it replaces what lay below.

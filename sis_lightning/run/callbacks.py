@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: progress, pictures, predictions."""
+"""What a run prints and writes on the way: a summary at the start, figures of predictions, and predictions."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import csv
 import io
 import json
 import shutil
-import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from torch import nn
 
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.files import write_text
 from sis_lightning.models.deploy import deploy
+from sis_lightning.run.progress import console
 from sis_lightning.tasks import BaseTask
-
-console = Console(soft_wrap=True, highlight=False)
 
 
 class Announcement(Callback):
-    """Says at the start of a fit what will happen: data, network, effective batch size, learning rate, length."""
+    """Prints at the start of a fit what will happen: data, network, images per step, learning rate, length."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints on rank 0."""
@@ -75,112 +70,8 @@ def _millions(module: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
 
 
-class _Pace:
-    """Images a second over the last steps, waiting for data included, validation and checkpoints not."""
-
-    def __init__(self) -> None:
-        self.durations: deque[float] = deque(maxlen=50)
-        self.last: float | None = None
-
-    def step(self) -> None:
-        now = time.perf_counter()
-        if self.last is not None:
-            self.durations.append(now - self.last)
-        self.last = now
-
-    def pause(self) -> None:
-        self.last = None
-
-    def rate(self, images: int) -> float:
-        return images * len(self.durations) / max(sum(self.durations), 1e-9)
-
-
-def _learning_rate(trainer: Trainer) -> float:
-    return float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else float("nan")
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, with learning rate and images/s beside the loss."""
-
-    def __init__(self) -> None:
-        super().__init__(leave=True)
-        self.pace = _Pace()
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch}"  # Lightning's adds "/-2" to a run that is measured in steps
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts the step."""
-        self.pace.step()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows (validation, checkpoints) is not a step."""
-        self.pace.pause()
-        super().on_train_epoch_end(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nor is a validation in mid-epoch."""
-        self.pace.pause()
-        super().on_validation_end(trainer, pl_module)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
-        metrics = dict(super().get_metrics(trainer, pl_module))
-        metrics.pop("v_num", None)
-        if trainer.training:
-            metrics["lr"] = f"{_learning_rate(trainer):.2g}"
-            metrics["images/s"] = f"{self.pace.rate(trainer.datamodule.batch_size):.1f}"  # type: ignore[attr-defined]
-        return metrics
-
-
-class ProgressLines(Callback):
-    """The same as lines, for output that goes into a file: one every `log_every_n_steps`, one a validation."""
-
-    def __init__(self) -> None:
-        self.pace = _Pace()
-        self.shown = 0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock anew."""
-        self.pace.pause()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Prints loss, learning rate and images/s."""
-        self.pace.step()
-        step = trainer.global_step
-        # Of the batches that accumulate to one step, one line.
-        if trainer.is_global_zero and step > self.shown and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.shown = step
-            loss = trainer.callback_metrics.get("train/loss")
-            images = self.pace.rate(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
-            console.print(
-                f"step {step:>6}/{trainer.estimated_stepping_batches}  epoch {trainer.current_epoch:>3}  "
-                f"loss {float('nan') if loss is None else float(loss):.4f}  lr {_learning_rate(trainer):.2g}  "
-                f"{images:.1f} images/s"
-            )
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the metric that chooses checkpoints."""
-        self.pace.pause()
-        value = trainer.callback_metrics.get(getattr(pl_module, "monitor", ""))
-        if trainer.is_global_zero and not trainer.sanity_checking and value is not None:
-            boxes = trainer.datamodule.notes.get("person boxes")  # type: ignore[attr-defined]
-            said = f" (person boxes: {boxes})" if boxes else ""
-            console.print(f"validation at step {trainer.global_step}: {pl_module.monitor} {float(value):.4f}{said}")
-
-
-def progress() -> Callback:
-    """A bar in a terminal, lines elsewhere."""
-    return ProgressBar() if console.is_terminal else ProgressLines()
-
-
 class PlotPredictions(Callback):
-    """Writes the task's picture of the first validation batch to `pictures/` and to TensorBoard."""
+    """Draws the first batch of each validation beside its ground truth, into `images/` and TensorBoard."""
 
     def on_validation_batch_end(
         self,
@@ -195,7 +86,7 @@ class PlotPredictions(Callback):
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not isinstance(pl_module, BaseTask):
             return
         figure = pl_module.plot(batch, outputs["outputs"])
-        folder = Path(trainer.default_root_dir) / "pictures"
+        folder = Path(trainer.default_root_dir) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"step_{trainer.global_step:07d}.png", dpi=80)
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Checkpoints that are on disk whole or not at all, and the newest of a run that really loads."""
+"""Checkpoints that are on disk completely or not at all, and the newest intact one of a run."""
 
 from __future__ import annotations
 
@@ -7,30 +7,77 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sis_lightning.errors import DataError
+from sis_lightning.run.record import Code
 
 Checkpoint = dict[str, Any]
 
-#: Under this key of a checkpoint lies what a resume needs beyond Lightning's own.
+#: The key of a checkpoint with its `ResumePoint`.
 RUN = "run"
 
 
-class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, to disk, and renames it: a kill at any byte leaves the last one whole.
+class ResumePoint(BaseModel):
+    """What a resume needs beyond Lightning's own checkpoint, and what a record says of the training.
 
-    torch's format is a zip with a CRC-32 of every record, which `read_checkpoint` verifies.
+    Attributes:
+        version: Of this layout.
+        point: Where in the run the checkpoint was written: before a training batch, before a validation, or at the end.
+        progress: State of Lightning's loops at that point.
+        batches: Training batches done.
+        step: Optimizer steps done.
+        epoch: Epochs completed.
+        world_size: Number of devices.
+        devices: Every number of devices that the run had so far.
+        csv_rows: Rows of `metrics.csv` that were written before.
+        config: Resolved configuration.
+        trained_on: SHA-256 of the training split of each start.
+        code: The code of each start.
+        changed: Options that were changed on the way.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    point: Literal["batch", "validation", "end"]
+    progress: dict[str, Any]
+    batches: int
+    step: int
+    epoch: int
+    world_size: int
+    devices: list[int]
+    csv_rows: int
+    config: dict[str, Any]
+    trained_on: list[str]
+    code: list[Code]
+    changed: list[str]
+
+
+def resume_point(content: Checkpoint) -> ResumePoint | None:
+    """The resume point in a checkpoint; None if it has none of this release, such as `best.ckpt`."""
+    try:
+        return ResumePoint.model_validate(content[RUN])
+    except (KeyError, ValidationError):
+        return None
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file, flushes it to disk, and renames it.
+
+    A kill at any byte therefore leaves the previous checkpoint intact. The format of torch is a zip with a CRC-32 of
+    every record, which `read_checkpoint` verifies.
     """
 
     def save_checkpoint(self, checkpoint: Checkpoint, path: Any, storage_options: Any = None) -> None:
         """Writes `path`.
 
         Raises:
-            DataError: Where the disk is full or not to be written; the last checkpoint is still there.
+            DataError: If the disk is full or cannot be written; the previous checkpoint is still there.
         """
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
@@ -42,17 +89,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             partial.replace(path)
             sync_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # torch's writer wraps what the disk says
+        except (OSError, RuntimeError) as error:  # torch wraps the system's error
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or _reason(error)
             raise DataError(
                 f"{path} could not be written: {reason}\n  The checkpoints before it are still there: "
-                "make room, and go on with --resume auto."
+                "make room, and resume with --resume auto."
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> Any:
-        """Reads `path`, plain data alone."""
+        """Reads `path`; only plain data and tensors are accepted."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -66,7 +113,7 @@ def _reason(error: BaseException) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a rename to disk, where the system lets folders be synced."""
+    """Flushes a rename to disk, if the system can flush folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -76,10 +123,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint of ours.
+    """Reads and verifies a checkpoint.
 
     Raises:
-        DataError: Where the file is missing, torn, altered, or of another kind: which.
+        DataError: If the file is missing, truncated, altered, or not a checkpoint of a task.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -91,32 +138,37 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except DataError:
         raise
-    except Exception as error:  # whatever a damaged file makes zipfile and torch raise
+    except Exception as error:  # whatever zipfile and torch raise for a damaged file
         size = path.stat().st_size
         raise DataError(f"{path}: damaged, {size:,} bytes ({type(error).__name__}: {error})"[:300]) from None
     if not isinstance(content, dict) or "state_dict" not in content or "global_step" not in content:
-        raise DataError(f"{path}: not a checkpoint of ours")
+        raise DataError(f"{path}: not a checkpoint of sis-lightning")
     return content
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint with the most steps among a run's that loads and can be gone on from.
+    """The intact checkpoint with the most steps from which a run can be resumed.
+
+    Corrupt checkpoints are skipped in favour of the most recent intact one.
 
     Args:
         folder: The run's `checkpoints/`.
-        report: Gets a line for each file that is skipped.
+        report: Is called with a line for each file that is skipped.
+
+    Returns:
+        Its path; None if there is none.
     """
     found: list[tuple[int, bool, Path]] = []
     for path in sorted(folder.glob("*.ckpt")):
         if path.name == "best.ckpt":
             continue
         try:
-            content = read_checkpoint(path)
+            point = resume_point(read_checkpoint(path))
         except DataError as error:
             report(f"skipped {error}")
             continue
-        if RUN not in content:
-            report(f"skipped {path}: it cannot be gone on from (written by an older release)")
+        if point is None:
+            report(f"skipped {path}: a run cannot be resumed from it (written by another release)")
             continue
-        found.append((content[RUN]["batches"], path.name == "last.ckpt", path))
+        found.append((point.batches, path.name == "last.ckpt", path))
     return max(found)[2] if found else None

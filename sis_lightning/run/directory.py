@@ -1,4 +1,4 @@
-"""Whose a run's directory is, and what a fit that begins in it goes on from."""
+"""The directory of a run: who may write into it, and from which checkpoint a fit resumes."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sis_lightning.config.compose import FREE_TO_CHANGE, changes
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.run.checkpoints import RUN, newest_checkpoint, read_checkpoint
+from sis_lightning.run import history
+from sis_lightning.run.checkpoints import ResumePoint, newest_checkpoint, read_checkpoint, resume_point
+from sis_lightning.run.effects import effective_changes
 
 _held: list[tuple[FileLock, Path, list[Path]]] = []
 
 
-def claim(folder: Path) -> None:
-    """Makes `folder` this process' own until `release`, or the process' end, however it ends.
+def lock(folder: Path) -> None:
+    """Reserves `folder` for this process until `unlock`, or until the process ends, however it ends.
 
     Raises:
-        UsageError: Where another fit has it.
-        DataError: Where it cannot be written.
+        UsageError: If another fit holds the lock.
+        DataError: If the folder cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    # Not by mere existence of a file, where a disk has no locks: a killed job's would bar it on every other host.
-    # A second, as whoever asks whether a fit runs here holds it for an instant.
-    lock = FileLock(folder / ".lock", timeout=1, fallback_to_soft=False)
+    # Not by the mere existence of a file on disks without locks: a killed job's file would bar every other host.
+    # A timeout of a second, since `status` holds the lock for an instant.
+    file_lock = FileLock(folder / ".lock", timeout=1, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        file_lock.acquire()
     except Timeout:
         raise UsageError(
-            f"another fit is writing into {folder}: wait for it, or take another directory (--run_dir DIR)"
+            f"another fit is writing into {folder}: wait for it, or choose another directory (--run_dir DIR)"
         ) from None
-    except NotImplementedError:  # a disk without locks: nobody can be told from another
+    except NotImplementedError:  # a disk without locks
         return
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOTSUP):
             return
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
-    _held.append((lock, folder, made))
+    _held.append((file_lock, folder, made))
 
 
-def release() -> None:
-    """Gives all claimed directories up; those in which nothing was written are gone as they came."""
+def unlock() -> None:
+    """Releases all locks of this process, and removes folders that were made for them and stayed empty."""
     while _held:
-        lock, folder, made = _held.pop()
-        lock.release()
+        file_lock, folder, made = _held.pop()
+        file_lock.release()
         if made and [path.name for path in folder.iterdir()] == [".lock"]:
             (folder / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -58,68 +59,73 @@ def release() -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Removes what a fit and what came after it wrote; a job's script and output stay."""
-    for part in ("checkpoints", "csv", "tensorboard", "pictures", "predictions", "test_results"):
+    """Removes what fit, test and predict wrote; a job's script and output stay."""
+    for part in ("checkpoints", "csv", "tensorboard", "images", "predictions", "test_results"):
         shutil.rmtree(folder / part, ignore_errors=True)
-    for path in (folder / "test.json", folder / "starts.json", *folder.glob("config*.yaml")):
+    for path in (folder / "test.json", folder / history.FILE, *folder.glob("config*.yaml")):
         path.unlink(missing_ok=True)
 
 
-def set_aside(folder: Path, path: Path, run: dict[str, Any]) -> None:
-    """Renames what a run wrote after the checkpoint `path` of its own, from which it now takes another course."""
+def set_aside(folder: Path, path: Path, point: ResumePoint) -> None:
+    """Renames the checkpoints that a run wrote after the one from which it is resumed now.
+
+    Args:
+        folder: The run's directory.
+        path: The checkpoint from which it is resumed.
+        point: The resume point in that checkpoint.
+    """
     if path.resolve().parent != (folder / "checkpoints").resolve():
         return
     for other in path.parent.glob("*.ckpt"):
         if other.name == "best.ckpt" or other.samefile(path):
             continue
         with contextlib.suppress(DataError):
-            if read_checkpoint(other).get(RUN, {}).get("batches", 0) > run["batches"]:
+            later = resume_point(read_checkpoint(other))
+            if later is not None and later.batches > point.batches:
                 other.rename(other.with_name(f"{other.name}.set-aside"))
 
 
-def point_to_resume(
+def find_resume_point(
     folder: Path, resume: str, config: dict[str, Any], changed: bool, report: Callable[[str], None]
-) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a fit goes on from, and what it holds of its run; None where it begins anew.
+) -> tuple[Path, ResumePoint] | None:
+    """The checkpoint from which a fit resumes, and its resume point.
 
     Args:
         folder: The run's directory.
-        resume: `auto` (the directory's run, if any), `never`, or a checkpoint.
-        config: The fit's, resolved.
-        changed: Whether to go on under another configuration than the checkpoint's.
-        report: Gets lines for people: files that are skipped, settings that differ.
+        resume: `auto` (the directory's run, if there is one), `never`, or a checkpoint file.
+        config: The fit's resolved configuration.
+        changed: Whether to resume under another configuration than the checkpoint's.
+        report: Is called with lines to print: files that are skipped, options that differ.
+
+    Returns:
+        None if the fit starts from the beginning.
 
     Raises:
-        UsageError: Where the directory has a run that is not to be gone on with, or the configuration differs: in what.
-        DataError: Where the checkpoint is missing, damaged, or none that a fit can go on from.
+        UsageError: If the directory holds a run that is not to be resumed, or the configuration differs.
+        DataError: If the checkpoint is missing, damaged, or has no resume point.
     """
     checkpoints = folder / "checkpoints"
     if resume == "never":
         if any(checkpoints.glob("*.ckpt")):
             raise UsageError(
                 f"{folder} holds a run already.\n"
-                "  Go on with it: --resume auto. Another directory: --run_dir DIR.\n"
-                "  Start afresh and lose the old one: --overwrite true."
+                "  Resume it: --resume auto. Use another directory: --run_dir DIR.\n"
+                "  Start from the beginning and lose the old run: --overwrite true."
             )
         return None
     path = newest_checkpoint(checkpoints, report) if resume == "auto" else Path(resume)
     if path is None:
         return None
-    content = read_checkpoint(path)
-    if RUN not in content:
-        raise DataError(f"{path} holds weights for test and predict, but is not a point to go on from")
-    run: dict[str, Any] = content[RUN]
-    shown = [
-        f"  {key}: {before!r} before, {now!r} now"
-        for key, before, now in changes(run["config"], config)
-        if not key.startswith(FREE_TO_CHANGE)
-    ]
+    point = resume_point(read_checkpoint(path))
+    if point is None:
+        raise DataError(f"{path} holds weights for test and predict, but a run cannot be resumed from it")
+    shown = [f"  {key}: {before!r} before, {now!r} now" for key, before, now in effective_changes(point.config, config)]
     if shown and not changed:
         more = [f"  and {len(shown) - 2} more"] if len(shown) > 2 else []
         raise UsageError(
             "\n".join([f"{path} was written under another configuration:", *shown[:2], *more])
-            + "\n  Go on all the same: --resume_changed true."
+            + "\n  Resume it all the same: --resume_changed true."
         )
     if shown:
-        report("\n".join(["going on under a changed configuration, no longer the same run:", *shown]))
-    return path, run
+        report("\n".join(["resuming under a changed configuration, no longer the same run:", *shown]))
+    return path, point

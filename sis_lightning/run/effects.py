@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -33,8 +33,19 @@ def effect_of(key: str, config: Mapping[str, Any], value: Any = None) -> Effect:
     if parts[0] in ("model", "data"):
         if len(parts) < 3 or parts[1] != "init_args":
             return Effect.NETWORK if parts[0] == "model" else Effect.RESULT
-        return _effects_of_class(str(config[parts[0]]["class_path"])).get(parts[2], Effect.RESULT)
+        return declared_effect(_effects_of_class(str(config[parts[0]]["class_path"])), parts[2:])
     return RunOptions.option_effects.get(parts[0], Effect.RESULT)
+
+
+def declared_effect(effects: Mapping[str, Effect], parts: Sequence[str]) -> Effect:
+    """The effect of a nested option: what is declared for the longest of its prefixes, RESULT if nothing is.
+
+    Args:
+        effects: Effects by dotted key, such as `detector` and `detector.box_score_thresh`.
+        parts: The keys that lead to the option.
+    """
+    keys = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((effects[key] for key in keys if key in effects), Effect.RESULT)
 
 
 @functools.cache
@@ -93,3 +104,21 @@ def effective_changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]
         for key, old, new in changes(before, now)
         if effect_of(key, now, new) is not Effect.NOTHING or effect_of(key, before, old) is not Effect.NOTHING
     ]
+
+
+def changed_recipe(trained: Config, tested: Config) -> tuple[list[tuple[str, Any, Any]], list[tuple[str, Any, Any]]]:
+    """In what a test's configuration differs from the training's.
+
+    Returns:
+        The changed options of the recipe, and those of how the numbers are computed, each with both values. An option
+        that is off in one and absent in the other is not changed.
+    """
+    before, now = ({k: v for k, v in settled(config).items() if v is not False} for config in (trained, tested))
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    computed = [
+        key
+        for key in keys
+        if effect_of(key, trained, before.get(key)) is effect_of(key, tested, now.get(key)) is Effect.NUMERICS
+    ]
+    changed = {key: (key, before.get(key), now.get(key)) for key in keys}
+    return [changed[key] for key in keys if key not in computed], [changed[key] for key in computed]

@@ -1,4 +1,7 @@
-"""What is known of a run's starts, in `starts.json` of its directory. Imports nothing heavy."""
+"""A run's history: when it was started, how far each start came and how it ended, in `history.json` of its directory.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -8,71 +11,104 @@ import os
 import re
 import socket
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
 
-Start = dict[str, Any]
+FILE = "history.json"
+#: So many starts in a row without a step, and a job is not requeued again.
+STARTS_WITHOUT_A_STEP = 3
+
+
+class Start(BaseModel):
+    """One start of a run.
+
+    Attributes:
+        began: Time in ISO 8601, UTC.
+        host: Name of the machine.
+        job: Job number in SLURM; None outside of it.
+        from_step: Optimizer steps that were done before this start.
+        step: Optimizer steps done, by the newest checkpoint or at the end.
+        epoch: Epochs completed at that time.
+        ended: Time of the end; None while the start is at work, and if it was killed.
+        how: How it ended: `finished`, `stopped early`, `requeued`, a signal's or an error's name; None as for `ended`.
+    """
+
+    began: str
+    host: str
+    job: str | None = None
+    from_step: int
+    step: int
+    epoch: int = 0
+    ended: str | None = None
+    how: str | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that it ran; None if it was killed, so that nobody knows."""
+        if self.ended is None:
+            return None
+        return (datetime.fromisoformat(self.ended) - datetime.fromisoformat(self.began)).total_seconds()
+
+
+_STARTS = TypeAdapter(list[Start])
 
 
 def job_id() -> str | None:
-    """This job as SLURM's commands name it: of an array, the element."""
+    """This job as SLURM's commands name it: for an array, the element."""
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 
-def read_starts(run: Path) -> list[Start]:
+def read_history(run: Path) -> list[Start]:
     """All starts of a run, the oldest first.
 
+    Args:
+        run: The run's directory.
+
     Raises:
-        DataError: Where the file is damaged.
+        DataError: If the file is damaged.
     """
-    path = run / "starts.json"
+    path = run / FILE
     if not path.is_file():
         return []
     try:
-        starts: list[Start] = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    return starts
+        return _STARTS.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(f"{path}: not a run history ({error.errors()[0]['msg']})") from None
 
 
-def begin(run: Path, step: int) -> None:
-    """Adds a start."""
-    starts = read_starts(run)
-    starts.append(
-        {
-            "began": _now(),
-            "host": socket.gethostname(),
-            "job": job_id(),
-            "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "from_step": step,
-            "ended": None,
-            "how": None,
-        }
-    )
-    write_text(run / "starts.json", json.dumps(starts, indent=1) + "\n")
+def _write(run: Path, starts: Sequence[Start]) -> None:
+    write_text(run / FILE, json.dumps([start.model_dump() for start in starts], indent=1) + "\n")
+
+
+def begin(run: Path, step: int, epoch: int = 0) -> None:
+    """Adds a start, which begins after so many steps and epochs."""
+    start = Start(began=_now(), host=socket.gethostname(), job=job_id(), from_step=step, step=step, epoch=epoch)
+    _write(run, [*read_history(run), start])
+
+
+def reach(run: Path, step: int, epoch: int) -> None:
+    """Notes how far the newest start has come."""
+    _update(run, step=step, epoch=epoch)
 
 
 def end(run: Path, how: str) -> None:
-    """Says how the newest start ended."""
-    starts = read_starts(run)
+    """Notes how the newest start ended."""
+    _update(run, ended=_now(), how=how)
+
+
+def _update(run: Path, **values: object) -> None:
+    starts = read_history(run)
     if starts:
-        starts[-1].update(ended=_now(), how=how)
-        write_text(run / "starts.json", json.dumps(starts, indent=1) + "\n")
-
-
-def seconds(start: Start) -> float | None:
-    """How long a start ran; None where nobody knows, as it was killed."""
-    if start["ended"] is None:
-        return None
-    return (datetime.fromisoformat(start["ended"]) - datetime.fromisoformat(start["began"])).total_seconds()
+        _write(run, [*starts[:-1], starts[-1].model_copy(update=values)])
 
 
 def _now() -> str:
@@ -80,34 +116,48 @@ def _now() -> str:
 
 
 def requeue(run: Path, step: int, max_restarts: int) -> str:
-    """Puts this job back into SLURM's queue; returns what was done, for people.
+    """Puts this job back into SLURM's queue.
 
-    Not where there is no job, where it was done `max_restarts` times already, or where this start made no step: it
-    would go on so for ever.
+    A job is not requeued if it was requeued `max_restarts` times already, or if `STARTS_WITHOUT_A_STEP` starts in a row
+    made no step: it would be requeued for ever. On a busy cluster one start may well spend its whole time on imports.
+
+    Args:
+        run: The run's directory.
+        step: Optimizer steps done by now.
+        max_restarts: How often a job is requeued at most.
+
+    Returns:
+        What was done, as a sentence.
     """
     job = job_id()
     if job is None or not re.fullmatch(r"\d+(_\d+)?", job):
-        return "not in a SLURM job: nothing to put back into the queue"
+        return "Not in a SLURM job, so nothing was requeued."
     count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if count >= max_restarts:
-        return f"job {job} was put back into the queue {count} times already: not again"
-    starts = read_starts(run)
-    if starts and step <= starts[-1]["from_step"]:
-        return f"job {job} made no step since its last start: not put back into the queue"
+        return f"Job {job} was requeued {count} times already, and is not requeued again."
+    starts = read_history(run)
+    idle = 0
+    for start in reversed(starts):
+        if (step if start is starts[-1] else start.step) > start.from_step:
+            break
+        idle += 1
+    if idle >= STARTS_WITHOUT_A_STEP:
+        return f"Job {job} made no step in its last {idle} starts, and is not requeued: give it more --time."
     end(run, "requeued")
     try:
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    except OSError as error:  # as in a container that has not SLURM's commands
+    except OSError as error:  # such as in a container without SLURM's commands
         end(run, "requeue failed")
-        return f"scontrol cannot be run here ({error.strerror}): submit again, it goes on"
+        return f"scontrol cannot be run here ({error.strerror}): submit the job again, and it resumes."
     if result.returncode:
         end(run, "requeue failed")
         return f"scontrol requeue {job} failed: {result.stderr.strip()}"
-    return f"job {job} is back in the queue (restart {count + 1})"
+    note = f"; no step since its start, try {idle} of {STARTS_WITHOUT_A_STEP}" if idle else ""
+    return f"Job {job} is requeued (restart {count + 1}{note})."
 
 
 def is_running(run: Path) -> bool:
-    """Whether a fit holds the run's directory, on this or another machine of a shared disk."""
+    """Whether a fit holds the lock of the run's directory, on this or another machine of a shared disk."""
     lock = run / ".lock"
     if not lock.is_file():
         return False
@@ -120,8 +170,8 @@ def is_running(run: Path) -> bool:
         return True
 
 
-def last_row(run: Path) -> dict[str, str]:
-    """The newest step and epoch in the run's metrics, and the newest value of each metric."""
+def newest_metrics(run: Path) -> dict[str, str]:
+    """The newest value of each column of the run's `metrics.csv`."""
     path = run / "csv" / "fit" / "metrics.csv"
     newest: dict[str, str] = {}
     if path.is_file():

@@ -1,4 +1,4 @@
-"""The run's metrics as CSV, which a resumed run goes on with: no row lost, none twice."""
+"""The run's metrics as CSV and in TensorBoard; a resumed run loses no row, and writes none twice."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import csv
 import io
 import math
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -16,7 +18,16 @@ from sis_lightning.files import write_text
 
 
 def curves(run: Path, metric: str, points: int = 200) -> dict[str, list[tuple[int, float]]]:
-    """How a run learnt: (steps done, value) of its loss and of `metric`, thinned to at most `points` each."""
+    """Learning curves of a run.
+
+    Args:
+        run: The run's directory.
+        metric: Name of the metric beside the training loss, such as `val/miou`.
+        points: The largest number of points of a curve; longer ones are thinned.
+
+    Returns:
+        Points (steps done, value) by metric.
+    """
     path = run / "csv" / "fit" / "metrics.csv"
     found: dict[str, list[tuple[int, float]]] = {"train/loss": [], metric: []}
     if path.is_file():
@@ -29,12 +40,12 @@ def curves(run: Path, metric: str, points: int = 200) -> dict[str, list[tuple[in
 
 
 class MetricsCSV(Logger):
-    """`metrics.csv`: a row for each call of `log_metrics`, a column for each metric.
+    """Writes `metrics.csv`: a row for each call of `log_metrics`, a column for each metric.
 
-    A file that is there already begins anew, unless `resume` keeps its first rows.
+    An existing file is overwritten, unless `resume` keeps its first rows.
 
     Args:
-        folder: Where it lies.
+        folder: Folder of the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,22 +59,22 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """The folder's."""
+        """Name of the folder."""
         return self.path.parent.name
 
     @property
     def version(self) -> str:
-        """There is one."""
+        """Empty: there is one version."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """Where it lies."""
+        """The folder."""
         return str(self.path.parent)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """They are in config.yaml."""
+        """Writes nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -76,7 +87,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Brings the waiting rows into the file."""
+        """Writes the waiting rows into the file."""
         if not self._started:
             self._start()
         if not self.waiting:
@@ -92,7 +103,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Saves."""
+        """Writes the waiting rows into the file."""
         self.save()
 
     @rank_zero_only
@@ -101,13 +112,13 @@ class MetricsCSV(Logger):
         columns, rows = self._read()
         kept = rows[: self._keep]
         self.rows -= self._keep - len(kept)  # another directory's file, or one that lost rows with its machine
-        # Columns that only rows after the kept ones had will come again, in the order in which they came.
+        # Columns that only later rows had are added again, in the order in which they were added before.
         used = {key for row in kept for key, value in row.items() if value}
         self.columns = [key for key in columns if key in used or key in ("epoch", "step")] or self.columns
         self._rewrite(kept)
 
     def resume(self, rows: int) -> None:
-        """Keeps the first `rows` rows of the file that is there."""
+        """Keeps the first `rows` rows of the existing file."""
         self._keep = self.rows = rows
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
@@ -124,3 +135,30 @@ class MetricsCSV(Logger):
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's events, with the metrics of a validation at the number of steps done before it.
+
+    Lightning logs them one step earlier, beside the losses of the last batch. A run that is resumed at the validation
+    would then write them twice: what is purged on resume begins at the number of steps done.
+
+    Args:
+        folder: Folder of all commands' events.
+        name: Command, such as `fit`.
+        purge_step: Events of this step and later ones, of a start that was killed, are not displayed.
+
+    Attributes:
+        steps_done: Returns the number of optimizer steps done; None outside of `fit`.
+    """
+
+    def __init__(self, folder: Path, name: str, purge_step: int) -> None:
+        super().__init__(folder, name=name, version="", default_hp_metric=False, purge_step=purge_step)
+        self.steps_done: Callable[[], int] | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Writes scalars."""
+        if self.steps_done is not None and any(key.startswith("val/") for key in metrics):
+            step = self.steps_done()
+        super().log_metrics(metrics, step)

@@ -1,7 +1,7 @@
-"""What a run measured, as evidence: on which data, with which weights, by which code and configuration.
+"""The record of a test: what was measured, on which data, with which weights, by which code and configuration.
 
-`test` writes a record, and nothing else does. It carries a checksum of itself, so that one that was edited afterwards
-is told from one that was measured. Imports nothing heavy.
+Only `test` writes a record. It carries a checksum of its content, so that an edited record is told from one that was
+written by `test`. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,66 +14,214 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sis_lightning import __version__
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest, digest_files, write_text
 
-Record = dict[str, Any]
+VERSION = 2
 _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "segmentation-models-pytorch", "pycocotools", "numpy")
-_SCHEMA = 1
 
 
-def write_record(path: Path, content: dict[str, Any], operators: Mapping[str, type] | None = None) -> Record:
-    """Adds to what was measured when, by which code and on which machine, and a checksum; writes it.
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Code(_Plain):
+    """The code that ran.
+
+    Attributes:
+        sis_lightning: Release.
+        commit: Commit of the checkout; None if the package is installed.
+        dirty: Whether the checkout was changed since the commit; None as for `commit`.
+        digest: SHA-256 of the package's files if it is installed.
+        operators: SHA-256 of the file of each operator that took part and is not built in, by its name.
+    """
+
+    sis_lightning: str
+    commit: str | None = None
+    dirty: bool | None = None
+    digest: str | None = None
+    operators: dict[str, str] = {}
+
+
+class TestData(_Plain):
+    """The data of a test.
+
+    Attributes:
+        root: Folder of the data set.
+        identity: What the data set says it is, such as `VOC 2012` or `synthetic (seed 0, 240 images)`.
+        fingerprint: SHA-256 of the test split.
+        images: Number of images that were scored.
+        trained_on: SHA-256 of the training split of each start; more than one if it was changed.
+        notes: What else is to be said of it, such as whose person boxes were used.
+    """
+
+    root: str
+    identity: str
+    fingerprint: str
+    images: int
+    trained_on: list[str] = []
+    notes: dict[str, str] = {}
+
+
+class TestedCheckpoint(_Plain):
+    """The checkpoint that was tested.
+
+    Attributes:
+        file: Its path.
+        sha256: Of the file.
+        step: Optimizer steps done.
+        epoch: Epochs completed.
+        finished: Whether the training had come to its end.
+    """
+
+    file: str
+    sha256: str
+    step: int
+    epoch: int
+    finished: bool
+
+
+class Training(_Plain):
+    """How the tested checkpoint was trained.
+
+    Attributes:
+        restarts: How often the run was resumed.
+        seconds: Seconds of all starts together; None if a start was killed, so that nobody knows.
+        devices: The most devices of any start; None if unknown.
+        changed: Options that were changed on the way.
+        code: The code of every start.
+    """
+
+    restarts: int
+    seconds: float | None
+    devices: int | None
+    changed: list[str] = []
+    code: list[Code] = []
+
+
+class OptionChange(_Plain):
+    """An option that the test had otherwise than the training.
+
+    Attributes:
+        trained: Its value in the training.
+        tested: Its value in the test.
+    """
+
+    trained: Any
+    tested: Any
+
+
+class TestRecord(_Plain):
+    """What `sis-lightning test` measured.
+
+    Attributes:
+        version: Of this layout.
+        task: Name of the run's task, such as `seg_voc`.
+        backbone: Short name of the backbone and its operator.
+        primary_metric: The metric that chooses checkpoints, such as `test/miou`.
+        metrics: All metrics; None for one that is not defined, such as the IoU of a class that occurs nowhere.
+        data: The data of the test.
+        seed: Seed of the training; None if unknown.
+        config: Resolved configuration of the training.
+        config_hash: SHA-256 of everything in it that has an effect.
+        recipe_hash: SHA-256 of its recipe: without how the numbers are computed.
+        tested_otherwise: The options of the recipe that the test had otherwise, by dotted key.
+        computed_otherwise: The options of how the numbers are computed that the test had otherwise, such as precision.
+        checkpoint: The checkpoint.
+        training: How it was trained.
+        curves: Points (steps done, value) of the training loss and of the primary metric on the val split.
+        device: Name of the device of the test.
+        code: The code of the test.
+        versions: Releases of the libraries, by package.
+        python: Release of Python.
+        date: Time of the test in ISO 8601, UTC.
+        checksum: SHA-256 of all of the above.
+    """
+
+    version: Literal[2] = VERSION
+    task: str
+    backbone: str
+    primary_metric: str
+    metrics: dict[str, float | None]
+    data: TestData
+    seed: int | None
+    config: dict[str, Any]
+    config_hash: str
+    recipe_hash: str
+    tested_otherwise: dict[str, OptionChange] = {}
+    computed_otherwise: dict[str, OptionChange] = {}
+    checkpoint: TestedCheckpoint
+    training: Training
+    curves: dict[str, list[tuple[int, float]]] = {}
+    device: str
+    code: Code
+    versions: dict[str, str]
+    python: str
+    date: str
+    checksum: str = ""
+
+
+def environment(operators: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """The fields of a record that say by which code, on which releases and when it is written.
 
     Args:
-        path: Of the file.
-        content: `metrics`, `data`, `config`, `checkpoint` and so on: plain data without NaN.
-        operators: That took part and are not ours.
+        operators: The operators that took part and are not built in, by name.
     """
-    record: Record = {
-        "schema": _SCHEMA,
-        **content,
-        "code": code(operators or {}),
+    return {
+        "code": running_code(operators or {}),
         "versions": {package: version(package) for package in _PACKAGES if _installed(package)},
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return write_sealed(path, record)
 
 
-def read_record(path: Path) -> Record:
+def write_record(path: Path, record: TestRecord) -> TestRecord:
+    """Writes a record with its checksum; returns it with that."""
+    content = record.model_dump(mode="json", exclude={"checksum"})
+    return record.model_copy(update={"checksum": write_with_checksum(path, content)["checksum"]})
+
+
+def read_record(path: Path) -> TestRecord:
     """Reads a record.
 
     Raises:
-        DataError: Where it is none, of another release's form, or was edited after it was measured.
+        DataError: If the file is missing, is not a record of this release, or was edited after `test` wrote it.
     """
-    record = read_sealed(path, "sis-lightning test")
-    if "metrics" not in record:
+    content = read_with_checksum(path, "sis-lightning test")
+    if "metrics" not in content:
         raise DataError(f"{path}: not a record of sis-lightning test")
-    if record.get("schema") != _SCHEMA:
-        raise DataError(f"{path}: a record of form {record.get('schema')}, this release reads {_SCHEMA}: test again")
-    return record
+    if content.get("version") != VERSION:
+        known = content.get("version", content.get("schema"))
+        raise DataError(f"{path}: a record of version {known}, this release reads version {VERSION}: test again")
+    try:
+        return TestRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: not a record of sis-lightning test ({place}: {first['msg']})") from None
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Writes plain data with a checksum of itself; returns it with that."""
-    sealed = {**content, "checksum": digest(content)}
-    write_text(path, json.dumps(sealed, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-    return sealed
+def write_with_checksum(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Writes plain data as JSON with a checksum of itself under `checksum`; returns it with that."""
+    whole = {**content, "checksum": digest(content)}
+    write_text(path, json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    return whole
 
 
-def read_sealed(path: Path, origin: str) -> dict[str, Any]:
-    """Reads what `write_sealed` wrote.
+def read_with_checksum(path: Path, origin: str) -> dict[str, Any]:
+    """Reads what `write_with_checksum` wrote.
 
     Args:
-        path: Of the file.
+        path: The file.
         origin: The command that writes such files.
 
     Raises:
-        DataError: Where it is none, or was edited since.
+        DataError: If it is not such a file, or its content does not match its checksum.
     """
     try:
         content = json.loads(path.read_bytes(), parse_constant=_no_constant)
@@ -84,12 +232,12 @@ def read_sealed(path: Path, origin: str) -> dict[str, Any]:
     if not isinstance(content, dict) or "checksum" not in content:
         raise DataError(f"{path}: not a record of {origin}")
     if digest({key: value for key, value in content.items() if key != "checksum"}) != content["checksum"]:
-        raise DataError(f"{path}: edited after it was measured (its checksum is another): {origin} again")
+        raise DataError(f"{path}: edited after it was written (its checksum does not match): {origin} again")
     return content
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"JSON has no {name}")
 
 
 def _installed(package: str) -> bool:
@@ -99,15 +247,15 @@ def _installed(package: str) -> bool:
         return False
 
 
-def code(operators: Mapping[str, type]) -> dict[str, Any]:
-    """The code that runs: its release, its commit and whether it was changed since, or a digest where it is installed.
+def running_code(operators: Mapping[str, type]) -> Code:
+    """The code that runs now.
 
     Args:
-        operators: That take part and are not ours: of these, a digest of the file in which each is written.
+        operators: The operators that take part and are not built in, by name.
     """
     sources = {name: inspect.getsourcefile(operator) for name, operator in operators.items()}
     digests = {name: digest_files([Path(file)], Path(file).parent) for name, file in sources.items() if file}
-    return {"sis_lightning": __version__, **_commit(), **({"operators": digests} if operators else {})}
+    return Code(sis_lightning=__version__, operators=digests, **_commit())
 
 
 def _commit() -> dict[str, Any]:
@@ -124,5 +272,5 @@ def _commit() -> dict[str, Any]:
     # A package that is installed below another project's checkout is not that project's code.
     if git("ls-files", "--error-unmatch", str(here / "__init__.py")) is None:
         return {"digest": digest_files([*here.rglob("*.py")], here)}
-    # Where git does not answer, nobody can say that nothing was changed.
+    # If git does not answer, nobody can say that nothing was changed.
     return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain", "--", str(here)) != ""}

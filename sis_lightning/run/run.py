@@ -32,7 +32,7 @@ from sis_lightning.config_files import read_yaml
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.option_effects import Effect, effects_of
-from sis_lightning.run.effects import changes
+from sis_lightning.run.effects import changes, declared_effect
 from sis_lightning.run.failures import explained
 from sis_lightning.run.options import RunOptions
 from sis_lightning.run.parser import build, run_parser
@@ -184,10 +184,17 @@ class Run:
             ) from None
         effects = effects_of(type(self.task))
         asked = dict(self.task.hparams)
-        keys = [key for key in sorted(saved.keys() & asked.keys()) if effects.get(key) is Effect.NETWORK]
-        differences = list(changes({key: saved[key] for key in keys}, {key: asked[key] for key in keys}, "model"))
+        common = saved.keys() & asked.keys()
+        differences = [
+            (key, old, new)
+            for key, old, new in changes({key: saved[key] for key in common}, {key: asked[key] for key in common})
+            if declared_effect(effects, key.split(".")) is Effect.NETWORK
+        ]
         if differences:
-            shown = [f"  {key}: {old!r} in the checkpoint, {new!r} asked for" for key, old, new in differences[:3]]
+            shown = [
+                f"  model.{key}: {old!r} in the checkpoint, {new!r} asked for"
+                for key, old, new in sorted(differences)[:3]
+            ]
             raise DataError(
                 "\n".join([f"{path} is of another network:", *shown])
                 + "\n  Give the options that it was trained with, or its run's config.yaml as --config."

@@ -1,4 +1,4 @@
-"""Jobs for SLURM: a script that a person can read, handed to `sbatch`; and how runs fare."""
+"""Jobs for SLURM: a readable script, submitted by `sbatch`; and the state of runs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from sis_lightning.config.compose import load_layer
 from sis_lightning.config_files import find_config
 from sis_lightning.errors import DataError, UsageError, nearest
 from sis_lightning.files import write_text
-from sis_lightning.run.history import is_running, last_row, read_starts
+from sis_lightning.run import history
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a script needs to know of a cluster: a file in `configs/slurm/`.
+    """What a script needs to know about a cluster: a file in `configs/slurm/`.
 
     Attributes:
-        partition: And `account`, `qos`, `constraint`: sbatch's; None for the cluster's default.
-        cpus_per_task: For the DataModule's workers.
-        mem: A node, such as `64G`.
-        modules: To load.
+        partition: Partition of sbatch; None for the cluster's default.
+        account: Account of sbatch; None for the user's default.
+        qos: Quality of service of sbatch; None for the default.
+        constraint: Constraint of sbatch on the nodes; None for none.
+        cpus_per_task: Number of cores of each process, for the DataModule's workers.
+        mem: Memory of each node, such as `64G`; None for the cluster's default.
+        modules: Environment modules to load.
         setup: Lines of shell before the run.
-        container: Put before python.
-        python: That sis-lightning is installed in.
-        signal_seconds: Before the time limit: saves, and puts the job back into the queue.
-        max_restarts: Of that kind.
+        container: Command before python, such as `apptainer exec --nv image.sif`.
+        python: The Python in which sis-lightning is installed.
+        signal_seconds: How many seconds before the time limit the run is saved and the job requeued.
+        max_restarts: How often a job is requeued at most.
     """
 
     partition: str | None = None
@@ -51,10 +54,13 @@ class Cluster:
 
 
 def read_cluster(name: str) -> Cluster:
-    """A file in `configs/slurm/` by its name.
+    """Reads a file of `configs/slurm/`.
+
+    Args:
+        name: Name of the file, without its ending.
 
     Raises:
-        UsageError: For a file that is not there, or keys that a cluster does not have.
+        UsageError: If there is no such file, or it has an unknown key or an invalid value.
     """
     path = find_config(name, "configs/slurm")
     content = load_layer(path)
@@ -71,10 +77,10 @@ def read_cluster(name: str) -> Cluster:
 
 
 def seeds_of(array: str) -> list[int]:
-    """The seeds of `seeds=0..4` or `seeds=0,2,7`.
+    """The seeds that `seeds=0..4` or `seeds=0,2,7` names.
 
     Raises:
-        UsageError: For anything else.
+        UsageError: If it is neither.
     """
     key, _, text = array.partition("=")
     span = re.fullmatch(r"(\d+)\.\.(\d+)", text)
@@ -101,16 +107,16 @@ def script(
     """The text of a job's script.
 
     Args:
-        cluster: Where it runs.
+        cluster: The cluster on which it runs.
         command: `fit` and its options.
-        name: Of the job.
+        name: Name of the job.
         log: Folder of its output.
-        nodes: How many.
-        gpus_per_node: Of each; 0 for none.
-        tasks_per_node: Processes of each node, one a device.
-        time: The limit, as sbatch takes it.
-        seeds: One element of an array for each; None for a single job.
-        then_test: Whether `test` follows once the fit has ended.
+        nodes: Number of nodes.
+        gpus_per_node: Number of GPUs of each node, 0 for none.
+        tasks_per_node: Number of processes of each node, one for each device.
+        time: Time limit, as sbatch takes it.
+        seeds: Seeds of a job array, one element for each; None for a single job.
+        then_test: Whether `test` follows when the fit has ended.
     """
     options: dict[str, Any] = {
         "job-name": name,
@@ -135,10 +141,10 @@ def script(
     lines += [*cluster.setup, ""]
     seed = ["--seed_everything=$SLURM_ARRAY_TASK_ID"] if seeds is not None else []
     start = [*shlex.split(cluster.container or ""), cluster.python, "-m", "sis_lightning"]
-    lines.append("# SLURM's signal before the time limit can come before Python is up: until then it is ignored.")
+    lines.append("# SLURM's signal before the time limit may come before Python has started: until then it is ignored.")
     for one in [command, *([["test", *command[1:]]] if then_test else [])]:
         lines += [
-            # Since SLURM 22.05 srun does not take it from the job.
+            # Since SLURM 22.05 srun does not inherit it from the job.
             f"srun --cpus-per-task={cluster.cpus_per_task} --kill-on-bad-exit=1 "
             'bash -c \'trap "" USR1; exec "$@"\' - \\',
             "  " + " \\\n  ".join([" ".join(map(shlex.quote, [*start, *one])), *seed]),
@@ -150,7 +156,7 @@ def sbatch(path: Path) -> str:
     """Submits a script; returns the job's number.
 
     Raises:
-        DataError: Where there is no SLURM, or it refuses: its own words.
+        DataError: If there is no SLURM, or it refuses the job; the message quotes it.
     """
     try:
         result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
@@ -174,10 +180,25 @@ def submit(
     then_test: bool,
     dry_run: bool,
 ) -> str:
-    """Writes a job's script into `folder` and submits it, or gives its text alone.
+    """Writes a job's script into a folder and submits it.
+
+    Args:
+        command: `fit` and its options.
+        folder: Folder for the script and the job's output.
+        cluster: The cluster on which it runs.
+        nodes: Number of nodes.
+        gpus_per_node: Number of GPUs of each node, 0 for none.
+        tasks_per_node: Number of processes of each node.
+        time: Time limit, as sbatch takes it.
+        seeds: Seeds of a job array; None for a single job.
+        then_test: Whether `test` follows when the fit has ended.
+        dry_run: Whether only the text is returned, and nothing written or submitted.
 
     Returns:
-        The script for `dry_run`, else a line with the job's number.
+        The script's text if `dry_run`, otherwise a line with the job's number.
+
+    Raises:
+        DataError: If there is no SLURM, or it refuses the job.
     """
     name = "-".join(folder.parts[-3:]) if folder.parts else "sis"
     text = script(
@@ -203,7 +224,7 @@ def submit(
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
-    """What SLURM says of jobs: of those in the queue by squeue, of others by sacct; nothing where neither answers."""
+    """The states of jobs: by squeue if they are in the queue, by sacct otherwise; unknown ones are left out."""
     found: dict[str, str] = {}
     with contextlib.suppress(DataError):
         found |= _asked(jobs, "sacct", "--parsable2", "--allocations", "--format=JobID,State")
@@ -213,10 +234,10 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def queued(jobs: Sequence[str]) -> dict[str, str]:
-    """Those of the jobs that wait or are at work, an array's elements one by one, with their states.
+    """The states of those jobs that wait or run, the elements of an array separately.
 
     Raises:
-        DataError: Where SLURM does not answer.
+        DataError: If SLURM does not answer.
     """
     return _asked(jobs, "squeue", "--array", "--format=%i|%T")
 
@@ -240,47 +261,57 @@ def _asked(jobs: Sequence[str], *line: str) -> dict[str, str]:
 
 
 def _number(job: str | None) -> int:
-    """Jobs are numbered as they come; of an array, all elements alike."""
+    """The number of a job; later jobs have larger ones, and all elements of an array the same."""
     number = (job or "").partition("_")[0]
     return int(number) if number.isdigit() else -1
 
 
 def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """How runs fare: each directory below `folders` that a fit has begun in or a job was submitted from.
+    """The state of runs: of each directory below `folders` in which a fit was started or from which one was submitted.
+
+    Args:
+        folders: Folders to search.
+
+    Returns:
+        For each run a mapping with `run`, `state`, `job`, `step` and `epoch` reached, newest `metric` and `restarts`.
 
     Raises:
-        DataError: Where a folder does not exist.
+        DataError: If a folder does not exist.
     """
     runs: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such directory")
-        runs += sorted({path.parent for name in ("starts.json", "jobs.txt") for path in folder.rglob(name)})
-    begun = {run: read_starts(run) for run in runs}
+        runs += sorted({path.parent for name in (history.FILE, "jobs.txt") for path in folder.rglob(name)})
+    known = {run: history.read_history(run) for run in runs}
     # An array's own folder says nothing that its elements do not say.
-    runs = [run for run in runs if begun[run] or not any(run in other.parents and begun[other] for other in runs)]
+    runs = [run for run in runs if known[run] or not any(run in other.parents and known[other] for other in runs)]
     submitted = {run: (run / "jobs.txt").read_text().split() if (run / "jobs.txt").is_file() else [] for run in runs}
-    said = states(
-        [job for run in runs for job in submitted[run]] + [s["job"] for r in runs for s in begun[r] if s["job"]]
+    of_slurm = states(
+        [job for run in runs for job in submitted[run]] + [start.job for r in runs for start in known[r] if start.job]
     )
     rows = []
     for run in runs:
-        starts = begun[run]
-        job = max([starts[-1]["job"] if starts else None, *submitted[run][-1:]], key=_number)
-        state = said.get(job or "")
+        starts = known[run]
+        job = max([starts[-1].job if starts else None, *submitted[run][-1:]], key=_number)
+        state = of_slurm.get(job or "")
         if state in (None, "completed", "failed", "cancelled", "timeout", "node_fail", "requeued"):
-            ended = starts[-1]["how"] if starts else None
-            ours = "running" if is_running(run) else ended or ("killed" if starts else state or "submitted")
+            ended = starts[-1].how if starts else None
+            ours = "running" if history.is_running(run) else ended or ("killed" if starts else state or "submitted")
             state = f"{ours} (SLURM: {state})" if state and not ours.startswith(state) else ours
-        newest = last_row(run)
+        newest = history.newest_metrics(run)
         metric = next((key for key in sorted(newest) if key.startswith("val/") and key.count("/") == 1), None)
+        # The history knows the steps up to the newest checkpoint; the log may be ahead of it.
+        logged = int(newest["step"]) + 1 if "step" in newest else 0
         rows.append(
             {
                 "run": str(run),
                 "state": state,
                 "job": job,
-                "step": int(newest["step"]) + 1 if "step" in newest else 0,
-                "epoch": int(float(newest.get("epoch", 0))),
+                "step": max(
+                    [start.step for start in starts[-1:]] + ([logged] if state == "running" else []), default=0
+                ),
+                "epoch": starts[-1].epoch if starts else 0,
                 "metric": f"{metric} {float(newest[metric]):.4f}" if metric else "",
                 "restarts": max(0, len(starts) - 1),
             }

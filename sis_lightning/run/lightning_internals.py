@@ -1,0 +1,79 @@
+"""Everything of Lightning that its documentation does not promise, in one place.
+
+`tests/run/test_lightning_internals.py` fails with a clear message if another release of Lightning has it otherwise.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+
+
+def loops(trainer: Trainer) -> list[Any]:
+    """The loops of `fit`, the outer ones first."""
+    fit = trainer.fit_loop
+    epoch = fit.epoch_loop
+    return [fit, epoch, epoch.automatic_optimization, epoch.manual_optimization, epoch.val_loop]
+
+
+def batch_progress(trainer: Trainer) -> Any:
+    """Counts of training batches: `.total` over the run, `.current` in the epoch, each `.ready` and `.completed`."""
+    return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def epochs_completed(trainer: Trainer) -> int:
+    """Number of training epochs that were completed."""
+    return int(trainer.fit_loop.epoch_progress.current.completed)
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the newest batch made no optimizer step yet: its gradients wait for those of further batches."""
+    done = batch_progress(trainer).current.ready
+    last = done >= trainer.num_training_batches and not trainer.strategy.handles_gradient_accumulation
+    return bool(done % trainer.accumulate_grad_batches) and not last
+
+
+def restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Sets the counts of all loops of `fit`, without the restart that Lightning makes of it.
+
+    Args:
+        trainer: In the middle of `fit`.
+        state: As `trainer.fit_loop.state_dict()` returned it.
+    """
+    flags = [loop.restarting for loop in loops(trainer)]
+    trainer.fit_loop.load_state_dict(state)
+    for loop, restarting in zip(loops(trainer), flags, strict=True):  # the outer ones first: they set the inner ones
+        loop.restarting = restarting
+
+
+def keep_saved_position(checkpoint: dict[str, Any], point: Literal["batch", "validation", "end"]) -> None:
+    """Changes a checkpoint's loop state so that Lightning restarts there without skipping or repeating a batch."""
+    state = checkpoint["loops"]["fit_loop"]
+    batches = state["epoch_loop.batch_progress"]
+    if point == "batch":
+        for part in ("total", "current"):
+            batches[part] = dict.fromkeys(batches[part], batches[part]["completed"])
+        # Otherwise the epoch would count as completed before its last batch.
+        batches["is_last_batch"] = False
+    if point == "validation":
+        # As Lightning writes it at the first batch of a validation, from which it starts the validation again.
+        validation = state["epoch_loop.val_loop.batch_progress"]
+        count = validation["total"]["completed"]
+        validation["total"] = {"ready": count + 1, "started": count + 1, "processed": count, "completed": count}
+        validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def set_max_steps(trainer: Trainer, steps: int) -> int:
+    """Sets the number of steps at which `fit` ends, -1 for no limit; returns what it was."""
+    loop = trainer.fit_loop.epoch_loop
+    before, loop.max_steps = loop.max_steps, steps
+    return int(before)
+
+
+def kill_other_ranks(trainer: Trainer) -> None:
+    """Kills the processes that this one launched for the other devices, if it launched any."""
+    kill = getattr(trainer.strategy.launcher, "kill", None)
+    if kill is not None:
+        kill(signal.SIGKILL)

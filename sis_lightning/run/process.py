@@ -1,0 +1,60 @@
+"""Settings of the process in which a run is started."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+# What these warnings say is either done on purpose here, or said better by a message of the run.
+_EXPECTED_WARNINGS = (
+    r".*does not have many workers.*",
+    r".*when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Experiment logs directory .* exists and is not empty.*",
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*The dirpath has changed from .* therefore `best_model_score`.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*your dataloader is not resumable.*",
+    r".*The `srun` command is available on your system but is not used.*",
+)
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """Silences expected warnings and Lightning's log for a run, and lets the process keep freed memory."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    keep_freed_memory()
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep freed memory for its next step, instead of returning it to the system.
+
+    A step on a CPU frees and allocates tens of megabytes again and again, and each page that comes back from the system
+    costs a fault. With another allocator than glibc's, or if the environment configures it, nothing is changed.
+
+    Returns:
+        Whether the allocator was changed.
+    """
+    if any(key.startswith("MALLOC_") for key in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
