@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sis_lightning.commands.arguments import Parser, config_options, require_at_least, require_torch
-from sis_lightning.config.compose import resolve
 from sis_lightning.config_files import config_names
 
 
@@ -59,8 +58,13 @@ def main(arguments: list[str]) -> int:
     from sis_lightning.models import complexity
 
     if chosen.config:
-        rows = complexity.of_run(*resolve(config_options(chosen.config, options)), chosen.size)
+        from sis_lightning.run.run import Run
+        from sis_lightning.tables.counting import count_run
+
+        run = Run.from_arguments(config_options(chosen.config, options))
+        rows = [count_run(run, run.options.task, chosen.size)]
     else:
-        rows = complexity.of_backbones(chosen.names or names, chosen.operator, chosen.size, chosen.num_classes)
+        size = (chosen.size, chosen.size) if chosen.size else None
+        rows = complexity.measure_backbones(chosen.names or names, chosen.operator, size, chosen.num_classes)
     print(complexity.to_json(rows) if chosen.json else complexity.to_table(rows), end="")
     return 0

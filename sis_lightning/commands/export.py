@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from sis_lightning.commands.arguments import Parser, config_options, require_torch
-from sis_lightning.config.compose import resolve
 from sis_lightning.errors import UsageError
 
 
@@ -46,10 +45,26 @@ def main(arguments: list[str]) -> int:
                 "tasks/NAME.yaml and options as for fit"
             )
     require_torch()
-    from sis_lightning.models.export import export
+    import torch
 
-    layers, rest = resolve(config_options(files, options))
-    done = export(layers, rest, chosen.ckpt, chosen.format, Path(chosen.out) if chosen.out else None)
+    from sis_lightning.models.export import export
+    from sis_lightning.run.run import Run
+
+    run = Run.from_arguments(config_options(files, options))
+    checkpoint = run.checkpoint(chosen.ckpt)
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else run.directory
+    out = Path(chosen.out) if chosen.out else folder / f"model.{chosen.format}"
+    task, data = run.load(checkpoint), run.datamodule
+    network = task.exportable(*run.image_size)
+    # Classification of files sorted into folders: the settings of the run say how an image gets its size.
+    transform = getattr(data, "preparation", None)
+    size = f"{' '.join(str(transform).split())} of torchvision" if transform else network.preprocessing
+    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    metadata = {
+        "preprocessing": f"{size}; then values from 0 to 1, minus {list(data.mean)}, divided by {list(data.std)}",
+        "checkpoint": {"file": checkpoint.name, "step": step},
+    }
+    done = export(network, out, metadata=metadata)
     shapes = ", ".join("×".join(map(str, shape)) for shape in done.shapes)
     print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, verified on images of shape {shapes}")
     if done.difference is None:

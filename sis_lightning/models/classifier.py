@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sis_lightning.backbones import BackboneConfig, create_backbone
 from sis_lightning.errors import UsageError
+from sis_lightning.models.export import Exportable
 
 
 class Classifier(nn.Module):
@@ -50,3 +51,16 @@ class Classifier(nn.Module):
         last = list(self.backbone(x).values())[-1]
         logits: Tensor = self.fc(last.mean(dim=(2, 3)))
         return logits
+
+    def exportable(self, height: int, width: int) -> Exportable:
+        """Describes the network for `export`; files take any number of images of any size."""
+        # An exporter takes the size of an axis as constant if it is 1, as in the last map of a very small image.
+        least = 2 * max(info.stride for info in self.backbone.feature_info.values())
+        return Exportable(
+            module=self,
+            shape=(2, self.backbone.in_channels, max(height, least), max(width, least)),
+            multiples={0: 1, 2: 1, 3: 1},
+            input=f"(N, {self.backbone.in_channels}, H, W)",
+            preprocessing=f"{height}×{width} px as in training",
+            outputs={"logits": "(N, classes); softmax gives probabilities"},
+        )

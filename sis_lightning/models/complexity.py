@@ -1,29 +1,29 @@
-"""Parameters and multiply-accumulates (MACs), from the operations that really run.
+"""Parameters and multiply-accumulates (MACs) of networks, counted from the operations that really run.
 
-A forward pass on the meta device shows every operation; convolutions and matrix products are counted by torch's own
-formulas, what multiplies no weights (norms, activations, pooling, resizing, sums) counts as 0, and an operation that is
-neither raises: a figure without it would be wrong.
+A forward pass on the meta device shows every operation. Convolutions and matrix products are counted by torch's own
+formulas. Operations that multiply no weights, such as norm layers, activations, pooling, resizing and sums, count as 0.
+Any other operation is an error, because a number without it would be wrong.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sis_lightning.backbones import backbone_config
+from sis_lightning.backbones import Backbone, backbone_config
+from sis_lightning.backbones.torch_internals import TorchDispatchMode, operation
 from sis_lightning.errors import UsageError
-from sis_lightning.models import create_classifier
+from sis_lightning.models.classifier import Classifier
+from sis_lightning.text_tables import table_to_text
 
 # Operations without multiply-accumulates of weights. Their cost is memory traffic, which MACs do not measure.
 _FREE = frozenset((
@@ -39,11 +39,18 @@ _FREE = frozenset((
 
 
 class UncountableError(UsageError):
-    """An operation that is known neither to count nor to be free."""
+    """An operation that is known neither to multiply weights nor to multiply none."""
 
 
 class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up, in `total`, what `count` makes of each operation under it: (operation, arguments, keywords, result)."""
+    """A context in which a function is called for each operation of torch, and its results are summed.
+
+    Attributes:
+        total: Sum of the results.
+
+    Args:
+        count: Function of an operation, its arguments, its keyword arguments and its result.
+    """
 
     def __init__(self, count: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -58,39 +65,59 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    packet = func._overloadpacket
+    packet = operation(func)
     if packet in flop_registry:
         # torch counts a multiply-accumulate as two operations.
         return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
     if packet.__name__ not in _FREE:
-        raise UncountableError(f"cannot count the operation {func}: neither among torch's formulas nor known as free")
+        raise UncountableError(
+            f"cannot count the operation {func}: torch has no formula for it, and it may multiply weights"
+        )
     return 0
 
 
 def count_macs(model: nn.Module, *inputs: Tensor, forward: Callable[..., Any] | None = None) -> int:
-    """MACs of `model(*inputs)`, or of `forward(*inputs)`, in evaluation mode.
+    """Counts the multiply-accumulates (MACs) of a forward pass in evaluation mode.
+
+    Args:
+        model: Network; its mode (training or evaluation) is restored afterwards.
+        inputs: Arguments of the forward pass; on the meta device nothing is computed.
+        forward: Function to call instead of `model`.
 
     Raises:
-        UncountableError: For an operation that it does not know.
+        UncountableError: If an operation is not known. It is also a ValueError.
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), OperationCounter(_macs) as counter:
             (forward or model)(*inputs)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return int(counter.total)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters, shared ones once."""
+    """Counts all parameters of a network, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """One row: a backbone alone, and the model around it, for one image of (3, height, width)."""
+    """Parameters and MACs of a network and of the backbone in it, for one image.
+
+    Attributes:
+        name: Name given to the network.
+        config: Short name of the backbone's configuration, as `BackboneConfig.slug`.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        backbone_parameters: Number of parameters of the backbone.
+        backbone_macs: Number of multiply-accumulates of the backbone.
+        model: Kind of the whole network.
+        model_parameters: Number of parameters of the whole network.
+        model_macs: Number of multiply-accumulates of the whole network.
+    """
 
     name: str
     config: str
@@ -102,82 +129,84 @@ class Complexity:
     model_parameters: int
     model_macs: int
 
+    def __str__(self) -> str:
+        """Formats the numbers as a table."""
+        return to_table([self])
 
-def measure(
-    name: str, kind: str, model: nn.Module, backbone: nn.Module, slug: str, size: tuple[int, int]
-) -> Complexity:
-    """Counts a model and the backbone in it; both are moved to the meta device."""
-    image = torch.empty(1, 3, *size, device="meta")
-    model.to("meta")
+
+def measure(model: nn.Module, image_size: tuple[int, int], *, name: str = "", kind: str = "") -> Complexity:
+    """Counts the parameters and MACs of a network on one of our backbones, and of the backbone alone.
+
+    Args:
+        model: One of the four networks, or any network that contains a `Backbone` and maps one image tensor. It is
+            copied unless it is on the meta device.
+        image_size: Height and width of the image in pixels.
+        name: Name for the result; by default the name of the backbone's configuration.
+        kind: Kind of the network for the result; by default the name of its class.
+
+    Raises:
+        UsageError: If the network has no backbone of ours, or the image size is invalid.
+        UncountableError: If an operation of the network is not known.
+    """
+    height, width = image_size
+    if min(height, width) < 1:
+        raise UsageError(f"image_size is {tuple(image_size)}, must be height and width of at least 1")
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        model = copy.deepcopy(model).to("meta")
+    backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
+    if backbone is None:
+        raise UsageError(f"{type(model).__name__} contains no backbone of sis_lightning")
+    image = torch.empty(1, backbone.in_channels, height, width, device="meta")
     return Complexity(
-        name,
-        slug,
-        *size,
-        count_parameters(backbone),
-        count_macs(backbone, image),
-        kind,
-        count_parameters(model),
-        count_macs(model, image, forward=getattr(model, "countable", None)),
+        name=name or backbone.config.slug,
+        config=backbone.config.slug,
+        height=height,
+        width=width,
+        backbone_parameters=count_parameters(backbone),
+        backbone_macs=count_macs(backbone, image),
+        model=kind or type(model).__name__.lower(),
+        model_parameters=count_parameters(model),
+        model_macs=count_macs(model, image, forward=getattr(model, "countable", None)),
     )
 
 
-def of_backbones(
-    names: Iterable[str], operator: str | None = None, size: int | None = None, num_classes: int | None = None
+def measure_backbones(
+    names: Iterable[str],
+    operator: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
 ) -> list[Complexity]:
-    """Counts named backbones, alone and as classifiers.
+    """Counts the parameters and MACs of named backbones, alone and as classifiers.
 
     Args:
-        names: Files in `configs/backbones/`.
-        operator: In place of the one that each file names.
-        size: Side of the image in px; 32 with the cifar stem, 224 with the imagenet stem.
-        num_classes: 100 with the cifar stem, 1000 with the imagenet stem.
+        names: Names of backbones, see `list_backbones`.
+        operator: Operator that replaces each backbone's own; None keeps it.
+        image_size: Height and width of the image in pixels; by default those of CIFAR, (32, 32), for backbones with
+            the `cifar` stem, and those of ImageNet, (224, 224), for all others.
+        num_classes: Number of classes; by default 100 for backbones with the `cifar` stem, 1000 for all others.
+
+    Raises:
+        UsageError: If a name or number is invalid.
     """
     rows = []
     for name in names:
-        config = backbone_config(name, **({"operator": operator} if operator else {}))
+        config = backbone_config(name, operator)
         cifar = config.stem == "cifar"
-        side, classes = size or (32 if cifar else 224), num_classes or (100 if cifar else 1000)
+        classes = num_classes or (100 if cifar else 1000)
         with torch.device("meta"):
-            model = create_classifier(config, classes)
-        rows.append(measure(name, f"classifier, {classes}", model, model.backbone, config.slug, (side, side)))
+            model = Classifier(config, classes)
+        size = image_size or ((32, 32) if cifar else (224, 224))
+        rows.append(measure(model, size, name=name, kind=f"classifier, {classes}"))
     return rows
 
 
-def image_shape(cli: Any) -> tuple[int, int]:
-    """Height and width of the images that a run trains on; of boxes, the largest."""
-    arguments = {**cli.config["model"]["init_args"], **cli.config["data"]["init_args"]}
-    if "input_size" in arguments:
-        height, width = arguments["input_size"]
-        return height, width
-    if "min_size" in arguments:
-        # Images are padded to a multiple of 32.
-        return -(-arguments["min_size"] // 32) * 32, -(-arguments["max_size"] // 32) * 32
-    side = arguments.get("crop_size") or arguments.get("image_size") or 32
-    return side, side
-
-
-def of_run(layers: dict[str, Any], options: list[str], size: int | None = None) -> list[Complexity]:
-    """Counts the model of a run, at the size that it trains on (boxes: the largest) unless `size` is given."""
-    from sis_lightning.run.lightning_cli import run
-
-    return [of_cli(run(None, layers, options), layers.get("task", "run"), size)]
-
-
-def of_cli(cli: Any, name: str, size: int | None = None) -> Complexity:
-    """Counts the model that a command line built."""
-    task = cli.model
-    shape = (size, size) if size else image_shape(cli)
-    kind = type(task).__name__.removesuffix("Task").lower()
-    return measure(name, kind, task, task.backbone, task.backbone_config.slug, shape)
-
-
 def to_json(rows: list[Complexity]) -> str:
-    """A list of objects; MACs and parameters as whole numbers."""
+    """Formats results as a JSON list of objects, with all numbers as integers."""
     return json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
 
 
 def to_table(rows: list[Complexity]) -> str:
-    """A table for people, in millions and billions."""
+    """Formats results as a text table, with parameters in millions and MACs in billions."""
     table = Table(title="Parameters and multiply-accumulates (MACs, not FLOPs) of one image")
     for heading in ("name", "config"):
         table.add_column(heading, no_wrap=True)
@@ -194,6 +223,4 @@ def to_table(rows: list[Complexity]) -> str:
             f"{row.model_parameters / 1e6:.3f}",
             f"{row.model_macs / 1e9:.3f}",
         )
-    text = io.StringIO()
-    Console(file=text, width=140).print(table)
-    return text.getvalue()
+    return table_to_text(table, width=140)

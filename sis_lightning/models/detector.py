@@ -19,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from sis_lightning.backbones import BackboneConfig, create_backbone
 from sis_lightning.backbones.resnet import group_norm
 from sis_lightning.errors import UsageError, nearest
+from sis_lightning.models.export import Exportable
 
 Norm = Literal["bn", "syncbn", "gn", "none"]
 
@@ -260,3 +261,32 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         channels = next(iter(maps.values())).shape[1]
         pooled = image.new_empty(self.proposals, channels, _RESOLUTION, _RESOLUTION)
         self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
+
+    def exportable(self, height: int, width: int) -> Exportable:
+        """Describes the network for `export`; files take one image of any size."""
+        channels = self.backbone.backbone.in_channels
+        return Exportable(
+            module=_OneImage(self),
+            shape=(channels, height, width),
+            multiples={1: 1, 2: 1},
+            input=f"({channels}, H, W), one image",
+            preprocessing="the image at its own size",
+            outputs={
+                "boxes": "(objects, 4), x1, y1, x2, y2 in pixels of the image",
+                "labels": "(objects,), 1 is the first class",
+                "scores": "(objects,), from 0 to 1, falling",
+            },
+            traced="the number of boxes that torchvision's detector keeps depends on the image",
+        )
+
+
+class _OneImage(nn.Module):
+    """A detector of one image, which returns tensors instead of lists and mappings."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found: Any = self.detector([image])
+        return found[0]["boxes"], found[0]["labels"], found[0]["scores"]

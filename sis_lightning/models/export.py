@@ -1,15 +1,16 @@
-"""A trained network as a file that runs without this package: ONNX, or torch.export's pt2."""
+"""Writes a trained network as a file that runs without this package: ONNX, or a program of torch.export (pt2)."""
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -17,28 +18,54 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sis_lightning import __version__
-from sis_lightning.datamodules import SISDataModule
+from sis_lightning.backbones import Backbone
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.models.complexity import image_shape
 from sis_lightning.models.deploy import deploy
-from sis_lightning.run.lightning_cli import run
-from sis_lightning.tasks import BaseTask
-from sis_lightning.tasks.base import Exportable
 
 Format = Literal["onnx", "pt2"]
-#: Of the largest output: by so much a file's outputs may differ from the network's.
+#: Largest accepted difference between the outputs of a file and of the network, as a share of the largest output.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What was written.
+class Exportable:
+    """A network and everything that a file with it has to say.
 
     Attributes:
-        path: The file.
-        shapes: Of the images that it was verified with.
-        difference: The largest from the network's outputs, as a share of the largest output; None where these were
-            empty, as a detector's that found nothing.
+        module: Network that maps one tensor to a tensor or a tuple of tensors.
+        shape: Shape of an example of its input.
+        multiples: Axes of the input that may have any size which is a multiple of the given number.
+        input: Shape of the input, for the reader.
+        preprocessing: How an image becomes an input, beyond normalising, for the reader.
+        outputs: Name and meaning of each output, in order.
+        traced: Reason why `torch.export` cannot follow the computation, if it cannot. Such a network is written as
+            ONNX by tracing it.
+        metadata: Further plain data to store in the file, such as the names of the classes.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    multiples: dict[int, int]
+    input: str
+    preprocessing: str
+    outputs: dict[str, str]
+    traced: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _HasExportable(Protocol):
+    def exportable(self, height: int, width: int) -> Exportable: ...
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that `export` has written and verified.
+
+    Attributes:
+        path: Path of the file.
+        shapes: Shapes of the inputs on which the file was verified.
+        difference: Largest difference from the outputs of the network, as a share of the largest output; None if all
+            outputs were empty, as when a detector detects nothing.
     """
 
     path: Path
@@ -46,76 +73,84 @@ class Exported:
     difference: float | None
 
 
-def export(layers: dict[str, Any], options: list[str], checkpoint: str, kind: Format, out: Path | None) -> Exported:
-    """Writes a run's network in its inference form (`deploy`), and verifies the file by running it.
+def export(
+    network: Exportable | nn.Module,
+    path: str | Path,
+    image_size: tuple[int, int] | None = None,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Writes the deployed form of a network as a file, and verifies the file by running it.
 
-    It takes `image`, normalised float32 (N, 3, H, W) in RGB, of any N, and of any H and W that the network takes (a
-    detector: one image (3, H, W)). How to normalise, what the outputs mean and what the classes are called stands in
-    the file: ONNX's `metadata_props["sis_lightning"]`, or `metadata.json` among pt2's extra files.
+    The file takes float32 inputs on any number of images, and images of any size that the network takes. The inputs,
+    their preprocessing and the outputs are described in the file: in `metadata_props["sis_lightning"]` of ONNX, or in
+    the extra file `metadata.json` of pt2, both as JSON. The network itself does not change.
 
     Args:
-        layers: The composed YAML of the run.
-        options: What the command line lays over it.
-        checkpoint: `last`, `best` or a file.
-        kind: `onnx`, for onnxruntime and others, or `pt2`, for `torch.export.load`.
-        out: The file; by default `model.onnx` or `model.pt2` in the run's directory.
+        network: One of the four networks, a task with one of them, or an `Exportable`.
+        path: File to write; its ending chooses the format, `.onnx` or `.pt2`.
+        image_size: Height and width in pixels of an image as in training; not needed for an `Exportable`.
+        metadata: Further plain data to store in the file.
 
     Raises:
-        UsageError: For a network that cannot be written so, or where a package is missing.
-        DataError: Where the checkpoint does not fit, or the file does not do what the network does.
+        UsageError: If the network cannot be written in this format, an argument is missing, or a package is.
+        DataError: If the file cannot be written, or its outputs differ from those of the network.
     """
+    target = Path(path)
+    kind = target.suffix.removeprefix(".")
+    if kind not in get_args(Format):
+        raise UsageError(f"path is '{path}', must end with .onnx or .pt2")
+    if not isinstance(network, Exportable):
+        network = _exportable(network, image_size)
     if kind == "onnx":
-        _need("onnx", "onnxscript", "onnxruntime")
-    cli = run(None, layers, options)
-    task, data = cli.model, cli.datamodule
-    assert isinstance(task, BaseTask)
-    assert isinstance(data, SISDataModule)
-    path = cli.checkpoint(checkpoint)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    task.load_state_dict(content["state_dict"])
-    task.name_classes(content["class_names"])
-    task.eval().requires_grad_(False)
-    network = task.exportable(*image_shape(cli))
+        _require("onnx", "onnxscript", "onnxruntime")
     if kind == "pt2" and network.traced:
-        raise UsageError(f"{type(task).__name__} cannot be written as pt2: {network.traced}\n  Take --format onnx.")
-    examples = _examples(network)
-    wanted = [_run(network.module, example) for example in examples]  # before deploying, which changes the module
-    deploy(network.module, inplace=True)
-    own = Path(path).parent
-    target = out or (own.parent if own.name == "checkpoints" else cli.directory()) / f"model.{kind}"
-    # Of photographs sorted into folders, the run's settings say how they are brought to the network's size.
-    seen = [" ".join(str(transform).split()) for transform in [getattr(data, "preparation", None)] if transform]
-    metadata = {
-        "task": type(task).__name__,
-        "backbone": task.backbone_config.slug,
-        "classes": task.class_names,
-        "input": {"name": "image", "type": "float32", "colour": "RGB", **network.input},
-        "preprocessing": f"pixels of 0…1, less mean {list(data.mean)}, by standard deviation {list(data.std)}; "
-        + (f"before that {seen[0]} of torchvision" if seen else network.preprocessing),
+        raise UsageError(f"this network cannot be written as pt2: {network.traced}\n  Write ONNX instead.")
+    module = copy.deepcopy(network.module).to("cpu", torch.float32).eval().requires_grad_(False)
+    backbone = next((part.config.slug for part in module.modules() if isinstance(part, Backbone)), None)
+    description = {
+        "backbone": backbone,
+        "input": {"name": "image", "type": "float32", "shape": network.input},
+        "preprocessing": network.preprocessing,
         "outputs": network.outputs,
-        "checkpoint": {"file": Path(path).name, "step": content["global_step"]},
         "sis_lightning": __version__,
         "torch": version("torch"),
+        **network.metadata,
+        **(metadata or {}),
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
+    examples = _examples(network)
+    expected = [_run(module, example) for example in examples]
+    module = deploy(module, inplace=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters themselves, of what does not concern the file
+            warnings.simplefilter("ignore")  # the exporters warn about their own code
             write = _write_onnx if kind == "onnx" else _write_pt2
-            again = write(network, examples[0], partial, json.dumps(metadata, ensure_ascii=False))
-        found = [_difference(want, again(example)) for example, want in zip(examples, wanted, strict=True)]
+            run = write(network, module, examples[0], partial, json.dumps(description, ensure_ascii=False))
+        found = [_difference(want, run(example)) for example, want in zip(examples, expected, strict=True)]
         differences = [difference for difference in found if difference is not None]
-        if not all(difference <= TOLERANCE for difference in differences):  # NaN neither
+        # This form of the comparison fails for NaN too.
+        if not all(difference <= TOLERANCE for difference in differences):
             raise DataError(f"{target} was not written: its outputs differ from the network's, by {differences}")
         partial.replace(target)
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     return Exported(target, [tuple(example.shape) for example in examples], max(differences, default=None))
 
 
-def _need(*packages: str) -> None:
+def _exportable(network: nn.Module, image_size: tuple[int, int] | None) -> Exportable:
+    if not callable(getattr(network, "exportable", None)):
+        raise UsageError(f"export takes one of our networks, a task or an Exportable, not {type(network).__name__}")
+    if image_size is None:
+        raise UsageError("export needs image_size=(height, width), the size of images in training")
+    return cast(_HasExportable, network).exportable(*image_size)
+
+
+def _require(*packages: str) -> None:
     for package in packages:
         try:
             __import__(package)
@@ -124,9 +159,9 @@ def _need(*packages: str) -> None:
 
 
 def _examples(network: Exportable) -> list[Tensor]:
-    """Images of the example's shape, and of others as far as these may differ."""
+    """Returns two random inputs: one of the example's shape, and one that differs in all axes that may differ."""
     generator = torch.Generator().manual_seed(0)
-    # The exporter takes a size of one multiple for fixed.
+    # The exporter takes the size of an axis as constant if it is one multiple.
     shape = [max(size, 2 * network.multiples.get(axis, 0)) for axis, size in enumerate(network.shape)]
     other = [size + network.multiples.get(axis, 0) for axis, size in enumerate(shape)]
     return [torch.randn(size, generator=generator) for size in (shape, other)]
@@ -138,40 +173,47 @@ def _run(module: nn.Module, image: Tensor) -> list[Tensor]:
     return list(result) if isinstance(result, tuple | list) else [result]
 
 
-def _difference(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float | None:
-    """As a share of the largest output; infinite for other shapes, NaN where there is one, None where all is empty."""
-    if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
+def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float | None:
+    """Returns the largest difference of two lists of outputs, as a share of the largest output.
+
+    It is infinite for different shapes, NaN if an output has NaN, and None if all outputs are empty.
+    """
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return float("inf")
     shares = [
         (one - other).abs().max() / one.abs().max().clamp_min(1e-12)
-        for one, other in zip(wanted, got, strict=True)
+        for one, other in zip(expected, found, strict=True)
         if one.numel()
     ]
     return float(torch.stack(shares).max()) if shares else None
 
 
-def _write_pt2(network: Exportable, image: Tensor, path: Path, metadata: str) -> Callable[[Tensor], list[Tensor]]:
+def _write_pt2(
+    network: Exportable, module: nn.Module, image: Tensor, path: Path, metadata: str
+) -> Callable[[Tensor], list[Tensor]]:
     dims = {axis: _dimension(axis, multiple) for axis, multiple in network.multiples.items()}
-    program = torch.export.export(network.module, (image,), dynamic_shapes=(dims,))
+    program = torch.export.export(module, (image,), dynamic_shapes=(dims,))
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={"metadata.json": metadata})
     with path.open("rb") as file:
-        module = torch.export.load(file).module()
-    return lambda example: _run(module, example)
+        loaded = torch.export.load(file).module()
+    return lambda example: _run(loaded, example)
 
 
 def _dimension(axis: int, multiple: int) -> Any:
-    # The exporter finds the bounds of what may have any size; that it took nothing for fixed, the verification shows.
+    # The exporter derives the bounds of an axis of any size. The verification shows whether it took one as constant.
     return Dim.AUTO if multiple == 1 else multiple * Dim({2: "rows", 3: "columns"}[axis], min=1, max=4096)
 
 
-def _write_onnx(network: Exportable, image: Tensor, path: Path, metadata: str) -> Callable[[Tensor], list[Tensor]]:
+def _write_onnx(
+    network: Exportable, module: nn.Module, image: Tensor, path: Path, metadata: str
+) -> Callable[[Tensor], list[Tensor]]:
     import onnx
     import onnxruntime
 
     if network.traced:
         torch.onnx.export(
-            network.module,
+            module,
             (image,),
             path,
             dynamo=False,
@@ -183,7 +225,7 @@ def _write_onnx(network: Exportable, image: Tensor, path: Path, metadata: str) -
     else:
         dims = {axis: _dimension(axis, multiple) for axis, multiple in network.multiples.items()}
         program = torch.onnx.export(
-            network.module,
+            module,
             (image,),
             dynamo=True,
             dynamic_shapes=(dims,),
@@ -198,10 +240,10 @@ def _write_onnx(network: Exportable, image: Tensor, path: Path, metadata: str) -
     onnx.checker.check_model(model)
     onnx.save(model, path)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def again(example: Tensor) -> list[Tensor]:
+    def run(example: Tensor) -> list[Tensor]:
         return [torch.from_numpy(np.array(array)) for array in session.run(None, {"image": example.numpy()})]
 
-    return again
+    return run

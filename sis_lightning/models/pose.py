@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sis_lightning.backbones import BackboneConfig, create_backbone
 from sis_lightning.backbones.resnet import norm_layer
 from sis_lightning.errors import UsageError
+from sis_lightning.models.export import Exportable
 
 
 class PoseNet(nn.Module):
@@ -77,3 +78,19 @@ class PoseNet(nn.Module):
         last = list(self.backbone(x).values())[-1]
         maps: Tensor = self.heatmaps(self.deconvs(last))
         return maps
+
+    def exportable(self, height: int, width: int) -> Exportable:
+        """Describes the network for `export`; files take any number of crops, with sides that are multiples."""
+        channels, divisor, stride = self.backbone.in_channels, self.divisor, self.stride
+        return Exportable(
+            module=self,
+            shape=(2, channels, height, width),
+            multiples={0: 1, 2: divisor, 3: divisor},
+            input=f"(N, {channels}, H, W), H and W multiples of {divisor}; {height}×{width} in training",
+            preprocessing=f"the box of a person, extended to W : H = {width} : {height}, 1.25 times as large, and "
+            "resampled to the input size",
+            outputs={
+                "heatmaps": f"(N, keypoints, H/{stride}, W/{stride}); a keypoint is at the maximum, moved by a quarter "
+                f"of a pixel towards the larger neighbours, times {stride}"
+            },
+        )

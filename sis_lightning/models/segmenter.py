@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sis_lightning.backbones import BackboneConfig, backbone_config, create_backbone
 from sis_lightning.errors import UsageError, nearest
+from sis_lightning.models.export import Exportable
 
 # DPT needs a vision transformer.
 _ARCHITECTURES = {name: model for name, model in smp.MODEL_ARCHITECTURES_MAPPING.items() if name != "dpt"}
@@ -202,3 +203,15 @@ class Segmenter(nn.Module):
         """Maps (N, in_channels, H, W), with H and W multiples of `divisor`, to (N, num_classes, H, W)."""
         logits: Tensor = self.segmentation_head(self.decoder(self.encoder(x)))
         return logits
+
+    def exportable(self, height: int, width: int) -> Exportable:
+        """Describes the network for `export`; files take any number of images, with sides that are multiples."""
+        channels, divisor = self.encoder.backbone.in_channels, self.divisor
+        return Exportable(
+            module=self,
+            shape=(2, channels, -(-height // divisor) * divisor, -(-width // divisor) * divisor),
+            multiples={0: 1, 2: divisor, 3: divisor},
+            input=f"(N, {channels}, H, W), H and W multiples of {divisor}",
+            preprocessing="the image at its own size, padded at the bottom and on the right with 0",
+            outputs={"logits": "(N, classes, H, W); the largest is the class of a pixel; crop the padding"},
+        )

@@ -29,6 +29,7 @@ from sis_lightning.backbones.weights import load_backbone_weights
 from sis_lightning.datamodules import Batch, SISDataModule
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.evaluation.gathered import GatheredScores
+from sis_lightning.models.export import Exportable
 
 OptimizerCallable = Callable[[Iterable[Tensor]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -46,29 +47,6 @@ def enlarge(image: Tensor) -> tuple[Tensor, int, float]:
     times = -(-480 // max(picture.shape[1:]))
     picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
     return picture, times, max(1.0, max(picture.shape[1:]) / 640)
-
-
-@dataclasses.dataclass(frozen=True)
-class Exportable:
-    """A task's network as a file can hold it.
-
-    Attributes:
-        module: Maps `image` to the outputs.
-        shape: Of an image that it takes.
-        multiples: Which axes may have other sizes, and of what these must be multiples.
-        input: What an image is, beyond its colours.
-        preprocessing: What comes before it, beyond normalising.
-        outputs: Name and meaning of each, in order.
-        traced: Why its course depends on its values, if it does: `torch.export` cannot follow it then.
-    """
-
-    module: nn.Module
-    shape: tuple[int, ...]
-    multiples: dict[int, int]
-    input: dict[str, str]
-    preprocessing: str
-    outputs: dict[str, str]
-    traced: str = ""
 
 
 class BaseTask(LightningModule, ABC):
@@ -192,9 +170,10 @@ class BaseTask(LightningModule, ABC):
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
         """Draws the first images of a batch: what was seen, what is true, what is predicted."""
 
-    @abstractmethod
     def exportable(self, height: int, width: int) -> Exportable:
-        """The network for `sis-lightning export`, with images of such a size as an example."""
+        """Describes the network for `sis_lightning.export`, with images of this size as an example."""
+        network: Exportable = self.model.exportable(height, width)  # type: ignore[operator]
+        return dataclasses.replace(network, metadata={"task": type(self).__name__, "classes": self.class_names})
 
     def name_classes(self, names: Sequence[str]) -> None:
         """Takes the names of the classes: from the data, or from a checkpoint where the data has none."""

@@ -15,7 +15,7 @@ from sis_lightning.backbones import BackboneConfig
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.models import Classifier
-from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
+from sis_lightning.tasks.base import BaseTask, Outputs
 
 
 class TopKAccuracy(MulticlassAccuracy):
@@ -63,17 +63,6 @@ class ClassificationTask(BaseTask):
         """Normalised (N, 3, H, W) → logits (N, num_classes)."""
         logits: Tensor = self.model(images)
         return logits
-
-    def exportable(self, height: int, width: int) -> Exportable:
-        """Logits of any number of images of any size."""
-        return Exportable(
-            module=self.model,
-            shape=(2, 3, height, width),
-            multiples={0: 1, 2: 1, 3: 1},
-            input={"shape": "(N, 3, H, W)"},
-            preprocessing=f"{height}×{width} px as in training",
-            outputs={"logits": "(N, classes); softmax gives probabilities"},
-        )
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the batch."""

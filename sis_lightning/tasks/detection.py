@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import colormaps, get_data_path
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchvision.utils import draw_bounding_boxes
 
@@ -19,18 +19,7 @@ from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.gathered import GatheredScores, Row
 from sis_lightning.models import Detector
 from sis_lightning.models.detector import Norm
-from sis_lightning.tasks.base import BaseTask, Exportable, Outputs, enlarge
-
-
-class _OneImage(nn.Module):
-    def __init__(self, detector: nn.Module) -> None:
-        super().__init__()
-        self.detector = detector
-        self.eval()
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.detector([image])[0]
-        return found["boxes"], found["labels"], found["scores"]
+from sis_lightning.tasks.base import BaseTask, Outputs, enlarge
 
 
 class DetectionTask(BaseTask):
@@ -111,27 +100,6 @@ class DetectionTask(BaseTask):
         """Detects objects in normalised images (3, H, W), as `Detector.forward` in evaluation mode."""
         found: list[dict[str, Tensor]] = self.model(images)
         return found
-
-    def exportable(self, height: int, width: int) -> Exportable:
-        """The boxes of one image of any size; resizing is within."""
-        return Exportable(
-            module=_OneImage(self.model),
-            shape=(3, height, width),
-            multiples={1: 1, 2: 1},
-            input={"shape": "(3, H, W), one image"},
-            preprocessing="the image at its own size",
-            outputs={
-                "boxes": "(objects, 4), x0 y0 x1 y1 in px of the image",
-                "labels": "(objects,), 1 is the first of the classes",
-                "scores": "(objects,), 0…1, falling",
-            },
-            traced="how many boxes torchvision's detector keeps depends on the image",
-        )
-
-    def countable(self, image: Tensor) -> None:
-        """Runs all layers with weights, as `Detector.countable`."""
-        assert isinstance(self.model, Detector)
-        self.model.countable(image)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Region proposals' objectness and boxes, heads' classes and boxes."""

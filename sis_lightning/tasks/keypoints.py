@@ -21,7 +21,7 @@ from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.gathered import GatheredScores
 from sis_lightning.models import PoseNet
 from sis_lightning.models.heatmap_codec import HeatmapCodec, mirror, oks_nms, rescore
-from sis_lightning.tasks.base import BaseTask, Exportable, Outputs, enlarge
+from sis_lightning.tasks.base import BaseTask, Outputs, enlarge
 
 _BONES = [(start - 1, end - 1) for start, end in COCO_SKELETON]
 
@@ -77,21 +77,6 @@ class KeypointTask(BaseTask):
         """Normalised (N, 3, H, W) → heatmaps (N, 17, H/s, W/s)."""
         heatmaps: Tensor = self.model(crops)
         return heatmaps
-
-    def exportable(self, height: int, width: int) -> Exportable:
-        """Heatmaps of any number of crops."""
-        divisor = max(info.stride for info in self.backbone.feature_info.values())
-        return Exportable(
-            module=self.model,
-            shape=(2, 3, height, width),
-            multiples={0: 1, 2: divisor, 3: divisor},
-            input={"shape": f"(N, 3, H, W), H and W multiples of {divisor}; {height}×{width} in training"},
-            preprocessing=f"a person's box at W : H = {width} : {height}, 1.25 times as large, resampled to the input",
-            outputs={
-                "heatmaps": f"(N, 17, H/{self.stride}, W/{self.stride}), COCO's joints; the highest point, a quarter "
-                f"px towards its higher neighbours, times {self.stride} is the joint"
-            },
-        )
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Half the mean squared error over all heatmaps, those of joints that are not annotated counting 0."""

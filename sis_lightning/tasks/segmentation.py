@@ -20,7 +20,7 @@ from sis_lightning.datasets.constants import VOID, voc_palette
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.iou import DatasetIoU
 from sis_lightning.models import Segmenter
-from sis_lightning.tasks.base import BaseTask, Exportable, Outputs
+from sis_lightning.tasks.base import BaseTask, Outputs
 
 
 class SegmentationTask(BaseTask):
@@ -67,12 +67,6 @@ class SegmentationTask(BaseTask):
 
     class_weight: Tensor
 
-    @property
-    def divisor(self) -> int:
-        """What both sides of an image are padded to multiples of: SMP's networks refuse others."""
-        assert isinstance(self.model, Segmenter)
-        return self.model.divisor
-
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images (N, 3, H, W) of any size to logits (N, num_classes, H, W)."""
         logits: Tensor = self.model(images)
@@ -82,18 +76,6 @@ class SegmentationTask(BaseTask):
         """The metrics name their figures too."""
         super().name_classes(names)
         self.val_metrics.class_names = self.test_metrics.class_names = self.class_names
-
-    def exportable(self, height: int, width: int) -> Exportable:
-        """Logits of every pixel; sides must divide by the encoder's stride."""
-        divisor = self.divisor
-        return Exportable(
-            module=self.model,
-            shape=(2, 3, -(-height // divisor) * divisor, -(-width // divisor) * divisor),
-            multiples={0: 1, 2: divisor, 3: divisor},
-            input={"shape": f"(N, 3, H, W), H and W multiples of {divisor}"},
-            preprocessing="the image at its own size, then padded below and to the right with 0",
-            outputs={"logits": "(N, classes, H, W); the largest is the class of a pixel; cut the padding off"},
-        )
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted cross-entropy over all pixels that are not void; 0 where all are."""
