@@ -8,8 +8,8 @@ from typing import Any, get_args
 import numpy as np
 
 from sis_lightning.bench.report import Benchmark, benchmark
-from sis_lightning.errors import DataError, UsageError
 from sis_lightning.datasets.coco_reader import read_coco
+from sis_lightning.errors import DataError, UsageError
 from sis_lightning.evaluation.coco import Backend, COCOGroundTruth
 
 _CLASSES, _BOXES, _FALSE = 80, 36, 4  # classes of the set; boxes and false detections of an image

@@ -19,7 +19,8 @@ from sis_lightning.config.compose import resolve
 from sis_lightning.config_files import config_names
 from sis_lightning.datamodules import Batch, SISDataModule
 from sis_lightning.datasets.synthetic import write_synthetic
-from sis_lightning.run.lightning_cli import run
+from sis_lightning.run.run import Run
+from sis_lightning.run.start import start
 from sis_lightning.tasks import BaseTask
 
 _PACKAGES = ("torch", "torchvision", "lightning")
@@ -27,10 +28,8 @@ _PACKAGES = ("torch", "torchvision", "lightning")
 
 def _parts(options: list[str]) -> tuple[BaseTask, SISDataModule]:
     """Network and data of a run, ready to train."""
-    cli = run(None, *resolve(options))
-    task, data = cli.model, cli.datamodule
-    assert isinstance(task, BaseTask)
-    assert isinstance(data, SISDataModule)
+    run = Run.from_arguments(options)
+    task, data = run.task, run.datamodule
     data.setup("fit")
     return task.train(), data
 
@@ -155,7 +154,7 @@ def time_loop(rounds: int = 6, steps: int = 60, warmup: int = 10) -> Benchmark:
             clock = '[{"class_path": "sis_lightning.bench.pipeline.StepClock", "init_args": '
             clock += f'{{"first": {warmup}, "last": {warmup + steps}}}}}]'
             own = [f"--run_dir={folder}/run{turn}", f"--trainer.callbacks={clock}"]
-            run("fit", *resolve([*options, *own, "--trainer.limit_val_batches=0"]))
+            start("fit", *resolve([*options, *own, "--trainer.limit_val_batches=0"]))
             fit.wall.append(StepClock.newest[0])
             fit.cpu.append(StepClock.newest[1])
     images = steps * data.batch_size

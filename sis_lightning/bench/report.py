@@ -23,8 +23,8 @@ from rich.table import Table
 from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
 from sis_lightning.machine import usable_cores
-from sis_lightning.run.record import write_sealed
-from sis_lightning.tables.spec import books_in
+from sis_lightning.run.record import write_with_checksum
+from sis_lightning.tables.spec import spec_files
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ def time_start(rounds: int = 11) -> Benchmark:
 
 
 def _fill_results(folder: Path, example: Path | None, records: int) -> None:
-    """The books, what the code counts for them, and so many copies of a record, each of a seed of its own."""
-    books = books_in(Path("results"))
-    for path in (*books, books[0].with_name("models.json")):
+    """The specs, what the code counts for them, and so many copies of a record, each of a seed of its own."""
+    specs = spec_files(Path("results"))
+    for path in (*specs, specs[0].with_name("models.json")):
         shutil.copy(path, folder)
     for seed in range(records if example else 0):
         record = json.loads(example.read_bytes()) if example else {}
         record.pop("checksum")
         record["checkpoint"]["sha256"] = str(seed)
-        write_sealed(folder / "records" / f"{seed}.json", {**record, "seed": seed})
+        write_with_checksum(folder / "records" / f"{seed}.json", {**record, "seed": seed})
 
 
 def collect_runs(folders: Sequence[Path], name: str) -> Benchmark:

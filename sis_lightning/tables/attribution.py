@@ -1,4 +1,4 @@
-"""What operators and networks see: effective receptive fields, and class activation maps of trained classifiers."""
+"""Effective receptive fields of operators and networks, and class activation maps of trained classifiers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -19,11 +17,11 @@ from torch.nn import functional as F
 
 from sis_lightning.backbones import create_backbone
 from sis_lightning.datamodules import SISDataModule
-from sis_lightning.errors import DataError, UsageError
+from sis_lightning.errors import UsageError
 from sis_lightning.models import Classifier
-from sis_lightning.operators import operator_class, list_operators
-from sis_lightning.run.lightning_cli import run
-from sis_lightning.tables.figures import styled
+from sis_lightning.operators import list_operators, operator_class
+from sis_lightning.run.run import Run
+from sis_lightning.tables.plotting import styled
 from sis_lightning.tasks import ClassificationTask
 
 #: A small network that takes every operator.
@@ -35,18 +33,20 @@ def gradient_map(
 ) -> np.ndarray:
     """The effective receptive field of the centre of a network's output (Luo et al. 2016).
 
-    For each draw, new weights and a new image of normal noise: the gradient of the output's centre, summed over its
-    channels, with respect to the image; its absolute value, summed over the image's channels, as a share of its sum.
+    Each draw has new weights and a new image of normal noise. The gradient of the output's centre, summed over its
+    channels, is taken with respect to the image; its absolute value is summed over the image's channels and divided by
+    the sum over all pixels.
 
     Args:
-        network: Makes one with new weights, that maps (1, channels, size, size) to (1, C, H, W).
-        channels: Of the image.
+        network: Builds a network with new weights that maps (1, channels, size, size) to (1, C, H, W).
+        channels: Number of channels of the image.
         size: Side of the image in px; odd, so that it has a centre.
-        draws: How many are averaged.
-        seed: Of weights and images; the global random state is left as it was.
+        draws: Number of draws that are averaged.
+        seed: Random seed of weights and images; the global random state is not changed.
 
     Returns:
-        (size, size), float64, at most 1 by division by the largest; 0 where the output does not depend on the image.
+        Map of shape (size, size), float64 in [0, 1], scaled to a maximum of 1; exactly 0 where the output does not
+        depend on the image.
     """
     total = np.zeros((size, size))
     with torch.random.fork_rng(devices=[]):
@@ -54,7 +54,7 @@ def gradient_map(
             torch.manual_seed(seed + draw_number)
             made = network()
             if isinstance(made, nn.Module):
-                # In float32, quick algorithms of convolutions leave rounding errors where the gradient is 0.
+                # In float32, fast convolution algorithms leave rounding errors where the gradient is 0.
                 made = made.eval().double()
             image = torch.randn(1, channels, size, size, dtype=torch.float64, requires_grad=True)
             output = made(image)
@@ -67,7 +67,7 @@ def gradient_map(
 
 
 def support(field: np.ndarray) -> tuple[int, int]:
-    """Height and width in px of the smallest box that holds all of a map (H, W) that is not 0."""
+    """Height and width in px of the smallest box that contains all nonzero pixels of a map of shape (H, W)."""
     places = np.argwhere(field)
     if not len(places):
         return 0, 0
@@ -83,7 +83,7 @@ def _of_operator(name: str) -> Callable[[], nn.Module]:
 
 def _of_backbone(name: str, feature: str) -> Callable[[], nn.Module]:
     class _OneMap(nn.Module):
-        """The map alone."""
+        """The backbone with one feature map as its output."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -97,17 +97,17 @@ def _of_backbone(name: str, feature: str) -> Callable[[], nn.Module]:
 
 @styled
 def receptive_fields(names: Sequence[str] | None = None) -> Figure:
-    """What an operator sees, alone and in a small network: `gradient_map` of each.
+    """Plots the effective receptive field of operators, alone and in a small network (see `gradient_map`).
 
     Args:
-        names: Of operators; None for all that are registered.
+        names: Names of operators; None for all that are registered.
 
     Returns:
-        A column for each: above, one operator of 16 channels on 15×15; below, `c3` (stride 8) of the demo's backbone
-        with it, on 97×97. The box around what is not 0 is stated.
+        A column for each operator: above, the operator with 16 channels on 15×15 px; below, the map `c3` (stride 8) of
+        the demo's backbone on 97×97 px. The titles give the size of the box around nonzero gradients.
 
     Raises:
-        UsageError: For an operator that there is not.
+        UsageError: If there is no such operator.
     """
     names = tuple(names) if names is not None else tuple(list_operators())
     # By strides of 8, px 48 of 97 is the centre of the map's middle.
@@ -133,7 +133,7 @@ def receptive_fields(names: Sequence[str] | None = None) -> Figure:
     bar = figure.colorbar(image, ax=panels, shrink=0.8, aspect=30, ticks=[0, 0.05, 0.25, 0.5, 1])
     bar.set_label("|gradient| / largest, square-root scale")
     figure.suptitle(
-        "Effective receptive fields at random weights; above each, the box of gradients that are not 0",
+        "Effective receptive fields with random weights; titles: box around nonzero gradients",
         x=0.01,
         horizontalalignment="left",
     )
@@ -141,16 +141,16 @@ def receptive_fields(names: Sequence[str] | None = None) -> Figure:
 
 
 def class_activation_map(network: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a classifier sees the class that it finds likeliest (Zhou et al. 2016, "CAM").
+    """Class activation maps of the most probable class (Zhou et al. 2016, "CAM").
 
-    Exact for a global average pool with a fully connected layer: the mean of a map is its class's logit less the bias.
+    They are exact for global average pooling with a linear layer: the mean of a map is the logit without the bias.
 
     Args:
-        network: In evaluation mode.
-        images: Normalised, (N, 3, H, W).
+        network: Classifier in evaluation mode.
+        images: Normalised images of shape (N, 3, H, W).
 
     Returns:
-        Maps (N, h, w) at the resolution of the last features, and probabilities (N, classes).
+        Maps of shape (N, h, w) at the resolution of the last features, and probabilities of shape (N, classes).
     """
     with torch.no_grad():
         features = list(network.backbone(images).values())[-1]
@@ -161,7 +161,7 @@ def class_activation_map(network: Classifier, images: Tensor) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class _Trained:
-    """A classification run, ready to look at pictures."""
+    """A trained classification run with its data."""
 
     path: Path
     name: str
@@ -171,48 +171,39 @@ class _Trained:
 
 
 def _trained(path: Path) -> _Trained:
-    config = path / "config.yaml"
-    if not config.is_file():
-        raise DataError(f"{path}: no run in it (no config.yaml)")
-    cli = run(None, yaml.safe_load(config.read_text(encoding="utf-8")), [])
-    task, data = cli.model, cli.datamodule
-    if not isinstance(task, ClassificationTask):
-        raise UsageError(f"{path} is a run of {type(task).__name__}: activation-maps takes classification runs alone")
-    assert isinstance(data, SISDataModule)
-    content = torch.load(cli.checkpoint(str(path / "checkpoints" / "last.ckpt")), map_location="cpu", weights_only=True)
-    task.load_state_dict(content["state_dict"])
-    task.name_classes(content["class_names"])
-    task.eval().requires_grad_(False)
+    run = Run.from_folder(path)
+    if not isinstance(run.task, ClassificationTask):
+        raise UsageError(f"{path} is a run of {type(run.task).__name__}: activation-maps needs classification runs")
+    task, data = run.load("last"), run.datamodule
     assert isinstance(task.model, Classifier)
     data.setup("validate")
-    return _Trained(path, task.backbone_config.slug, task.model, tuple(task.class_names), data)
+    return _Trained(path, run.slug, task.model, tuple(task.class_names), data)
 
 
 @styled
 def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
-    """What trained classifiers look at: `class_activation_map` of several runs over the same validation images.
+    """Plots the class activation maps of several runs on the same validation images (see `class_activation_map`).
 
     Args:
         runs: Directories of classification runs on the same data, each with `config.yaml` and `checkpoints/last.ckpt`;
-            their `data.root` counts from the current directory.
-        images: How many, spread evenly over the split.
+            a relative `data.root` is relative to the current directory.
+        images: Number of images, spread evenly over the split.
 
     Returns:
-        A line for each image: the image, and the map of each run from 0 to its own largest value, a contour at half.
+        A line for each image: the image, and the map of each run, from 0 to its own maximum, with a contour at half.
 
     Raises:
-        UsageError: For a run that is no classification, or runs on different data.
-        DataError: Where a run, its checkpoint or its data is missing.
+        UsageError: If a run is not a classification run, or the runs are on different data.
+        DataError: If a run, its checkpoint or its data is missing.
     """
     if not runs or images < 1:
         raise UsageError("activation maps need at least one run and one image")
-    with isolate_rng():  # building a run seeds everything
-        trained = [_trained(path) for path in runs]
+    trained = [_trained(path) for path in runs]
     first = trained[0]
     for other in trained[1:]:
         same = other.data.listing("val") == first.data.listing("val") and other.classes == first.classes
         if not same:
-            raise UsageError(f"{first.path} and {other.path} are of different data: they can share no images")
+            raise UsageError(f"{first.path} and {other.path} are on different data, so they share no images")
     source = first.data.sources["val"]
     indices = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int))
     shown = [source[int(index)] for index in indices]
@@ -225,14 +216,14 @@ def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
         line[0].set_ylabel(f"true: {first.classes[sample['label']]}")
         for axis, one in zip(line, (first, *trained), strict=True):
             image = one.data.eval_transform(sample)["image"].as_subclass(torch.Tensor)
-            picture = image.permute(1, 2, 0).numpy() / 255
+            pixels = image.permute(1, 2, 0).numpy() / 255
             if axis is line[0]:
-                axis.imshow(picture)
+                axis.imshow(pixels)
                 continue
             maps, probabilities = class_activation_map(one.network, one.data.normalize(image)[None])
             large = F.interpolate(maps[None], image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
             field = (large / large.max().clamp_min(1e-12)).clamp_min(0).numpy()
-            axis.imshow(picture.mean(axis=2), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=1)
             overlay = axis.imshow(field, vmin=0, vmax=1, alpha=0.6)
             if field.min() < 0.5 < field.max():
                 for colour, thickness in (("black", 2.4), ("white", 1.2)):
@@ -246,9 +237,9 @@ def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
     for axis, head in zip(panels[-1], ("image", *heads), strict=True):
         axis.set_xlabel("\n".join(textwrap.wrap(head, 22)))
     bar = figure.colorbar(overlay, ax=panels, shrink=0.5, aspect=30)
-    bar.set_label("activation of the class above / largest")
-    said = "Above each map the class that it is of and its probability; contour: half of the largest. "
-    said += f"Validation images, {first.data.identity()}"
+    bar.set_label("class activation / maximum")
+    said = "Title of each map: the predicted class and its probability; contour: half of the maximum. "
+    said += f"Validation images, {first.data.identity()} data."
     lines = ["Class activation maps", *textwrap.wrap(said, int(13 * width))]
     figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left")
     return figure

@@ -1,8 +1,8 @@
-"""Cells filled from records: which record counts for which cell, what it amounts to, and what is missing.
+"""Fills the cells of tables from records: which records count for a cell, their mean and spread, and what is missing.
 
-A record counts for a cell where its configuration is the cell's to the letter (but for what changes no result), its
-files are those whose fingerprints the book names, and its training came to the end of its schedule. Names of folders,
-runs and data sets decide nothing. Imports neither torch nor Lightning.
+A record counts for a cell if its recipe is the cell's, its files are those whose fingerprints the table spec lists, and
+its training reached the end of its schedule. Names of folders, runs and data sets decide nothing. Imports neither torch
+nor Lightning.
 """
 
 from __future__ import annotations
@@ -15,29 +15,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from sis_lightning.config.compose import NOT_OF_THE_RECIPE, WEIGHTS_IN_16_BITS, recipe
 from sis_lightning.errors import DataError
-from sis_lightning.files import digest
-from sis_lightning.run.record import Record, read_record, read_sealed, write_sealed
-from sis_lightning.tables.spec import Book, Column, Experiment, Group, Row, Table
+from sis_lightning.run.record import Code, TestRecord, read_record, read_with_checksum, write_with_checksum
+from sis_lightning.tables.spec import Column, Experiment, Group, Row, Table, TableSpec
 
-#: What a cell on data of a kind is called once it is measured in full.
+#: State of a cell with at least one record that counts, by the kind of its data.
 STATES = {"official": "reproduced", "synthetic": "synthetic", "stand-in": "other data"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """What an experiment resolves to: counted, and identified, by the code.
+    """What the code makes of an experiment.
 
     Attributes:
-        recipe: Digest of its configuration, but for the seed and for what changes no result.
-        slug: Of its backbone.
-        parameters: Of the whole model.
-        macs: Of one image.
-        image: Its height and width.
-        source: Digest of the YAML and the options that it was resolved from.
+        recipe: Digest of the resolved configuration, without the seed and without options that do not affect the
+            result.
+        slug: Short name of the backbone.
+        parameters: Number of parameters of the whole model.
+        macs: Multiply-accumulates of the whole model for one image.
+        image: Height and width of that image in px.
+        source: Digest of the YAML and the options that the configuration was resolved from.
     """
 
     recipe: str
@@ -50,12 +48,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Models:
-    """What all experiments resolve to: `models.json` of a results folder.
+    """What the code makes of all experiments: `models.json` of a results folder.
 
     Attributes:
-        code: Digest of the code that settles it.
-        operators: Registered ones, the paper's first.
-        by_key: Of the experiments; None of one that cannot be, such as steps of an operator without recurrence.
+        code: Digest of the code that determines it.
+        operators: Names of all registered operators, the paper's first.
+        by_key: Models by the keys of the experiments; None for an experiment that is impossible, such as several steps
+            of an operator without recurrence.
     """
 
     code: str
@@ -64,14 +63,14 @@ class Models:
 
     @classmethod
     def read(cls, path: Path) -> Models:
-        """From its file; empty where there is none.
+        """Reads the file; without a file, there are no models.
 
         Raises:
-            DataError: Where it was edited.
+            DataError: If the file was edited.
         """
         if not path.is_file():
             return cls("", (), {})
-        content = read_sealed(path, "sis-lightning tables count")
+        content = read_with_checksum(path, "sis-lightning tables count")
         models = {
             key: Model(**{**value, "image": tuple(value["image"])}) if value else None
             for key, value in content["models"].items()
@@ -79,96 +78,97 @@ class Models:
         return cls(content["code"], tuple(content["operators"]), models)
 
     def write(self, path: Path) -> None:
-        """Into its file, sealed."""
+        """Writes the file, with a checksum."""
         models = {key: asdict(model) if model else None for key, model in self.by_key.items()}
-        write_sealed(path, {"code": self.code, "operators": list(self.operators), "models": models})
+        write_with_checksum(path, {"code": self.code, "operators": list(self.operators), "models": models})
 
 
-def shortcomings(record: Record) -> list[str]:
-    """Why a record counts for nothing, whatever it is of."""
+def shortcomings(record: TestRecord) -> list[str]:
+    """Why a record counts for no cell, whatever it measured."""
     reasons = []
-    if not record["checkpoint"]["finished"]:
+    if not record.checkpoint.finished:
         reasons.append("its weights are not from the end of the schedule")
     codes = _codes(record)
-    if any(code.get("dirty") for code in codes):
-        reasons.append("its code had changes that no commit holds")
-    if any(code.get("operators") != codes[0].get("operators") for code in codes):
-        reasons.append("its operator was changed on the way")
-    if type(record["seed"]) is not int:
+    if any(code.dirty for code in codes):
+        reasons.append("its code had uncommitted changes")
+    if any(code.operators != codes[0].operators for code in codes):
+        reasons.append("its operator was changed between training and test")
+    if record.seed is None:
         reasons.append("it was trained without a seed")
-    if record["training"].get("changed"):
-        reasons.append(f"its {record['training']['changed'][0]} was changed on the way")
+    if record.training.changed:
+        reasons.append(f"its {record.training.changed[0]} was changed during training")
     return reasons
 
 
-def _codes(record: Record) -> list[dict[str, Any]]:
-    """Of test and training; older records hold that of the test alone."""
-    return [record["code"], *record["training"].get("code", [])]
+def _codes(record: TestRecord) -> list[Code]:
+    """The code of the test and of each start of the training."""
+    return [record.code, *record.training.code]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A record as the tables see it: what is needed of it alone.
-
-    Attributes:
-        name: Of its file.
-        record: All of it.
-        recipe: Of its training.
-    """
+    """A record and the name of its file."""
 
     name: str
-    record: Record
-    recipe: str
+    record: TestRecord
+
+    @property
+    def recipe(self) -> str:
+        """Digest of the recipe that was trained."""
+        return self.record.recipe_hash
 
     @property
     def seed(self) -> int:
-        """Of its training, where it counts."""
-        return int(self.record["seed"])
+        """Seed of the training; only of a record that counts."""
+        assert self.record.seed is not None
+        return self.record.seed
 
     @property
     def weights(self) -> str:
-        """SHA-256 of its checkpoint."""
-        return str(self.record["checkpoint"].get("sha256", self.name))
+        """SHA-256 of the checkpoint."""
+        return self.record.checkpoint.sha256
 
     @property
-    def operators(self) -> Mapping[str, str] | None:
-        """Digests of the sources of operators that are not ours."""
-        found: Mapping[str, str] | None = self.record["code"].get("operators")
-        return found
+    def operators(self) -> Mapping[str, str]:
+        """Digests of the source files of operators that are not built in, by name."""
+        return self.record.code.operators
 
-    def judged(self, experiment: Experiment, model: Model) -> tuple[str, list[str]]:
-        """What a record is for an experiment, and why it does not count.
+    def judge(self, experiment: Experiment, model: Model) -> tuple[str, list[str]]:
+        """Decides whether the record counts for an experiment.
+
+        Args:
+            experiment: The experiment.
+            model: What the code makes of it.
 
         Returns:
-            A state, and the reasons; none for one that counts.
+            The state that the record gives to a cell, and the reasons why it does not count; no reasons if it counts.
         """
-        run, data = experiment.run, self.record["data"]
+        run, record = experiment.run, self.record
         reasons = []
-        if data["fingerprint"] not in run.data.test:
+        if record.data.fingerprint not in run.data.test:
             reasons.append(f"its files are not those of {run.data.title}")
-        if not data["trained_on"] or not {*data["trained_on"]} <= {*run.data.train}:
+        if not record.data.trained_on or not {*record.data.trained_on} <= {*run.data.train}:
             reasons.append(f"it was not trained on {run.data.title}")
-        of_data = bool(reasons)
+        on_other_data = bool(reasons)
         if self.recipe != model.recipe:
-            reasons.append("its configuration is not the row's")
-        otherwise = [
+            reasons.append("its configuration is not that of the row")
+        changed = [
             key
-            for key, values in self.record["tested_otherwise"].items()
-            if not all(value is None or value is False for value in values)
-            and (not key.startswith(NOT_OF_THE_RECIPE) or any(str(value) in WEIGHTS_IN_16_BITS for value in values))
+            for key, change in record.tested_otherwise.items()
+            # A switch that is off is the same as one that does not exist.
+            if not all(value is None or value is False for value in (change.trained, change.tested))
         ]
-        if otherwise:
-            reasons.append(f"it was tested under another {otherwise[0]}")
-        reasons += shortcomings(self.record)
-        training = self.record["training"]
-        if run.data.kind == "official" and not all("commit" in code for code in _codes(self.record)):
-            reasons.append("its code is of no commit: it was installed, and may have been changed")
-        # A recipe's batch, which is that of all devices together, is what batch norm sees on one of them.
-        if (training["devices"] or 1) > 1 and not self.record["config"]["trainer"].get("sync_batchnorm"):
-            reasons.append("its batch norm saw one device at a time")
-        if not of_data:
+        if changed:
+            reasons.append(f"it was tested with another {changed[0]}")
+        reasons += shortcomings(record)
+        if run.data.kind == "official" and not all(code.commit for code in _codes(record)):
+            reasons.append("its code belongs to no commit: it was installed, and may have been changed")
+        # A recipe's batch size is that of all devices together, and batch norm must see all of it.
+        if (record.training.devices or 1) > 1 and not record.config.get("trainer", {}).get("sync_batchnorm"):
+            reasons.append("its batch norm was not synchronised between devices")
+        if not on_other_data:
             return (STATES[run.data.kind] if not reasons else "other recipe"), reasons
-        return ("synthetic" if data["identity"].startswith("synthetic") else "other data"), reasons
+        return ("synthetic" if record.data.identity.startswith("synthetic") else "other data"), reasons
 
 
 @dataclass(frozen=True)
@@ -176,52 +176,52 @@ class Cell:
     """A place in a table.
 
     Attributes:
-        printed: The paper's.
-        values: Ours by seed, in the table's unit.
-        missing: Seeds that the run wants and nobody has measured.
-        state: `reproduced`, `synthetic`, `other data`, `other recipe`, `running`, `not run`, `counted`; empty where
-            nothing belongs.
-        records: Names of those that it is made of.
-        aside: Figures of records that do not count, for the state's sake.
-        reasons: Why they do not.
-        superseded: Records of seeds that were measured again later.
+        reported: The paper's value, or None.
+        values: Our values by seed, in the unit of the table.
+        missing: Seeds that the run needs and that have no value yet.
+        state: `reproduced`, `synthetic`, `other data`, `other recipe`, `running`, `not run` or `counted`; empty for an
+            impossible experiment.
+        records: File names of the records that count.
+        rejected: Values of records that do not count.
+        reasons: Why they do not count, each with the file name of its record.
+        superseded: Number of records that count, but whose seed was measured again later.
     """
 
-    printed: float | None
+    reported: float | None
     values: Mapping[int, float]
     missing: tuple[int, ...]
     state: str
     records: tuple[str, ...] = ()
-    aside: tuple[float, ...] = ()
+    rejected: tuple[float, ...] = ()
     reasons: tuple[str, ...] = ()
     superseded: int = 0
 
     @cached_property
     def mean(self) -> float | None:
-        """Over the seeds."""
+        """Mean over the seeds; None without any."""
         return statistics.fmean(self.values.values()) if self.values else None
 
     @cached_property
     def std(self) -> float | None:
-        """Over the seeds, with n - 1; None of a single one."""
+        """Standard deviation over the seeds, with n - 1 in the denominator; None for fewer than two seeds."""
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     @property
     def difference(self) -> float | None:
-        """Ours less the paper's, where both are of the same data and recipe."""
+        """Our mean minus the reported value; None unless both have the same data and recipe."""
         comparable = self.state in ("reproduced", "counted")
-        return self.mean - self.printed if comparable and self.mean is not None and self.printed is not None else None
+        return self.mean - self.reported if comparable and self.mean is not None and self.reported is not None else None
 
 
 @dataclass(frozen=True)
-class Paired:
-    """How far a row is from the baseline, seed by seed.
+class PairedDifference:
+    """Difference between a row and its baseline, paired by seed.
 
     Attributes:
-        mean: Of the differences.
-        low: End of its 95 % confidence interval (Student's t); None of a single seed.
-        high: The other end.
-        seeds: That both have.
+        mean: Mean of the differences.
+        low: Lower end of the 95 % confidence interval of the mean (Student's t); None for a single seed.
+        high: Upper end of the interval.
+        seeds: Seeds that both rows have.
     """
 
     mean: float
@@ -230,8 +230,8 @@ class Paired:
     seeds: tuple[int, ...]
 
     @classmethod
-    def of(cls, values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
-        """Over the seeds that both have; None where there is none."""
+    def of(cls, values: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
+        """The difference between values by seed; None if the two share no seed."""
         seeds = tuple(sorted(values.keys() & baseline.keys()))
         if not seeds:
             return None
@@ -239,140 +239,135 @@ class Paired:
         mean = statistics.fmean(differences)
         if len(seeds) == 1:
             return cls(mean, None, None, seeds)
-        from scipy.special import stdtrit  # a third of a second, which tables without seeds need not wait for
+        from scipy.special import stdtrit  # takes a third of a second, which tables without seeds need not wait for
 
         half = float(stdtrit(len(seeds) - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(len(seeds))
         return cls(mean, mean - half, mean + half, seeds)
 
 
 @dataclass(frozen=True)
-class Line:
-    """A row with its cells, and how it compares with the group's baseline, column by column."""
+class FilledRow:
+    """A row with its cells, and its differences from the group's baseline, both by column."""
 
     group: Group
     row: Row
     cells: tuple[Cell, ...]
-    paired: tuple[Paired | None, ...]
+    paired: tuple[PairedDifference | None, ...]
 
 
 @dataclass(frozen=True)
-class Filled:
-    """A table with what is known."""
+class FilledTable:
+    """A table with filled rows."""
 
     table: Table
-    lines: tuple[Line, ...]
+    lines: tuple[FilledRow, ...]
 
 
 def read_records(folder: Path) -> list[Evidence]:
-    """All records of a folder.
+    """Reads all records of a folder.
 
     Raises:
-        DataError: For one that was edited, or is none.
+        DataError: If a file is not a record, or was edited.
     """
-    found = []
-    recipes: dict[str, str] = {}  # the seeds of a row share one, and a record's hash of its configuration is sealed
     collecting = gc.isenabled()
-    gc.disable()  # a fifth of the time with thousands of records, in which there is nothing to collect
+    gc.disable()  # takes a fifth of the time with thousands of records, in which there is nothing to collect
     try:
-        for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
-            record = read_record(path)
-            try:
-                known = record["config_hash"]
-                if known not in recipes:
-                    recipes[known] = digest(recipe(record["config"]))
-                found.append(Evidence(path.name, record, recipes[known]))
-            except (KeyError, AttributeError) as error:
-                raise DataError(f"{path}: not a record of a run ({error} is missing)") from None
+        paths = sorted(folder.glob("*.json"), key=lambda path: path.name)
+        return [Evidence(path.name, read_record(path)) for path in paths]
     finally:
         if collecting:
             gc.enable()
-    return found
 
 
-def fill(book: Book, evidence: Sequence[Evidence], models: Models, running: Iterable[str] = ()) -> list[Filled]:
+def fill(
+    spec: TableSpec, evidence: Sequence[Evidence], models: Models, running: Iterable[str] = ()
+) -> list[FilledTable]:
     """Fills every cell.
 
     Args:
-        book: The tables.
-        evidence: What was measured.
-        models: What the experiments resolve to.
-        running: Keys of experiments that a fit is busy with.
+        spec: The tables.
+        evidence: All records.
+        models: What the code makes of the experiments.
+        running: Keys of experiments that are being trained right now.
 
     Raises:
-        DataError: Where an experiment was never counted.
+        DataError: If an experiment has not been counted yet.
     """
     by_recipe: dict[str, list[Evidence]] = defaultdict(list)
     by_name: dict[tuple[str, str], list[Evidence]] = defaultdict(list)
     for piece in evidence:
         by_recipe[piece.recipe].append(piece)
-        by_name[piece.record["task"], piece.record["backbone"]].append(piece)
+        by_name[piece.record.task, piece.record.backbone].append(piece)
     busy = set(running)
 
-    def cell(row: Row, column: Column, printed: float | None) -> Cell:
+    def cell(row: Row, column: Column, reported: float | None) -> Cell:
         experiment = row.experiment(column)
         if experiment.key not in models.by_key:
-            raise DataError(f"'{experiment.key}' was never counted: sis-lightning tables count")
+            raise DataError(f"'{experiment.key}' has not been counted yet: sis-lightning tables count")
         model = models.by_key[experiment.key]
         if model is None:
-            return Cell(printed, {}, (), "")
+            return Cell(reported, {}, (), "")
         if column.counted:
-            return Cell(printed, {0: getattr(model, column.metric) * column.scale}, (), "counted")
+            return Cell(reported, {0: getattr(model, column.metric) * column.scale}, (), "counted")
         known = {piece.name: piece for piece in by_recipe[model.recipe]}
         known |= {piece.name: piece for piece in by_name[experiment.run.name, model.slug]}
-        return _cell(column, experiment, model, list(known.values()), printed, experiment.key in busy)
+        return _cell(column, experiment, model, list(known.values()), reported, experiment.key in busy)
 
     tables = []
-    for table in book.tables:
+    for table in spec.tables:
         lines = []
         for group in table.groups:
             rows = {}
             for row in group.rows:
-                printed = row.printed or (None,) * len(table.columns)
-                rows[row.label] = tuple(cell(row, *pair) for pair in zip(table.columns, printed, strict=True))
+                reported = row.reported or (None,) * len(table.columns)
+                rows[row.label] = tuple(cell(row, *pair) for pair in zip(table.columns, reported, strict=True))
             base = rows.get(group.baseline or "")
             for row in group.rows:
-                pairs: list[Paired | None] = [None] * len(table.columns)
+                pairs: list[PairedDifference | None] = [None] * len(table.columns)
                 if base is not None and row.label != group.baseline:
                     pairs = [
-                        None if column.counted else Paired.of(ours.values, its.values)
+                        None if column.counted else PairedDifference.of(ours.values, its.values)
                         for column, ours, its in zip(table.columns, rows[row.label], base, strict=True)
                     ]
-                lines.append(Line(group, row, rows[row.label], tuple(pairs)))
-        tables.append(Filled(table, tuple(lines)))
+                lines.append(FilledRow(group, row, rows[row.label], tuple(pairs)))
+        tables.append(FilledTable(table, tuple(lines)))
     return tables
 
 
 def _cell(
-    column: Column, experiment: Experiment, model: Model, known: list[Evidence], printed: float | None, busy: bool
+    column: Column, experiment: Experiment, model: Model, known: list[Evidence], reported: float | None, busy: bool
 ) -> Cell:
-    """A cell of a metric, from the records that bear its recipe or its name."""
+    """Fills the cell of a metric from the records that have its recipe or its name."""
     full: dict[int, Evidence] = {}
     seeds: dict[str, int] = {}
-    superseded, aside, reasons, states = 0, [], [], []
+    superseded, rejected, reasons, states = 0, [], [], []
     counting = []
-    for piece in sorted(known, key=lambda piece: str(piece.record["date"])):
-        value = piece.record["metrics"].get(column.metric)
+    for piece in sorted(known, key=lambda piece: piece.record.date):
+        value = piece.record.metrics.get(column.metric)
         if value is None:
             reasons.append(f"{piece.name}: it has no {column.metric}")
             continue
-        state, why = piece.judged(experiment, model)
+        state, why = piece.judge(experiment, model)
         if why:
             states.append(state)
-            aside.append(value * column.scale)
+            rejected.append(value * column.scale)
             reasons += [f"{piece.name}: {reason}" for reason in why[:1]]
             continue
         counting.append(piece)
     for piece in counting:
         if piece.operators != (newest := counting[-1]).operators:
-            reasons.append(f"{piece.name}: its operator's source is not that of seed {newest.seed}, measured later")
+            reasons.append(
+                f"{piece.name}: its operator differs from that of seed {newest.seed}, which was measured later"
+            )
             continue
         twin = seeds.setdefault(piece.weights, piece.seed)
         if twin != piece.seed:
-            reasons.append(f"{piece.name}: its weights are those of seed {twin}")
+            reasons.append(f"{piece.name}: its weights are the same as those of seed {twin}")
             continue
         superseded += piece.seed in full and full[piece.seed].weights != piece.weights
         full[piece.seed] = piece
-    values = {seed: full[seed].record["metrics"][column.metric] * column.scale for seed in sorted(full)}
+    measured = {seed: full[seed].record.metrics[column.metric] for seed in sorted(full)}
+    values = {seed: value * column.scale for seed, value in measured.items() if value is not None}
     missing = tuple(seed for seed in experiment.run.seeds if seed not in values)
     state = "running" if busy and missing else "not run"
     if values:
@@ -380,4 +375,4 @@ def _cell(
     elif states and not busy:
         state = states[-1]
     names = tuple(full[seed].name for seed in sorted(full))
-    return Cell(printed, values, missing, state, names, tuple(aside), tuple(reasons), superseded)
+    return Cell(reported, values, missing, state, names, tuple(rejected), tuple(reasons), superseded)

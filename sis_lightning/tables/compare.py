@@ -1,12 +1,11 @@
-"""Two runs, or two operators under one configuration, side by side: where nothing else differs.
+"""Compares two runs, or two operators in one configuration, if nothing else differs.
 
-A comparison of operators is worth something only if nothing else changed. What else differs is refused, by its key.
+A comparison of operators means something only if nothing else changed. Other differences are refused by their keys.
 """
 
 from __future__ import annotations
 
 import copy
-import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,47 +15,46 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
-from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor, nn
 
 from sis_lightning.bench.paired import take_turns, waits_for
-from sis_lightning.config.compose import resolve, settled
 from sis_lightning.config_files import config_names
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.models import complexity
+from sis_lightning.models.complexity import Complexity
 from sis_lightning.operators import list_operators
-from sis_lightning.run.lightning_cli import run
-from sis_lightning.run.record import Record, read_record
+from sis_lightning.run.effects import settled
+from sis_lightning.run.record import TestRecord, read_record
+from sis_lightning.run.run import Run
 from sis_lightning.tables.cells import shortcomings
-from sis_lightning.tasks import BaseTask
+from sis_lightning.tables.counting import count_run
+from sis_lightning.text_tables import table_to_text
 
 _OPERATOR = "model.init_args.backbone.operator"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One of the two that are compared.
 
     Attributes:
-        name: As it was asked for.
-        settings: What settles its result, by dotted keys; of a record, its data too.
+        name: Name as typed.
+        settings: Everything that determines the result, by dotted keys; for a tested run including its data.
         size: Parameters and MACs.
-        backbone: With fresh weights.
-        record: What it measured, where it was tested.
+        backbone: The backbone, with new weights.
+        record: The record of its test, or None.
     """
 
     name: str
     settings: dict[str, Any]
-    size: complexity.Complexity
+    size: Complexity
     backbone: nn.Module
-    record: Record | None
+    record: TestRecord | None
 
 
 def _side(text: str, arguments: Sequence[str]) -> Side:
-    """From a run's directory or record; under `arguments`, from BACKBONE[:OPERATOR] or OPERATOR."""
-    record: Record | None = None
+    """Builds a side from a run's directory or record or, with `arguments`, from BACKBONE[:OPERATOR] or OPERATOR."""
+    record: TestRecord | None = None
     if arguments:
         backbone, colon, operator = text.partition(":")
         if not colon and text in list_operators():
@@ -68,37 +66,28 @@ def _side(text: str, arguments: Sequence[str]) -> Side:
             )
         options = [f"--model.backbone={backbone}"] * bool(backbone)
         options += [f"--model.backbone.operator={operator}"] * bool(operator)
-        layers, rest = resolve([*arguments, *options])
+        run = Run.from_arguments([*arguments, *options])
     else:
-        record, layers = _run(Path(text))
-        rest = []
-    cli = run(None, layers, rest)
-    # Built for no run, a trainer is not the one that was asked for: of a run, what its own file says.
-    config = cli.resolved if arguments else {**layers, "seed_everything": cli.resolved.get("seed_everything")}
-    settings = {**settled(config), "seed_everything": config.get("seed_everything")}
+        record, run = _run(Path(text))
+    settings = {**settled(run.config), "seed_everything": run.config.get("seed_everything")}
     if record:
-        data = record["data"]
-        settings["devices"] = record["training"]["devices"]
-        settings |= {"test data": data["fingerprint"][:12], "training data": [name[:12] for name in data["trained_on"]]}
-        settings |= {f"in test: {key}": value[1] for key, value in record["tested_otherwise"].items()}
-    assert isinstance(cli.model, BaseTask)
-    body = copy.deepcopy(cli.model.backbone)  # counting leaves a model on the meta device; the body is timed
-    return Side(text, settings, complexity.of_cli(cli, text), body, record)
+        settings["devices"] = record.training.devices
+        settings["test data"] = record.data.fingerprint[:12]
+        settings["training data"] = [name[:12] for name in record.data.trained_on]
+        settings |= {f"in test: {key}": change.tested for key, change in record.tested_otherwise.items()}
+    backbone_copy = copy.deepcopy(run.task.backbone)  # counting moves the task to the meta device
+    return Side(text, settings, count_run(run, text), backbone_copy, record)
 
 
-def _run(path: Path) -> tuple[Record | None, dict[str, Any]]:
-    """A run's record, where it was tested, and its configuration."""
-    if path.is_file():
-        record = read_record(path)
-        return record, record["config"]
-    if not path.is_dir():
+def _run(path: Path) -> tuple[TestRecord | None, Run]:
+    """A run, and its record if it was tested."""
+    if not path.exists():
         raise DataError(f"{path}: neither a run's directory nor a record; operators need --config tasks/NAME.yaml")
-    if (path / "test.json").is_file():
-        record = read_record(path / "test.json")
-        return record, record["config"]
-    if not (path / "config.yaml").is_file():
-        raise DataError(f"{path}: no run in it (no config.yaml)")
-    return None, yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    file = path / "test.json" if path.is_dir() else path
+    if not file.is_file():
+        return None, Run.from_folder(path)
+    record = read_record(file)
+    return record, Run(record.config)
 
 
 def _allowed(key: str, names: Sequence[str]) -> bool:
@@ -113,19 +102,19 @@ def compare(
     rounds: int = 7,
     device: str = "cpu",
 ) -> Comparison:
-    """Resolves both, and refuses what may not differ.
+    """Builds both sides, refuses differences that are not allowed, and times the backbones.
 
     Args:
-        first: A run's directory or record; under `arguments`, BACKBONE[:OPERATOR] or an operator.
-        second: The like.
-        arguments: Of `fit`; none for runs.
-        allow: Keys that may differ besides the operator, or parts of them: `backbone`, `steps`.
-        rounds: Turns of each in which the bodies are timed; 0 for none.
-        device: Where: `cpu` or `cuda`.
+        first: A run's directory or record; with `arguments`, BACKBONE[:OPERATOR] or an operator.
+        second: The other side, in the same form.
+        arguments: Options of `fit` that both sides share; empty to compare runs.
+        allow: Keys, or parts of keys, of settings that may differ besides the operator, such as `backbone`.
+        rounds: Number of rounds in which both backbones are timed; 0 for none.
+        device: Device of the timing, `cpu` or `cuda`.
 
     Raises:
-        UsageError: Where anything else differs, or nothing does: the keys with both values.
-        DataError: For runs that are not there.
+        UsageError: If anything else differs, or nothing does; the message names the keys with both values.
+        DataError: If a run does not exist.
     """
     sides = (_side(first, arguments), _side(second, arguments))
     before, now = (side.settings for side in sides)
@@ -135,21 +124,21 @@ def compare(
     if others:
         lines = [f"  {key}: {before.get(key)!r} of A, {now.get(key)!r} of B" for key in others[:2]]
         lines += [f"  and {len(others) - 2} more"] if len(others) > 2 else []
-        lines.append(f"  Make them the same, or say that they may differ: --allow {shlex.join(others[:2])}")
+        lines.append(f"  Make them equal, or allow them to differ: --allow {shlex.join(others[:2])}")
         raise UsageError("\n".join([f"{first} and {second} differ in more than the operator:", *lines]))
     if not keys:
-        raise UsageError(f"{first} and {second} differ in nothing: there is nothing to compare")
+        raise UsageError(f"{first} and {second} do not differ: there is nothing to compare")
     return Comparison(*sides, tuple(keys), _timed(sides, rounds, torch.device(device)) if rounds > 0 else ())
 
 
 def _timed(sides: tuple[Side, Side], rounds: int, device: torch.device) -> tuple[tuple[str, str, str], ...]:
-    """Training passes of the bodies alone, in turns."""
+    """Times training passes of both backbones alternately; returns rows of the table."""
     wait, on_gpu = waits_for(device.type), device.type == "cuda"
-    # On a CPU so many images as take a few seconds at most: a recipe's own batch can take minutes a pass.
+    # On a CPU, a recipe's batch can take minutes per pass: so many images as take a few seconds at most.
     batch = 8 if on_gpu else max(1, min(8, round(20e9 / max(side.size.model_macs for side in sides))))
     what = f"{batch} × {sides[0].size.height}×{sides[0].size.width}"
     print(
-        f"timing both backbones on {what}, forward and backward, {rounds} turns each (--rounds 0: not)", file=sys.stderr
+        f"timing both backbones on {what}, forward and backward, {rounds} rounds (--rounds 0 skips it)", file=sys.stderr
     )
     works: list[Callable[[], object]] = []
     for side in sides:
@@ -164,19 +153,19 @@ def _timed(sides: tuple[Side, Side], rounds: int, device: torch.device) -> tuple
     a, b = take_turns(works, rounds=rounds, seconds=0.5, warmup=5 if on_gpu else 1, wait=wait)
     ratio = a.faster_than(b)
     head = f"backbone, images/s ({what}, forward and backward, {device.type})"
-    verdict = {"faster": "A faster", "slower": "A slower"}.get(ratio.verdict, "not told apart")
+    verdict = {"faster": "A is faster", "slower": "A is slower"}.get(ratio.verdict, "no clear difference")
     return ((head, f"{batch / median(a.wall):.3g}", f"{batch / median(b.wall):.3g}"), ("A / B", str(ratio), verdict))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two sides have in common, and in what they differ.
+    """Two sides, and the settings in which they differ.
 
     Attributes:
-        first: A.
-        second: B.
-        keys: The settings that differ.
-        timed: Rows of what was timed.
+        first: Side A.
+        second: Side B.
+        keys: Dotted keys of the settings that differ.
+        timed: Rows of the timing: name, A, B.
     """
 
     first: Side
@@ -185,35 +174,34 @@ class Comparison:
     timed: tuple[tuple[str, str, str], ...]
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """What, A, B."""
+        """Rows of the table: name, A, B."""
         a, b = self.first, self.second
         rows = [(key.rpartition(".")[2], str(a.settings.get(key)), str(b.settings.get(key))) for key in self.keys]
         rows.append(("parameters, M", f"{a.size.model_parameters / 1e6:.3f}", f"{b.size.model_parameters / 1e6:.3f}"))
         rows.append(("MACs, G", f"{a.size.model_macs / 1e9:.3f}", f"{b.size.model_macs / 1e9:.3f}"))
         rows += self.timed
-        ours, its = (side.record["metrics"] if side.record else {} for side in (a, b))
-        for key in dict.fromkeys([*ours, *its]):
+        ours, theirs = (side.record.metrics if side.record else {} for side in (a, b))
+        for key in dict.fromkeys([*ours, *theirs]):
             if key.count("/") == 1:
-                rows.append((key, *(_shown(metrics.get(key)) for metrics in (ours, its))))
+                rows.append((key, _number(ours.get(key)), _number(theirs.get(key))))
         for name, (left, right) in self.curves().items():
             steps = sorted({*left} & {*right})
             for step in steps[:: -(-len(steps) // 6) or 1]:
-                rows.append((f"{name}, step {step:,}", _shown(left[step]), _shown(right[step])))
+                rows.append((f"{name}, step {step:,}", _number(left[step]), _number(right[step])))
         return rows
 
     def curves(self) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
-        """How both learnt: value by step, of each metric that both records have."""
-        found = [side.record["curves"] if side.record else {} for side in (self.first, self.second)]
-        return {name: (dict(found[0][name]), dict(found[1][name])) for name in found[0] if name in found[1]}
+        """Learning curves of both, as value by step, for each metric that both records have."""
+        ours, theirs = (side.record.curves if side.record else {} for side in (self.first, self.second))
+        return {name: (dict(ours[name]), dict(theirs[name])) for name in ours if name in theirs}
 
     def to_table(self) -> str:
-        """For people."""
+        """The comparison as a text table."""
         a, b = self.first, self.second
-        data = a.record["data"]["identity"] if a.record else None
         table = RichTable(title=f"A: {a.name}\nB: {b.name}", title_justify="left", caption_justify="left")
         if a.record and b.record:
-            seeds = list(dict.fromkeys([a.record["seed"], b.record["seed"]]))
-            table.caption = f"On {data} data, seed {' and '.join(map(str, seeds))}."
+            seeds = list(dict.fromkeys([a.record.seed, b.record.seed]))
+            table.caption = f"On {a.record.data.identity} data, seed {' and '.join(map(str, seeds))}."
         for name, side in (("A", a), ("B", b)):
             if side.record and (flaws := shortcomings(side.record)):
                 table.caption = f"{table.caption or ''} {name}: {', '.join(flaws)}.".strip()
@@ -221,24 +209,22 @@ class Comparison:
             table.add_column(heading, justify="right" if heading else "left")
         for row in self.rows():
             table.add_row(*row)
-        text = io.StringIO()
-        Console(file=text, width=140).print(table)
-        return text.getvalue()
+        return table_to_text(table, width=140)
 
     def draw(self, path: Path) -> None:
-        """Draws the curves of both.
+        """Plots the learning curves of both into a file.
 
         Raises:
-            UsageError: Where there are none.
+            UsageError: If there are none, or the ending of the file is not that of a format.
         """
         from sis_lightning.tables.figures import draw_pair
 
         curves = {name: pair for name, pair in self.curves().items() if pair[0] and pair[1]}
         if not curves:
-            raise UsageError("--out draws learning curves, but not both sides are runs that were tested")
+            raise UsageError("--out plots learning curves, which only tested runs have")
         labels = ("A: " + self.first.size.config, "B: " + self.second.size.config)
         draw_pair(curves, labels, path)
 
 
-def _shown(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"

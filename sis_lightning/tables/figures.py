@@ -1,42 +1,36 @@
-"""Figures of the tables and of how runs learnt: PNG and SVG.
+"""Figures of filled tables and of learning curves.
 
-The style sheet beside this file holds fonts and colours. A row has one colour and one marker in all figures of a table;
-nothing is told by colour alone. Filled markers are ours, hollow ones what the paper prints, and the title says what
-ours were measured on. What takes torch to draw lies in `attribution.py`.
+A row has the same colour and marker in all figures of a table, and nothing is distinguished by colour alone. Filled
+markers are our values, hollow ones those that the paper reports, and the title says what ours were measured on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from sis_lightning.errors import UsageError, nearest
-from sis_lightning.files import write_bytes
-from sis_lightning.run.record import Record
-from sis_lightning.tables.cells import Cell, Evidence, Filled, Line
-from sis_lightning.tables.render import drawn_from
+from sis_lightning.errors import UsageError
+from sis_lightning.run.record import TestRecord
+from sis_lightning.tables.cells import Cell, Evidence, FilledRow, FilledTable
+from sis_lightning.tables.plotting import ENDINGS, styled, write_figure
 from sis_lightning.tables.spec import BUILT_IN, Column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: As `draw` and the command line call them.
-FIGURES = ("accuracy", "sizes", "curves", "receptive-fields", "activation-maps")
-#: The metrics of an object's size, by COCO's bounds of area, in the order in which they are drawn.
+#: Metrics by the size of objects, with COCO's bounds of area, in the order in which they are plotted.
 SIZES = {
     "test/APs": "AP(S)",
     "test/APm": "AP(M)",
@@ -48,108 +42,27 @@ SIZES = {
 _AXES = {"parameters": ("parameters, M", 1e-6), "macs": ("MACs of one image, G", 1e-9)}
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "<", ">", "h")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-#: What tells a printed figure from a measured one; around it, where the two are the same.
+#: Style of reported values: hollow and larger, so that it surrounds a measured value at the same place.
 _HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7.5, "zorder": 3}
-_ENDINGS: dict[str, dict[str, Any]] = {
-    ".png": {"Software": None},
-    ".svg": {"Date": None},
-    ".pdf": {"CreationDate": None},
-}
-#: For what draws or writes a figure.
-styled = matplotlib.style.context(Path(__file__).with_name("paper.mplstyle"))
-
-
-def draw(
-    names: Sequence[str],
-    tables: Sequence[Filled],
-    evidence: Sequence[Evidence],
-    folder: Path,
-    runs: Sequence[Path] = (),
-) -> list[Path]:
-    """Draws figures, each as PNG and SVG; those that there is no data for are left out.
-
-    Args:
-        names: Of `FIGURES`; none for all, `activation-maps` only with `runs`.
-        tables: Filled ones, each with figures of its own.
-        evidence: The records that they were filled from.
-        folder: Where to write: `accuracy_table_3.png`, `receptive_fields.svg` and so on.
-        runs: Directories of classification runs, for `activation-maps`.
-
-    Returns:
-        The files that were written.
-
-    Raises:
-        UsageError: For a name that there is not, or runs that cannot be shown together.
-        DataError: For a run without a checkpoint, or whose data is not there.
-    """
-    for name in names:
-        if name not in FIGURES:
-            raise UsageError(f"there is no figure '{name}': {nearest(name, FIGURES)}")
-    if "activation-maps" in names and not runs:
-        raise UsageError("activation-maps shows what runs look at: name their directories, --runs DIR DIR")
-    wanted = [name for name in FIGURES if name in names or (not names and (name != "activation-maps" or runs))]
-    of_tables: dict[str, Callable[[Filled], Figure | None]] = {
-        "accuracy": accuracy,
-        "sizes": lambda filled: by_size(filled, evidence),
-        "curves": lambda filled: curves(filled, evidence),
-    }
-    written = []
-    for name in wanted:
-        if name == "receptive-fields":
-            from sis_lightning.tables.attribution import receptive_fields
-
-            written += write(receptive_fields(), folder / "receptive_fields")
-        elif name == "activation-maps":
-            from sis_lightning.tables.attribution import activation_maps
-
-            written += write(activation_maps(runs), folder / "activation_maps")
-        else:
-            for filled in tables:
-                figure = of_tables[name](filled)
-                if figure is not None:
-                    written += write(figure, folder / f"{name}_{filled.table.slug}", drawn_from(filled))
-    return written
-
-
-def write(figure: Figure, stem: Path, source: str | None = None) -> list[Path]:
-    """Writes a figure as `stem`.png (200 dpi) and `stem`.svg, the same bytes for the same figure.
-
-    Args:
-        figure: To write.
-        stem: Its path without an ending.
-        source: What it was drawn from (`drawn_from`), kept among its metadata.
-    """
-    paths = [stem.with_name(f"{stem.name}{ending}") for ending in (".png", ".svg")]
-    for path in paths:
-        _write(figure, path, {"Source": source} if source else {})
-    return paths
-
-
-@styled
-def _write(figure: Figure, path: Path, more: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], metadata={**_ENDINGS[path.suffix], **more})
-    write_bytes(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)
 class _Series:
-    """Rows under one configuration: what is compared with each other.
+    """Rows of one configuration, which are compared with each other.
 
     Attributes:
-        title: Of their group, where labels come back in another.
+        title: Title of their group, if several groups have the same labels.
         lines: The rows.
-        columns: Indices of the metrics that one run measures.
+        columns: Indices of the columns that one run measures.
     """
 
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[FilledRow, ...]
     columns: tuple[int, ...]
 
 
-def _series(filled: Filled) -> list[_Series]:
-    """By groups, where a label is in more than one of them, and by what measures the columns."""
+def _series(filled: FilledTable) -> list[_Series]:
+    """Splits a table by runs, and by groups if a label occurs in more than one of them."""
     table = filled.table
     by_run: dict[str, list[int]] = {}
     for index, column in enumerate(table.columns):
@@ -162,8 +75,8 @@ def _series(filled: Filled) -> list[_Series]:
     return [_Series(title, lines, tuple(columns)) for columns in by_run.values() for title, lines in groups]
 
 
-def _names(filled: Filled, chosen: Sequence[_Series]) -> list[str]:
-    """What tells the series from each other; nothing for a single one."""
+def _names(filled: FilledTable, chosen: Sequence[_Series]) -> list[str]:
+    """Names that distinguish the series; empty for a single one."""
     heads = [filled.table.columns[series.columns[0]].label for series in chosen]
     titles = [series.title for series in chosen]
     parts = [kind for kind in (titles, heads) if len({*kind}) > 1]
@@ -179,7 +92,7 @@ class _Look:
     dashes: Any
 
     def handle(self, label: str, *, line: bool = False, hollow: bool = False) -> Line2D:
-        """Its entry in a legend."""
+        """The row's entry in a legend."""
         face = _HOLLOW if hollow else {}
         return Line2D(
             [],
@@ -198,8 +111,8 @@ def _look(number: int) -> _Look:
     return _Look(colours[number % len(colours)], _MARKERS[number % len(_MARKERS)], dashes)
 
 
-def _looks(filled: Filled) -> dict[str, _Look]:
-    """By the rows' labels. An operator of the paper's looks the same in all tables."""
+def _looks(filled: FilledTable) -> dict[str, _Look]:
+    """Looks by the labels of rows. An operator of the paper looks the same in all tables."""
     own = {name: number for number, name in enumerate(BUILT_IN[1:])}
     numbers: dict[str, int] = {}
     free = len(own)
@@ -215,22 +128,22 @@ def _looks(filled: Filled) -> dict[str, _Look]:
     return {label: _look(number) for label, number in numbers.items()}
 
 
-def _headed(figure: Figure, filled: Filled, *said: str) -> None:
-    """Title, and what is to be known of the figures below it."""
+def _headed(figure: Figure, filled: FilledTable, *said: str) -> None:
+    """Sets the title, with remarks on the values below it."""
     lines = [f"Table {filled.table.id}: {filled.table.title}"]
     lines += [part for text in said if text for part in textwrap.wrap(text, 84)]
     figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left", linespacing=1.4)
 
 
-def _origin(filled: Filled, cells: Iterable[Cell]) -> str:
-    """Whose figures are drawn, and what ours are."""
+def _origin(filled: FilledTable, cells: Iterable[Cell]) -> str:
+    """Says whose values are plotted, and what ours were measured on."""
     cells = list(cells)
-    printed = [cell for cell in cells if filled.table.of and cell.printed is not None]
+    reported = [cell for cell in cells if filled.table.reported_by and cell.reported is not None]
     parts = []
-    if printed:
-        again = sum(cell.state == "reproduced" for cell in printed)
-        often = f", {again} of {len(printed)} reproduced" if again else ", not reproduced"
-        parts.append(f"hollow: printed by {filled.table.of}{often}")
+    if reported:
+        reproduced = sum(cell.state == "reproduced" for cell in reported)
+        share = f", {reproduced} of {len(reported)} reproduced" if reproduced else ", not reproduced"
+        parts.append(f"hollow: reported by {filled.table.reported_by}{share}")
     states = list(dict.fromkeys(cell.state for cell in cells if cell.values))
     if states:
         counts = sorted({len(cell.values) for cell in cells if cell.values})
@@ -243,30 +156,30 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
-def _legend(figure: Figure, filled: Filled, looks: Mapping[str, _Look], cells: Iterable[Cell]) -> None:
-    """Rows, and what filled and hollow markers are."""
+def _legend(figure: Figure, filled: FilledTable, looks: Mapping[str, _Look], cells: Iterable[Cell]) -> None:
+    """Adds a legend of the rows and of filled and hollow markers."""
     cells = list(cells)
     states = list(dict.fromkeys(cell.state for cell in cells if cell.values))
-    printed = bool(filled.table.of) and any(cell.printed is not None for cell in cells)
+    reported = bool(filled.table.reported_by) and any(cell.reported is not None for cell in cells)
     handles = [look.handle(label, hollow=not states) for label, look in looks.items()]
     plain = _Look("0.35", "o", "none")
-    handles += [plain.handle(f"printed by {filled.table.of}", hollow=True)] if printed else []
+    handles += [plain.handle(f"reported by {filled.table.reported_by}", hollow=True)] if reported else []
     handles += [plain.handle(f"ours, {state}") for state in states]
     figure.legend(handles=handles, loc="outside right upper")
 
 
 @styled
-def accuracy(filled: Filled) -> Figure | None:
-    """The table's first metric against parameters and against MACs of the whole model, as the code counts them.
+def accuracy(filled: FilledTable) -> Figure | None:
+    """Plots the table's first metric against parameters and against MACs of the whole model, as the code counts them.
 
-    A marker a row: filled for our mean over the seeds, with their standard deviation; hollow for what the paper prints.
-    Where several columns or groups have that metric, a line joins the markers of one row.
+    Each row has one marker: filled for our mean over the seeds, with their standard deviation, and hollow for the value
+    that the paper reports. If several columns or groups have the metric, a line joins the markers of a row.
 
     Args:
         filled: A table.
 
     Returns:
-        Two panels with one vertical axis, in the metric's unit in the table; None where nothing is to be drawn.
+        Two panels with a common vertical axis, in the unit of the table; None if there is nothing to plot.
     """
     columns = filled.table.columns
     first = next((column for column in columns if not column.counted), None)
@@ -296,12 +209,12 @@ def accuracy(filled: Filled) -> Figure | None:
     return figure
 
 
-def _shown(filled: Filled, cell: Cell) -> bool:
-    return bool(cell.values) or (bool(filled.table.of) and cell.printed is not None)
+def _shown(filled: FilledTable, cell: Cell) -> bool:
+    return bool(cell.values) or (bool(filled.table.reported_by) and cell.reported is not None)
 
 
-def _size(filled: Filled, index: int, metric: str) -> int | None:
-    """The column that counts parameters or MACs of what another measures."""
+def _size(filled: FilledTable, index: int, metric: str) -> int | None:
+    """Index of the column that counts parameters or MACs of the models that another column measures."""
     columns = filled.table.columns
     own = columns[index]
     found = [
@@ -317,16 +230,16 @@ class _Point:
     """A marker of `accuracy`.
 
     Attributes:
-        label: The row's.
-        printed: Whether the paper prints it; else it is ours.
-        series: Name of its series.
-        x: Parameters in millions, or MACs in thousands of millions.
-        y: The metric.
-        spread: Standard deviation over the seeds, of two and more.
+        label: Label of the row.
+        reported: Whether the paper reports the value; otherwise it is ours.
+        series: Name of the series.
+        x: Parameters in millions, or MACs in billions.
+        y: Value of the metric.
+        spread: Standard deviation over the seeds; None for fewer than two.
     """
 
     label: str
-    printed: bool
+    reported: bool
     series: str
     x: float
     y: float
@@ -334,9 +247,9 @@ class _Point:
 
 
 def _points(
-    filled: Filled, placed: Sequence[tuple[_Series, int]], names: Sequence[str], metric: str
+    filled: FilledTable, placed: Sequence[tuple[_Series, int]], names: Sequence[str], metric: str
 ) -> list[list[_Point]]:
-    """Of each series."""
+    """The markers of each series."""
     found: list[list[_Point]] = []
     for (series, index), name in zip(placed, names, strict=True):
         found.append([])
@@ -346,8 +259,8 @@ def _points(
             if count is None:
                 continue
             x = count / filled.table.columns[size or 0].scale * _AXES[metric][1]
-            if filled.table.of and cell.printed is not None:
-                found[-1].append(_Point(label, True, name, x, cell.printed))
+            if filled.table.reported_by and cell.reported is not None:
+                found[-1].append(_Point(label, True, name, x, cell.reported))
             if cell.mean is not None:
                 found[-1].append(_Point(label, False, name, x, cell.mean, cell.std))
     return found
@@ -356,23 +269,23 @@ def _points(
 def _mark(axis: Axes, points: Iterable[_Point], looks: Mapping[str, _Look]) -> None:
     for point in points:
         look = looks[point.label]
-        if point.printed:
+        if point.reported:
             axis.plot(point.x, point.y, look.marker, color=look.colour, **_HOLLOW)
         else:
             axis.errorbar(point.x, point.y, point.spread, fmt=look.marker, color=look.colour)
 
 
 def _against(axis: Axes, found: Sequence[Sequence[_Point]], looks: Mapping[str, _Look]) -> None:
-    """A panel of `accuracy`: its markers, and lines that join those of one row."""
+    """Draws a panel of `accuracy`: its markers, and lines that join those of a row."""
     every = [point for points in found for point in points]
     _mark(axis, every, looks)
     chains: dict[tuple[str, bool], list[_Point]] = {}
     for point in every:
-        chains.setdefault((point.label, point.printed), []).append(point)
-    for (row, printed), chain in chains.items():
+        chains.setdefault((point.label, point.reported), []).append(point)
+    for (row, reported), chain in chains.items():
         if len(chain) > 1:
             way = [point.x for point in chain], [point.y for point in chain]
-            axis.plot(*way, "--" if printed else "-", color=looks[row].colour, linewidth=0.7, alpha=0.6, zorder=1)
+            axis.plot(*way, "--" if reported else "-", color=looks[row].colour, linewidth=0.7, alpha=0.6, zorder=1)
     axis.margins(0.12)
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     text: dict[str, Any] = {"fontsize": 8, "color": "0.25", "textcoords": "offset points"}
@@ -382,7 +295,7 @@ def _against(axis: Axes, found: Sequence[Sequence[_Point]], looks: Mapping[str, 
                 highest = max(points, key=lambda point: point.y + (point.spread or 0))
                 place = (highest.x, highest.y + (highest.spread or 0))
                 axis.annotate(highest.series, place, (0, 7), ha="center", va="bottom", **text)
-    elif len(found) > 1:  # names beside each marker would lie over each other
+    elif len(found) > 1:  # names beside each marker would overlap
         middle = sum(axis.get_xlim()) / 2
         for chain in chains.values():
             last, name = chain[-1], f"{chain[0].series} … {chain[-1].series}"
@@ -395,7 +308,7 @@ def _against(axis: Axes, found: Sequence[Sequence[_Point]], looks: Mapping[str, 
 
 
 def _zoom(axis: Axes, points: Sequence[_Point], looks: Mapping[str, _Look]) -> None:
-    """Shows three and more markers that lie over each other once more, larger, where the panel is empty."""
+    """Magnifies three or more overlapping markers in an inset, where the panel is empty."""
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     shares = [((point.x - left) / (right - left), (point.y - low) / (high - low)) for point in points]
     near = [[i for i, (x, y) in enumerate(shares) if abs(x - u) < 0.06 and abs(y - v) < 0.04] for u, v in shares]
@@ -405,7 +318,7 @@ def _zoom(axis: Axes, points: Sequence[_Point], looks: Mapping[str, _Look]) -> N
     empty = [
         (x, y)
         for x, y in corners
-        # Left of it and below, its own numbers.
+        # The inset's own tick labels are left of it and below.
         if not any(x - 0.22 < u < x + side + 0.04 and y - 0.16 < v < y + side + 0.1 for u, v in shares)
     ]
     if len(crowd) < 3 or not empty:
@@ -416,25 +329,25 @@ def _zoom(axis: Axes, points: Sequence[_Point], looks: Mapping[str, _Look]) -> N
     inset.xaxis.set_major_locator(MaxNLocator(2))
     inset.yaxis.set_major_locator(MaxNLocator(3))
     inset.spines[:].set(visible=True, color="0.6")
-    inset.set_title("enlarged", pad=2)
+    inset.set_title("magnified", pad=2)
 
 
-def _records(series: _Series, line: Line, known: Mapping[str, Evidence]) -> list[Record]:
-    """What a row was measured by, by seed."""
+def _records(series: _Series, line: FilledRow, known: Mapping[str, Evidence]) -> list[TestRecord]:
+    """The records of a row, by seed."""
     names = dict.fromkeys(name for index in series.columns for name in line.cells[index].records)
     return [known[name].record for name in names if name in known]
 
 
 @styled
-def by_size(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
-    """Average precision and recall by the size of objects: small, medium, large as COCO has them.
+def by_size(filled: FilledTable, evidence: Sequence[Evidence]) -> Figure | None:
+    """Plots average precision and recall by the size of objects: small, medium and large, as COCO defines them.
 
     Args:
         filled: A table.
-        evidence: Records; those of its cells are shown, filled, and printed figures of its columns, hollow.
+        evidence: All records; those of the table's cells are plotted filled, and reported values hollow.
 
     Returns:
-        A panel for each group, in the unit of the table's first metric; None where no size was measured or printed.
+        A panel for each group, in the unit of the table's first metric; None if no size was measured or reported.
     """
     known = {piece.name: piece for piece in evidence}
     columns = filled.table.columns
@@ -442,35 +355,36 @@ def by_size(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
     for series in _series(filled):
         scale = columns[series.columns[0]].scale
         values: dict[tuple[str, str], list[float]] = {}
-        printed: dict[tuple[str, str], float] = {}
+        reported: dict[tuple[str, str], float] = {}
         for line in series.lines:
             for record in _records(series, line, known):
                 for metric in SIZES:
-                    if (value := record["metrics"].get(metric)) is not None:
+                    if (value := record.metrics.get(metric)) is not None:
                         values.setdefault((metric, line.row.label), []).append(value * scale)
             for index in series.columns:
                 cell = line.cells[index]
-                if columns[index].metric in SIZES and filled.table.of and cell.printed is not None:
-                    printed[columns[index].metric, line.row.label] = cell.printed
-        if values or printed:
+                if columns[index].metric in SIZES and filled.table.reported_by and cell.reported is not None:
+                    reported[columns[index].metric, line.row.label] = cell.reported
+        if values or reported:
             chosen.append(series)
-            found.append((values, printed))
+            found.append((values, reported))
     if not chosen:
         return None
     looks = _looks(filled)
     figure = Figure(figsize=(7.2, 1.2 + 2.3 * len(chosen)))
     panels = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
-    for axis, series, name, (values, printed) in zip(panels, chosen, _names(filled, chosen), found, strict=True):
-        metrics = [metric for metric in SIZES if any(metric == key for key, _ in (*values, *printed))]
-        rows = [line.row.label for line in series.lines if any(line.row.label == row for _, row in (*values, *printed))]
+    for axis, series, name, (values, reported) in zip(panels, chosen, _names(filled, chosen), found, strict=True):
+        metrics = [metric for metric in SIZES if any(metric == key for key, _ in (*values, *reported))]
+        found_rows = {row for _, row in (*values, *reported)}
+        rows = [line.row.label for line in series.lines if line.row.label in found_rows]
         for place, metric in enumerate(metrics):
             if place:
                 axis.axvline(place - 0.5, color="0.8", linewidth=0.6)
             for number, row in enumerate(rows):
                 x = place + 0.75 * ((number + 0.5) / len(rows) - 0.5)
                 look, key = looks[row], (metric, row)
-                if key in printed:
-                    axis.plot(x, printed[key], look.marker, color=look.colour, **_HOLLOW)
+                if key in reported:
+                    axis.plot(x, reported[key], look.marker, color=look.colour, **_HOLLOW)
                 if key in values:
                     spread = statistics.stdev(values[key]) if len(values[key]) > 1 else None
                     axis.errorbar(x, statistics.fmean(values[key]), spread, fmt=look.marker, color=look.colour)
@@ -481,27 +395,27 @@ def by_size(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
         percent = columns[series.columns[0]].scale == 100
         axis.set_ylabel("AP, AR in percent" if percent else "AP, AR")
         axis.set_title(name, loc="left")
-    shown = [key[1] for values, printed in found for key in (*values, *printed)]
+    shown = [key[1] for values, reported in found for key in (*values, *reported)]
     cells = [cell for series in chosen for line in series.lines for cell in _of_sizes(columns, series, line)]
     _legend(figure, filled, {label: look for label, look in looks.items() if label in shown}, cells)
     _headed(figure, filled, "By the size of objects (S, M, L); " + _origin(filled, cells))
     return figure
 
 
-def _of_sizes(columns: Sequence[Column], series: _Series, line: Line) -> list[Cell]:
-    """A row's cells of sizes; where there is none, what is measured of the first: its records have them."""
+def _of_sizes(columns: Sequence[Column], series: _Series, line: FilledRow) -> list[Cell]:
+    """The cells of a row by size of objects; without such columns its first cell, whose records have these metrics."""
     cells = [line.cells[index] for index in series.columns if columns[index].metric in SIZES]
-    return cells or [dataclasses.replace(line.cells[series.columns[0]], printed=None)]
+    return cells or [dataclasses.replace(line.cells[series.columns[0]], reported=None)]
 
 
 def over_seeds(found: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """Curves of one metric over several seeds.
+    """Summarises the curves of one metric over several seeds.
 
     Args:
-        found: Value by step, of each seed.
+        found: Value by step, for each seed.
 
     Returns:
-        The steps that all have, and of each the mean, the lowest and the highest value.
+        The steps that all seeds have, and for each step the mean, the lowest and the highest value.
     """
     steps = sorted(set.intersection(*({*curve} for curve in found))) if found else []
     values = np.array([[curve[step] for step in steps] for curve in found]).reshape(len(found), len(steps))
@@ -511,20 +425,20 @@ def over_seeds(found: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndar
 
 
 @styled
-def curves(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
-    """How rows learnt: the metric that chooses checkpoints on the val split, and the training loss, by step.
+def curves(filled: FilledTable, evidence: Sequence[Evidence]) -> Figure | None:
+    """Plots learning curves: the primary metric on the val split, and the training loss, by step.
 
     Args:
         filled: A table.
-        evidence: Records; those of its cells are shown.
+        evidence: All records; those of the table's cells are plotted.
 
     Returns:
-        A line of panels for each group and run: the mean over the seeds, in a band from the lowest to the highest seed;
-        None where nothing was measured.
+        A pair of panels for each group and run: the mean over the seeds, in a band from the lowest to the highest;
+        None if nothing was measured.
     """
     known = {piece.name: piece for piece in evidence}
     chosen: list[_Series] = []
-    found: list[dict[str, list[Record]]] = []
+    found: list[dict[str, list[TestRecord]]] = []
     for series in _series(filled):
         of_rows = {line.row.label: _records(series, line, known) for line in series.lines}
         rows = {label: records for label, records in of_rows.items() if any(_curve(r) for r in records)}
@@ -540,7 +454,7 @@ def curves(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
         heads = dict.fromkeys(_curve(record) for records in rows.values() for record in records)
         for axis, key in zip(pair, (next(filter(None, heads)), "train/loss"), strict=True):
             for label, records in rows.items():
-                _band(axis, looks[label], [dict(r["curves"].get(key, ())) for r in records if key in r["curves"]])
+                _band(axis, looks[label], [dict(r.curves[key]) for r in records if key in r.curves])
             axis.set_title(f"{name}: {key}" if name else key, loc="left")
             _steps(axis)
     labels = {label for rows in found for label in rows}
@@ -554,9 +468,9 @@ def curves(filled: Filled, evidence: Sequence[Evidence]) -> Figure | None:
     return figure
 
 
-def _curve(record: Record) -> str:
-    """The val metric that a record has a curve of; empty where it has none."""
-    return next((key for key, points in record.get("curves", {}).items() if key != "train/loss" and points), "")
+def _curve(record: TestRecord) -> str:
+    """The metric on the val split of which a record has a curve; empty if it has none."""
+    return next((key for key, points in record.curves.items() if key != "train/loss" and points), "")
 
 
 def _band(axis: Axes, look: _Look, found: Sequence[Mapping[int, float]]) -> None:
@@ -578,20 +492,20 @@ def _steps(axis: Axes) -> None:
 def draw_pair(
     found: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], labels: tuple[str, str], path: Path
 ) -> None:
-    """Draws the curves of two runs over each other, for `sis-lightning compare`.
+    """Plots the learning curves of two runs into the same panels, for `sis-lightning compare`.
 
     Args:
-        found: By metric, value by step of the first and of the second.
-        labels: Of the two.
-        path: A .png, .svg or .pdf.
+        found: For each metric, value by step of the first run and of the second.
+        labels: Names of the two runs.
+        path: File to write, a .png, .svg or .pdf.
 
     Raises:
-        UsageError: For another ending.
+        UsageError: If the path has another ending.
     """
-    if path.suffix not in _ENDINGS:
-        raise UsageError(f"{path}: its ending must be one of {', '.join(_ENDINGS)}")
+    if path.suffix not in ENDINGS:
+        raise UsageError(f"{path}: its ending must be one of {', '.join(ENDINGS)}")
     looks = (_look(6), _look(3))
-    # At most three beside each other.
+    # At most three panels side by side.
     across = min(3, len(found))
     down = math.ceil(len(found) / across)
     figure = Figure(figsize=(max(4.5, 2.9 * across), 0.8 + 2.5 * down))
@@ -605,4 +519,4 @@ def draw_pair(
         _steps(axis)
     handles = [look.handle(label, line=True) for look, label in zip(looks, labels, strict=True)]
     figure.legend(handles=handles, loc="outside upper left")
-    _write(figure, path)
+    write_figure(figure, path)

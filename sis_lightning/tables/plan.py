@@ -1,9 +1,7 @@
-"""What the tables want and nobody has measured yet: which runs these are, and how they come about."""
+"""The runs that tables need and that have not been measured yet, and how to run them."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import os
 import shlex
@@ -15,44 +13,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-from sis_lightning.config.compose import WEIGHTS_IN_16_BITS, changes, recipe, resolve
+from sis_lightning.config.compose import resolve
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import usable_cores
-from sis_lightning.run.history import is_running, last_row, read_starts
-from sis_lightning.run.record import code, read_record
+from sis_lightning.run.history import is_running, read_history
+from sis_lightning.run.record import read_record, running_code
 from sis_lightning.slurm import jobs as slurm
 from sis_lightning.tables.cells import Cell, Evidence, Model, Models, fill
-from sis_lightning.tables.spec import BUILT_IN, TableSpec, Experiment
+from sis_lightning.tables.spec import BUILT_IN, Experiment, TableSpec
 
 State = Literal["not begun", "queued", "running", "begun", "trained", "tested", "refused"]
 
-#: What settles parameters, MACs and configurations.
-_PARTS = (
+#: The code that determines parameters, MACs and configurations.
+_CODE = (
     "operators/*.py",
     "backbones/*.py",
     "models/*.py",
     "tasks/*.py",
     "datamodules/*.py",
     "config/*.py",
-    "run/lightning_cli.py",
+    "option_effects.py",
+    *(f"run/{name}.py" for name in ("effects", "options", "parser", "run")),
 )
 
 
 @dataclass(frozen=True)
 class MissingRun:
-    """A run that a cell waits for.
+    """A run that a cell needs.
 
     Attributes:
-        table: The first that wants it.
-        row: Its label.
-        experiment: What it measures.
-        model: What that resolves to.
-        seed: Of it.
-        folder: Its directory, as `fit` chooses it.
-        state: How far it is; `tested`: its record is to be added; `refused`: that was, and does not count.
-        progress: The same in words, with the step, the job or the reason.
-        root: Where its data lies; None for where its configuration says.
+        table: Id of the first table that needs it.
+        row: Label of the first row that needs it.
+        experiment: The experiment that it belongs to.
+        model: What the code makes of the experiment.
+        seed: Random seed of the run.
+        folder: Directory of the run, as `fit` chooses it.
+        state: How far it is. `tested` means that its record can be added, `refused` that its record was added and does
+            not count.
+        progress: The same in words, with the step, the SLURM job or the reason.
+        root: Folder with its data; None for the one that its configuration names.
     """
 
     table: str
@@ -69,74 +69,74 @@ class MissingRun:
         return f"table {self.table}, {self.row}, seed {self.seed}"
 
     def options(self) -> list[str]:
-        """Of `fit` and `test`, without the seed."""
+        """Options of `fit` and `test`, without the seed."""
         return [*self.experiment.options(), *(["--data.root", self.root] if self.root else [])]
 
     @property
     def command(self) -> str:
-        """What a user types."""
+        """The command line that continues it."""
         options = [*self.options(), "--seed_everything", str(self.seed)]
         if self.state == "trained":
             return shlex.join(["sis-lightning", "test", *options])
-        anew = ("--overwrite", "true") if self.state == "refused" else ("--resume", "auto")
-        return shlex.join(["sis-lightning", "fit", *options, *anew])
+        begin = ("--overwrite", "true") if self.state == "refused" else ("--resume", "auto")
+        return shlex.join(["sis-lightning", "fit", *options, *begin])
 
 
 def code_digest() -> str:
-    """Of the code that settles what an experiment resolves to."""
+    """Digest of the code that determines models."""
     here = Path(__file__).parents[1]
-    return digest_files([path for pattern in _PARTS for path in here.glob(pattern)], here)
+    return digest_files([path for pattern in _CODE for path in here.glob(pattern)], here)
 
 
 def differences(before: Models, now: Models) -> list[str]:
-    """Experiments of which the code gives other numbers than were kept, with both."""
+    """At most five experiments whose numbers differ between two counts, each with both values."""
     found = []
     for key in before.by_key.keys() & now.by_key.keys():
         old, new = before.by_key[key], now.by_key[key]
-        # Of what it was resolved from, it matters alone what came of it.
+        # What an experiment was resolved from matters only through the result.
         names = [name for name in Model.__annotations__ if name != "source"]
         for name, was, is_ in ((name, getattr(old, name, None), getattr(new, name, None)) for name in names):
             if was != is_:
-                found.append(f"{key}: {name} was {was}, the code gives {is_}")
+                found.append(f"{key}: {name} was {was}, and is now {is_}")
                 break
     added, gone = now.by_key.keys() - before.by_key.keys(), before.by_key.keys() - now.by_key.keys()
     found += [f"{len(added)} rows are new, such as {min(added)}"] if added else []
-    found += [f"{len(gone)} rows are no more, such as {min(gone)}"] if gone else []
+    found += [f"{len(gone)} rows no longer exist, such as {min(gone)}"] if gone else []
     return [*sorted(found)[:5], *([f"and {len(found) - 5} more"] if len(found) > 5 else [])]
 
 
 def count(spec: TableSpec, known: Models) -> Models:
-    """Resolves and counts every experiment of the spec, with rows for operators that users registered.
+    """Resolves and counts every experiment of a table spec, including rows of operators that users registered.
 
     Args:
         spec: The tables, without those rows.
-        known: Kept where the code is the same.
+        known: Earlier counts; they are kept for experiments that cannot have changed.
 
     Raises:
-        UsageError: For an experiment that cannot be: of which table.
+        UsageError: If an experiment is impossible; the message names it.
     """
-    from sis_lightning.operators import operator_class, list_operators
+    from sis_lightning.operators import list_operators, operator_class
 
-    operators, code = list_operators(), code_digest()
-    # Of operators that are not ours, nobody tells whether they changed.
+    operators, code = tuple(list_operators()), code_digest()
+    # Whether operators that are not built in have changed is not known.
     kept = known.by_key if known.code == code else {}
     found: dict[str, Model | None] = {}
     experiments = spec.with_operators(operators).experiments()
-    anew = []
+    changed = []
     for key, experiment in experiments.items():
         fields = dict(experiment.fields)
         operator = fields.get("operator")
         if operator and fields.get("steps", 2) != 2 and not operator_class(operator).recurrent:
             found[key] = None
             continue
-        ours = operator is None or operator in BUILT_IN
-        model = kept.get(key) if ours else None
+        built_in = operator is None or operator in BUILT_IN
+        model = kept.get(key) if built_in else None
         found[key] = model
         if model is None or model.source != _source(experiment):
-            anew.append(experiment)
-    if len(anew) > 9:
-        print(f"counting {len(anew)} rows anew, as code, YAML or specs changed: a minute or two", file=sys.stderr)
-    return Models(code, operators, {**found, **{experiment.key: _resolve(experiment) for experiment in anew}})
+            changed.append(experiment)
+    if len(changed) > 9:
+        print(f"counting {len(changed)} rows, as code or YAML has changed: a minute or two", file=sys.stderr)
+    return Models(code, operators, {**found, **{experiment.key: _resolve(experiment) for experiment in changed}})
 
 
 def _source(experiment: Experiment) -> str:
@@ -148,15 +148,15 @@ def _source(experiment: Experiment) -> str:
 
 
 def _resolve(experiment: Experiment) -> Model:
-    from sis_lightning.models import complexity
-    from sis_lightning.run.lightning_cli import run
+    """Builds the model of an experiment, and counts it."""
+    from sis_lightning.run.effects import recipe
+    from sis_lightning.run.run import Run
+    from sis_lightning.tables.counting import count_run
 
+    source = _source(experiment)
     try:
-        resolved = resolve(experiment.options())
-        source = digest(list(resolved))
-        with contextlib.redirect_stdout(io.StringIO()):
-            cli = run(None, *resolved)
-            size = complexity.of_cli(cli, experiment.run.name)
+        run = Run.from_arguments(experiment.options())
+        size = count_run(run, experiment.run.name)
     except UserError as error:
         raise type(error)(f"tables, {experiment.key}: {error}") from None
     except Exception as error:
@@ -166,10 +166,10 @@ def _resolve(experiment: Experiment) -> Model:
         raise UsageError(
             f"tables, {experiment.key}: the operator '{operator}' cannot be built or run:\n"
             f"  {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
-            "  Mend it, or leave it out: of $SIS_OPERATORS, or of what is installed."
+            "  Repair it, or remove it from $SIS_OPERATORS or uninstall its package."
         ) from error
     image = (size.height, size.width)
-    return Model(digest(recipe(cli.resolved)), size.config, size.model_parameters, size.model_macs, image, source)
+    return Model(digest(recipe(run.config)), size.config, size.model_parameters, size.model_macs, image, source)
 
 
 def missing(
@@ -179,14 +179,14 @@ def missing(
     seeds: Sequence[int] | None = None,
     roots: Mapping[str, str] | None = None,
 ) -> list[MissingRun]:
-    """The runs that cells wait for, each once, in the order of the tables.
+    """The runs that cells need, each once, in the order of the tables.
 
     Args:
         spec: The tables, or some of their rows.
-        evidence: What was measured.
-        models: What the experiments resolve to.
-        seeds: In place of those that each run wants.
-        roots: Where the data of a run lies, by the run's name.
+        evidence: All records.
+        models: What the code makes of the experiments.
+        seeds: Seeds, instead of those that each run needs.
+        roots: Folders with the data of runs, by the names of the runs.
     """
     wanted: dict[Path, tuple[str, str, Experiment, Model, int, Cell]] = {}
     for filled in fill(spec, evidence, models):
@@ -212,7 +212,7 @@ def missing(
 
 
 def _queue(folders: Iterable[Path]) -> dict[Path, str]:
-    """The runs that SLURM has, waiting or at work, with their jobs: a run's own, and those of the arrays above."""
+    """Runs that are queued or running in SLURM, with their jobs: single jobs, and elements of the arrays above them."""
     folders = list(folders)
     submitted = {
         job: folder
@@ -229,12 +229,12 @@ def _queue(folders: Iterable[Path]) -> dict[Path, str]:
 
 
 def directory(experiment: Experiment, model: Model, seed: int) -> Path:
-    """Where `fit` keeps the run."""
+    """The directory that `fit` chooses for a run."""
     return Path("runs", experiment.run.name, model.slug, f"seed{seed}")
 
 
-def busy(spec: TableSpec, models: Models) -> Iterator[str]:
-    """Keys of experiments that a fit here is busy with."""
+def running(spec: TableSpec, models: Models) -> Iterator[str]:
+    """Keys of experiments that are being trained from the current directory."""
     for key, experiment in spec.experiments().items():
         model = models.by_key.get(key)
         if model is not None:
@@ -246,40 +246,43 @@ def busy(spec: TableSpec, models: Models) -> Iterator[str]:
 def _progress(folder: Path, evidence: Sequence[Evidence], cell: Cell) -> tuple[State, str]:
     if is_running(folder):
         return "running", "running"
-    starts = read_starts(folder)
+    starts = read_history(folder)
     if not starts:
         return "not begun", "not begun"
-    if starts[-1]["how"] == "finished":
+    if starts[-1].how == "finished":
         if not (folder / "test.json").is_file():
             return "trained", "trained"
         try:
-            checksum = read_record(folder / "test.json")["checksum"]
+            checksum = read_record(folder / "test.json").checksum
         except DataError as error:
-            return "trained", f"trained, but to be tested again: {error}"
-        name = next((piece.name for piece in evidence if piece.record["checksum"] == checksum), None)
+            return "trained", f"trained, but must be tested again: {error}"
+        name = next((piece.name for piece in evidence if piece.record.checksum == checksum), None)
         why = next((reason.partition(": ")[2] for reason in cell.reasons if name and reason.startswith(name)), "")
         if name:
-            return "refused", f"tested, but does not count{f', as {why}' if why else ''}"
+            return "refused", f"tested, but does not count{f': {why}' if why else ''}"
         return "tested", f"tested: sis-lightning tables add {folder}"
-    newest = last_row(folder)
-    return "begun", f"begun (step {int(newest['step']) + 1 if 'step' in newest else 0:,})"
+    return "begun", f"begun (step {starts[-1].step:,})"
 
 
 def add(paths: Iterable[Path], folder: Path) -> list[Path]:
-    """Takes records into a results folder, byte by byte: those given, and all `test.json` below folders.
+    """Copies records to a results folder.
+
+    Args:
+        paths: Files, or folders in which every `test.json` is taken.
+        folder: Folder of records.
 
     Returns:
-        Those that were not there yet.
+        Copies that were not there yet.
 
     Raises:
-        DataError: For one that was edited, or none at all.
+        DataError: If there is none, or one of them is not a record or was edited; then none is copied.
     """
     found = list(itertools.chain.from_iterable(sorted(p.rglob("test.json")) if p.is_dir() else [p] for p in paths))
     if not found:
-        raise DataError(f"no test.json below {', '.join(map(str, paths))}: sis-lightning test writes it")
+        raise DataError(f"no test.json in {', '.join(map(str, paths))}: sis-lightning test writes it")
     added = []
-    for path, record in [(path, read_record(path)) for path in found]:  # all of them, before any is taken
-        name = f"{record['task']}-{record['backbone']}-seed{record['seed']}-{record['checksum'][:8]}.json"
+    for path, record in [(path, read_record(path)) for path in found]:  # all are read before one is copied
+        name = f"{record.task}-{record.backbone}-seed{record.seed}-{record.checksum[:8]}.json"
         place = folder / name
         if place.is_file():
             continue
@@ -289,15 +292,15 @@ def add(paths: Iterable[Path], folder: Path) -> list[Path]:
 
 
 def to_do(wanted: Sequence[MissingRun], records: Path, extra: Sequence[str]) -> list[MissingRun]:
-    """What is left to be trained or tested: takes in what was tested, leaves the rest as it is, and says so.
+    """Adds the records of tested runs, prints what cannot be run, and returns what is left to train or test.
 
     Args:
         wanted: The runs.
-        records: Where their records go.
+        records: Folder of records.
         extra: Further options of `fit` and `test`.
 
     Raises:
-        UsageError: For options that make other runs of them than the cells wait for.
+        UsageError: If the options change the recipe.
     """
     if extra:
         for entry in {entry.experiment.run.name: entry for entry in wanted}.values():
@@ -305,52 +308,51 @@ def to_do(wanted: Sequence[MissingRun], records: Path, extra: Sequence[str]) -> 
     left = []
     for entry in wanted:
         if entry.state == "tested":
-            _take_in(entry, records)
+            _add_record(entry, records)
         elif entry.state == "refused":
-            print(f"{entry}: {entry.progress}\n  anew: {entry.command}")
+            print(f"{entry}: {entry.progress}\n  to train it again: {entry.command}")
         elif entry.state in ("running", "queued"):
             print(f"{entry}: {entry.progress}")
         else:
             left.append(entry)
-    here = code({})
-    if left and here.get("dirty"):
+    here = running_code({})
+    if left and here.dirty:
         print(
-            "note: the code here has changes that no commit holds. Records of it count in no table: commit them first, "
-            "or run from a clone",
+            "note: the code has uncommitted changes. Its records will not count in any table: commit the changes "
+            "first, or run from a clean clone",
             file=sys.stderr,
         )
-    elif "commit" not in here and any(entry.experiment.run.data.kind == "official" for entry in left):
+    elif not here.commit and any(entry.experiment.run.data.kind == "official" for entry in left):
         print(
-            "note: the code here is of no commit, as it was installed. Nothing that it measures on the published data "
-            "is called reproduced: run from a clone",
+            "note: the code is installed and belongs to no commit. Its records on published data will not count as "
+            "reproduced: run from a clone",
             file=sys.stderr,
         )
     return left
 
 
-def _take_in(entry: MissingRun, records: Path, number: str = "") -> None:
+def _add_record(entry: MissingRun, records: Path, prefix: str = "") -> None:
     add([entry.folder / "test.json"], records)
     record = read_record(entry.folder / "test.json")
-    _say(f"{number}{entry}: {record['headline']} {record['metrics'].get(record['headline'])}")
-    piece = Evidence(str(entry.folder), record, digest(recipe(record["config"])))
-    for reason in piece.judged(entry.experiment, entry.model)[1][:1]:
-        _say(f"{number}{entry}: does not count, as {reason}", sys.stderr)
+    _say(f"{prefix}{entry}: {record.primary_metric} {record.metrics.get(record.primary_metric)}")
+    for reason in Evidence(str(entry.folder), record).judge(entry.experiment, entry.model)[1][:1]:
+        _say(f"{prefix}{entry}: does not count: {reason}", sys.stderr)
 
 
 def _say(what: str, to: TextIO | None = None) -> None:
-    # In one write: print writes the line's end by itself, and another thread's line comes between.
+    # One write, since print writes the line end separately and lines of several threads would mix.
     to = to or sys.stdout
     to.write(f"{what}\n")
     to.flush()
 
 
 def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequence[str]) -> int:
-    """Trains and tests what is missing, and takes the records in; goes on with what was begun.
+    """Trains (or resumes) and tests runs in processes of their own, and adds their records.
 
     Args:
         wanted: The runs.
-        records: Where their records go.
-        jobs: How many at once, each with its share of the cores.
+        records: Folder of records.
+        jobs: How many at the same time, each with its share of the cores.
         extra: Further options of `fit` and `test`.
 
     Returns:
@@ -360,8 +362,8 @@ def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequ
 
     def one(number: int, entry: MissingRun) -> bool:
         place = f"[{number}/{len(wanted)}] "
-        if is_running(entry.folder):  # since the others were begun
-            _say(f"{place}{entry}: another fit is at it")
+        if is_running(entry.folder):  # it was started meanwhile
+            _say(f"{place}{entry}: is being trained by another process")
             return True
         log = entry.folder.with_name(f"{entry.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -375,11 +377,11 @@ def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequ
                 ).returncode
             if code:
                 text = log.read_text(encoding="utf-8", errors="replace").strip()
-                # Our own words for it, or the end of a traceback.
+                # Our own message, or the end of a traceback.
                 said = text.rpartition("\nsis-lightning: ")[2] if code in (1, 2) else text.rpartition("\n")[2]
                 _say(f"{place}{entry}: {command[0]} failed ({code}): {said[-500:]}", sys.stderr)
                 return False
-        _take_in(entry, records, place)
+        _add_record(entry, records, place)
         return True
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -388,32 +390,25 @@ def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequ
 
 
 def _refuse_other_recipes(entry: MissingRun, extra: Sequence[str]) -> None:
-    from sis_lightning.run.lightning_cli import run
+    from sis_lightning.run.effects import changes, recipe
+    from sis_lightning.run.run import Run
 
     for option in extra:
         if (key := option.partition("=")[0]) in ("--run_dir", "--task", "--seed_everything", "--resume", "--overwrite"):
-            raise UsageError(f"tables run settles {key} itself: leave it out, or run fit and test by hand")
-    layers, given = resolve([*entry.options(), *extra])
-    # `run` without a subcommand computes in 32 bits, whatever is asked for.
-    asked = [str(layers.get("trainer", {}).get("precision")), *" ".join(given).replace("=", " ").split()]
-    if coarse := [text for text in asked if text in WEIGHTS_IN_16_BITS]:
-        raise UsageError(
-            f"--trainer.precision {coarse[0]} is another recipe, and no cell would count it: bf16-mixed is not"
-        )
-    with contextlib.redirect_stdout(io.StringIO()):
-        other = recipe(run(None, layers, given).resolved)
-        if digest(other) == entry.model.recipe:
-            return
-        plain = recipe(run(None, *resolve(entry.options())).resolved)
+            raise UsageError(f"tables run sets {key} itself: leave it out, or run fit and test yourself")
+    other = recipe(Run.from_arguments([*entry.options(), *extra]).config)
+    if digest(other) == entry.model.recipe:
+        return
+    plain = recipe(Run.from_arguments(entry.options()).config)
     if changed := [f"  {key}: {old!r}, with these options {new!r}\n" for key, old, new in changes(plain, other)]:
         raise UsageError(
-            f"{shlex.join(extra)} makes other runs than the cells wait for, and no cell would count them:\n"
-            f"{''.join(changed[:2])}  Leave it out, or run fit and test by hand."
+            f"{shlex.join(extra)} changes the recipe, so that no cell would count these runs:\n"
+            f"{''.join(changed[:2])}  Leave it out, or run fit and test yourself."
         )
 
 
 def submissions(wanted: Sequence[MissingRun], extra: Sequence[str]) -> list[list[str]]:
-    """Options of `submit` that hand what is missing to SLURM: for each experiment an array over its seeds."""
+    """Options of `submit` for missing runs: one job array over the seeds of each experiment."""
     seeds: dict[str, list[int]] = {}
     first: Mapping[str, MissingRun] = {entry.experiment.key: entry for entry in reversed(wanted)}
     for entry in wanted:

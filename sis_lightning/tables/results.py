@@ -1,4 +1,4 @@
-"""A folder of results: its specs, its records and what the code counts; all that `sis-lightning tables` does."""
+"""A folder of results: its table specs, its records and the counts; all that `sis-lightning tables` does."""
 
 from __future__ import annotations
 
@@ -13,36 +13,42 @@ from sis_lightning.slurm import jobs as slurm
 from sis_lightning.tables import plan
 from sis_lightning.tables.cells import Evidence, FilledTable, Models, fill, read_records
 from sis_lightning.tables.render import render, stale_figures, write_tables
-from sis_lightning.tables.spec import TableSpec, spec_files, read_specs
+from sis_lightning.tables.spec import TableSpec, read_specs, spec_files
 
 
 class Results:
-    """A folder with specs (`*.yaml`), `records/`, `models.json`, and what is generated of them.
+    """A folder with table specs (`*.yaml`), `records/`, `models.json`, and all that is generated from them.
 
     Args:
-        folder: The packaged specs stand in where it has none.
+        folder: The folder; the packaged table specs are used if it has none.
+
+    Attributes:
+        folder: The folder.
+        records: Its folder of records.
+        counts: Path of `models.json`.
 
     Raises:
-        UsageError, DataError: For specs and files that cannot be.
+        UsageError: If a table spec is invalid; when it is first read.
+        DataError: If a record or `models.json` is damaged; when it is first read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.records, self.kept = folder, folder / "records", folder / "models.json"
+        self.folder, self.records, self.counts = folder, folder / "records", folder / "models.json"
 
     @cached_property
     def shipped(self) -> TableSpec:
-        """The specs, with the built-in operators alone."""
+        """The table specs, with rows of the built-in operators only."""
         return read_specs(spec_files(self.folder))
 
     @property
     def models(self) -> Models:
-        """What the code counted last; where nothing was, what it had counted for this release."""
+        """The counts of the folder; if nothing has been counted, those that come with this release."""
         packaged = PACKAGED / "results" / "models.json"
-        return Models.read(self.kept if self.kept.is_file() or any(self.folder.glob("*.yaml")) else packaged)
+        return Models.read(self.counts if self.counts.is_file() or any(self.folder.glob("*.yaml")) else packaged)
 
     @property
     def spec(self) -> TableSpec:
-        """The specs, with a row for every operator that the code knew when it counted."""
+        """The table specs, with a row for every operator that was registered when the folder was counted."""
         return self.shipped.with_operators(self.models.operators)
 
     @property
@@ -51,32 +57,42 @@ class Results:
         return read_records(self.records)
 
     def filled(self, running: bool = False) -> list[FilledTable]:
-        """All tables; with cells that a fit here is busy with, where asked for."""
+        """All tables, filled.
+
+        Args:
+            running: Whether cells of experiments that are being trained here have the state `running`.
+        """
         spec, models = self.spec, self.models
-        return fill(spec, self.evidence, models, plan.busy(spec, models) if running else ())
+        return fill(spec, self.evidence, models, plan.running(spec, models) if running else ())
 
     def count(self) -> list[str]:
-        """Counts anew what the code may have changed; returns in what it differs from what was kept."""
+        """Counts again what may have changed; returns the differences from the previous counts."""
         before = self.models
         now = plan.count(self.shipped, before)
         if now != before:
-            now.write(self.kept)
+            now.write(self.counts)
         return plan.differences(before, now)
 
     def missing(
         self, tables: Sequence[str], rows: Sequence[str], seeds: Sequence[int] | None, roots: Mapping[str, str]
     ) -> list[plan.MissingRun]:
-        """The runs that cells wait for, of the named tables and rows; counts what it needs first.
+        """The runs that cells need; counts what it needs first.
+
+        Args:
+            tables: Tables to look at; empty for all.
+            rows: Rows to look at, by label, backbone or operator; empty for all.
+            seeds: Seeds, instead of those of the table spec.
+            roots: Folders with the data of runs, by the names of the runs.
 
         Raises:
-            UsageError: For a table, row or run that there is not.
+            UsageError: If there is no such table, row or run.
         """
         from sis_lightning.operators import list_operators
 
-        spec = self.shipped.with_operators(list_operators()).chosen(tables, rows)
-        kept = self.models
-        if kept.by_key and kept.code != plan.code_digest() and (tables or rows):
-            models = plan.count(spec, kept)  # a few rows of changed code need not wait for all the others
+        spec = self.shipped.with_operators(list_operators()).selected(tables, rows)
+        known = self.models
+        if known.by_key and known.code != plan.code_digest() and (tables or rows):
+            models = plan.count(spec, known)  # a few rows need not wait for all the others
         else:
             self.count()
             models = self.models
@@ -87,38 +103,52 @@ class Results:
         return plan.missing(spec, self.evidence, models, seeds, roots)
 
     def add(self, paths: Sequence[Path]) -> list[Path]:
-        """Takes records in; returns the new ones."""
+        """Adds records; returns the new ones."""
         return plan.add(paths, self.records)
 
     def render(self) -> list[Path]:
-        """Writes the tables in all forms."""
+        """Writes the tables in all forms; returns the files."""
         return write_tables(self.spec, self.filled(running=True), self.folder)
 
     def check(self) -> list[str]:
-        """What is wrong with the folder: nothing, where everything in it follows from specs, records and code.
+        """Verifies that everything generated follows from table specs, records and code.
+
+        Returns:
+            The problems; empty if there are none.
 
         Raises:
-            DataError: For a record that was edited.
+            DataError: If a record was edited.
         """
         before = self.models
         now = plan.count(self.shipped, before)
         problems = [f"models.json: {text}" for text in plan.differences(before, now)]
         if problems:
-            return [*problems, "models.json is stale: sis-lightning tables count, then tables render"]
-        # What was rendered while a fit ran says so; what was rendered before it began does not.
-        still, busy = self.filled(), self.filled(running=True)
-        before_fits = render(self.spec, still, self.folder)
-        for path, text in render(self.spec, busy, self.folder).items():
+            return [*problems, "models.json is outdated: run sis-lightning tables count, then tables render"]
+        # Tables rendered during a training call its cells running; both forms are right.
+        finished, running = self.filled(), self.filled(running=True)
+        without_running = render(self.spec, finished, self.folder)
+        for path, text in render(self.spec, running, self.folder).items():
             if not path.is_file():
-                problems.append(f"{path} is missing: sis-lightning tables render")
-            elif path.read_text(encoding="utf-8") not in (text, before_fits[path]):
-                problems.append(f"{path} is not what specs and records give: sis-lightning tables render")
-        stale = stale_figures(still, self.folder)
-        return [*problems, *(f"{path} was drawn of other cells: sis-lightning tables figures" for path in stale)]
+                problems.append(f"{path} is missing: run sis-lightning tables render")
+            elif path.read_text(encoding="utf-8") not in (text, without_running[path]):
+                problems.append(f"{path} does not match specs and records: run sis-lightning tables render")
+        stale = stale_figures(finished, self.folder)
+        return [
+            *problems,
+            *(f"{path} was plotted from other cells: run sis-lightning tables figures" for path in stale),
+        ]
 
     def draw(self, names: Sequence[str], runs: Sequence[Path]) -> list[Path]:
-        """Draws figures into `figures/`; all of them, and what can no longer be drawn goes."""
-        from sis_lightning.tables.figures import draw
+        """Plots figures into `figures/`. If all are plotted, those that no longer exist are removed.
+
+        Args:
+            names: Names of figures; empty for all.
+            runs: Directories of classification runs, for `activation-maps`.
+
+        Returns:
+            The files written.
+        """
+        from sis_lightning.tables.draw import draw
 
         folder = self.folder / "figures"
         written = draw(names, self.filled(), self.evidence, folder, runs)
@@ -132,10 +162,13 @@ class Results:
 
 
 def seeds_of(text: str | None) -> list[int] | None:
-    """`3` is the first three seeds, `0,5` these two, `0..4` these five, `0,` seed 0 alone; None stays None.
+    """Parses seeds: `3` means the seeds 0, 1 and 2; `0,5` and `0..4` name seeds; `0,` is seed 0 alone.
+
+    Args:
+        text: What was typed; None stays None.
 
     Raises:
-        UsageError: For anything else.
+        UsageError: If the text has another form.
     """
     if text is None:
         return None
@@ -148,10 +181,10 @@ def seeds_of(text: str | None) -> list[int] | None:
 
 
 def roots_of(texts: Sequence[str]) -> dict[str, str]:
-    """Folders by the names of runs.
+    """Parses texts `RUN=DIR` into folders by the names of runs.
 
     Raises:
-        UsageError: For anything but `RUN=DIR`.
+        UsageError: If a text has another form.
     """
     pairs = [text.partition("=") for text in texts]
     for text, (name, _, folder) in zip(texts, pairs, strict=True):
@@ -160,12 +193,12 @@ def roots_of(texts: Sequence[str]) -> dict[str, str]:
     return {name: folder for name, _, folder in pairs}
 
 
-def to_text(wanted: Sequence[plan.MissingRun]) -> str:
-    """What is missing, for people: a line of what it is, and the command below it."""
-    if not wanted:
+def to_text(missing: Sequence[plan.MissingRun]) -> str:
+    """Missing runs, each with its command on a line of its own."""
+    if not missing:
         return "nothing is missing\n"
-    lines = [f"{len(wanted)} run(s) are missing:"]
-    for entry in wanted:
+    lines = [f"{len(missing)} run(s) are missing:"]
+    for entry in missing:
         where = f"table {entry.table}, {entry.row}, {entry.experiment.run.name} on {entry.folder.parent.name}"
         lines += [f"{where}, seed {entry.seed}: {entry.progress}", f"  {entry.command}"]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,12 @@
-"""The tables as data: which run each cell is measured by, and what the paper prints there.
+"""Table specs: which run measures each cell of a table, and what the paper reports there.
 
-A book is a YAML file such as `results/paper.yaml`:
+A table spec is a YAML file such as `results/paper.yaml`:
 
-    data:    data sets by name, with the fingerprints that prove them
-    runs:    configurations by name, the data that they are tested on, and the seeds that a cell wants
+    reported_by: whose values stand beside ours, such as `the paper` (optional)
+    data:    data sets by name, with the fingerprints that identify them
+    runs:    configurations by name, the data that they are tested on, and the seeds that a cell needs
     notes:   footnotes by name
-    tables:  columns (a run and one of its metrics) and rows (a backbone, or an operator on the group's host)
+    tables:  columns (a run and one of its metrics) and rows (a backbone, or an operator in the group's host)
 
 Imports neither torch nor Lightning.
 """
@@ -26,7 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from sis_lightning.config_files import PACKAGED
 from sis_lightning.errors import DataError, UsageError, nearest
 
-#: The paper's, and the conv that they stand in for; an operator of any other name joins every table unasked.
+#: The convolution and the operators of the paper. An operator of any other name gets a row in every table by itself.
 BUILT_IN = ("conv", "basic", "interactive1", "interactive2", "recurrent1", "recurrent2")
 
 
@@ -35,10 +36,10 @@ class DataSet:
     """What a run is tested on.
 
     Attributes:
-        title: For people.
-        kind: `official`: the published files; `synthetic`; `stand-in`: real images in the place of others.
-        test: Fingerprints (`SISDataModule.fingerprint`) of the files that may be tested on.
-        train: Listings (`SISDataModule.listing`) of the files that may be trained on.
+        title: Name for people.
+        kind: `official` for the published files, `synthetic`, or `stand-in` for real images in the place of others.
+        test: Fingerprints (`SISDataModule.fingerprint`) of the accepted test files.
+        train: Listings (`SISDataModule.listing`) of the accepted training files.
     """
 
     title: str
@@ -48,15 +49,15 @@ class DataSet:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A configuration, the same for all rows but for the backbone.
+class RunSpec:
+    """A configuration that is the same for all rows except for the backbone.
 
     Attributes:
-        name: Its key in the book, and its `--task`.
-        config: Files, as for `fit`.
-        data: What it is tested on.
-        options: Of the command line, by their keys.
-        seeds: That a cell wants.
+        name: Key in the table spec, and value of the option `--task`.
+        config: Configuration files, as for `fit`.
+        data: The data set that it is tested on.
+        options: Options of the command line, by their keys.
+        seeds: The seeds that a cell needs.
     """
 
     name: str
@@ -68,25 +69,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run on a certain backbone: everything but the seed.
+    """A run with one backbone: everything but the seed.
 
     Attributes:
         run: The configuration.
-        backbone: A file in `configs/backbones/`.
-        fields: Of it, that are changed: `operator`, `steps`, `depth` and so on.
+        backbone: Name of a file in `configs/backbones/`.
+        fields: Fields of the backbone that are changed, such as `operator`, `steps` or `depth`, with their values.
     """
 
-    run: Run
+    run: RunSpec
     backbone: str
     fields: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> str:
-        """Tells it from all others of the book."""
+        """Text that identifies the experiment in the table spec."""
         return " ".join([self.run.name, self.backbone, *(f"{name}={value}" for name, value in self.fields)])
 
     def options(self) -> list[str]:
-        """The command line that resolves it, without a seed."""
+        """The options of `fit` that describe it, without the seed."""
         line = [part for path in self.run.config for part in ("--config", path)]
         if Path(self.run.config[0]).stem != self.run.name:
             line += ["--task", self.run.name]
@@ -100,28 +101,28 @@ class Column:
     """What a column shows.
 
     Attributes:
-        label: Its head.
-        run: That measures it.
-        metric: As `test` names it; `parameters` and `macs` are counted instead.
-        digits: After the point.
-        scale: What a metric is multiplied by for the unit in which the table prints it.
-        better: Which direction is.
-        headed: What the paper has over it, where that is something else.
+        label: Text of the table's head.
+        run: The run that measures it.
+        metric: Name of the metric in test.json, or `parameters` or `macs`, which are counted.
+        digits: Number of digits after the decimal point.
+        scale: Factor from the metric to the unit of the table.
+        better: Whether higher or lower values are better.
+        reported_label: The paper's own head of the column, if it is another.
         backbone: Fields of the rows' backbones that the column changes, such as `depth`.
     """
 
     label: str
-    run: Run
+    run: RunSpec
     metric: str
     digits: int
     scale: float = 1.0
     better: Literal["higher", "lower"] = "higher"
-    headed: str = ""
+    reported_label: str = ""
     backbone: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def counted(self) -> bool:
-        """Whether no run is needed."""
+        """Whether the code counts the values, so that no run is needed."""
         return self.metric in ("parameters", "macs")
 
 
@@ -130,28 +131,28 @@ class Row:
     """A network.
 
     Attributes:
-        label: For people.
-        backbone: A file in `configs/backbones/`.
-        operator: In place of the file's.
-        printed: What the paper has, for each column; None where it has nothing.
-        fields: Of the backbone, that are changed besides.
+        label: Name for people.
+        backbone: Name of a file in `configs/backbones/`.
+        operator: Operator that replaces the one in the file.
+        reported: The paper's value for each column, or None; empty if the paper has none at all.
+        fields: Further fields of the backbone that are changed, with their values.
         notes: Names of footnotes.
     """
 
     label: str
     backbone: str
     operator: str | None = None
-    printed: tuple[float | None, ...] = ()
+    reported: tuple[float | None, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def experiment(self, column: Column) -> Experiment:
-        """What measures the cell."""
+        """The experiment that measures the cell of a column."""
         fields = {**({"operator": self.operator} if self.operator else {}), **self.fields, **column.backbone}
         return Experiment(column.run, self.backbone, tuple(fields.items()))
 
-    def is_called(self, name: str) -> bool:
-        """Whether a user who types `name` means it."""
+    def matches(self, name: str) -> bool:
+        """Whether `name` is the label, backbone or operator of the row, in any case."""
         return name.lower() in (self.label.lower(), self.backbone.lower(), (self.operator or "").lower())
 
 
@@ -160,10 +161,10 @@ class Group:
     """Rows that are compared with each other.
 
     Attributes:
-        rows: In the table's order.
-        title: Where a table has several groups.
-        host: The backbone that operators are put into.
-        fields: Of the host, that are changed.
+        rows: The rows, in the table's order.
+        title: Heading of the group, if the table has several groups.
+        host: Name of the backbone whose convolutions the operators replace.
+        fields: Fields of the host that are changed, with their values.
         baseline: Label of the row that the others are compared with.
     """
 
@@ -174,7 +175,7 @@ class Group:
     baseline: str | None = None
 
     def with_operators(self, names: Iterable[str]) -> Group:
-        """With a row for each operator that is not built in."""
+        """The group with one more row for each operator that is not built in."""
         if self.host is None:
             return self
         known = {row.operator for row in self.rows}
@@ -188,43 +189,47 @@ class Table:
     """A table.
 
     Attributes:
-        id: As people call it: `3`, `1-1`.
-        title: Its heading.
-        columns: Left to right.
-        groups: Top to bottom.
-        of: Whose figures stand beside ours: `the paper`; empty where there are none.
-        caption: What to know when reading it.
-        notes: Footnotes of the whole table.
+        id: Number or short name, such as `3` or `1-1`.
+        title: Heading of the table.
+        columns: The columns, from left to right.
+        groups: Groups of rows, from top to bottom.
+        reported_by: Whose values stand beside ours, such as `the paper`; empty if nobody reported any.
+        caption: One or two sentences that readers of the table need.
+        notes: Names of footnotes of the whole table.
     """
 
     id: str
     title: str
     columns: tuple[Column, ...]
     groups: tuple[Group, ...]
-    of: str = ""
+    reported_by: str = ""
     caption: str = ""
     notes: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:
-        """For names of files."""
+        """Name of the table in file names."""
         return "table_" + re.sub(r"[^a-z0-9.-]+", "_", self.id.lower())
 
 
 @dataclass(frozen=True)
-class Book:
-    """All tables, and what they name: footnotes, runs and data sets."""
+class TableSpec:
+    """All tables of one or more spec files, and the footnotes, runs and data sets that they name."""
 
     tables: tuple[Table, ...]
     notes: Mapping[str, str]
     data: Mapping[str, DataSet]
-    runs: Mapping[str, Run]
+    runs: Mapping[str, RunSpec]
 
-    def chosen(self, ids: Sequence[str], rows: Sequence[str] = ()) -> Book:
-        """With the named tables, and in them the named rows; everything where nothing is named.
+    def selected(self, ids: Sequence[str], rows: Sequence[str] = ()) -> TableSpec:
+        """The spec with some tables and rows.
+
+        Args:
+            ids: Tables to keep; empty for all.
+            rows: Rows to keep, by label, backbone or operator; empty for all.
 
         Raises:
-            UsageError: For a table or row that there is not.
+            UsageError: If there is no such table or row.
         """
         for name in ids:
             if name not in (known := [table.id for table in self.tables]):
@@ -233,14 +238,14 @@ class Book:
         if rows:
             every = [row for table in tables for group in table.groups for row in group.rows]
             for name in rows:
-                if not any(row.is_called(name) for row in every):
+                if not any(row.matches(name) for row in every):
                     names = {part for row in every for part in (row.label, row.operator) if part}
                     raise UsageError(f"there is no row '{name}': {nearest(name, names)}")
             tables = [_rows_of(table, rows) for table in tables]
         return dataclasses.replace(self, tables=tuple(table for table in tables if table.groups))
 
-    def with_operators(self, names: Iterable[str]) -> Book:
-        """With a row, in every group that has a host, for each operator that is not built in."""
+    def with_operators(self, names: Iterable[str]) -> TableSpec:
+        """The spec with a row for each operator that is not built in, in every group that has a host."""
         names = tuple(names)
         tables = [
             dataclasses.replace(table, groups=tuple(group.with_operators(names) for group in table.groups))
@@ -249,7 +254,7 @@ class Book:
         return dataclasses.replace(self, tables=tuple(tables))
 
     def experiments(self) -> dict[str, Experiment]:
-        """By their keys, in the order of the tables."""
+        """All experiments by their keys, in the order of the tables."""
         found: dict[str, Experiment] = {}
         for table in self.tables:
             for group in table.groups:
@@ -262,41 +267,41 @@ class Book:
 
 def _rows_of(table: Table, names: Sequence[str]) -> Table:
     groups = [
-        dataclasses.replace(group, rows=tuple(r for r in group.rows if any(r.is_called(name) for name in names)))
+        dataclasses.replace(group, rows=tuple(r for r in group.rows if any(r.matches(name) for name in names)))
         for group in table.groups
     ]
     return dataclasses.replace(table, groups=tuple(group for group in groups if group.rows))
 
 
-def books_in(folder: Path) -> list[Path]:
-    """The books of a results folder: its YAML files; those that are shipped where it has none."""
+def spec_files(folder: Path) -> list[Path]:
+    """The table specs of a results folder: its YAML files, or the packaged ones if it has none."""
     return sorted(folder.glob("*.yaml")) or sorted((PACKAGED / "results").glob("*.yaml"))
 
 
-def read_books(paths: Sequence[Path]) -> Book:
-    """Reads books, and lays them together.
+def read_specs(paths: Sequence[Path]) -> TableSpec:
+    """Reads table specs, and merges them into one.
 
     Raises:
-        UsageError: For a book that cannot be: file, place and key.
+        UsageError: If a file is not a valid table spec; the message names file, place and key.
     """
-    books = [_read(path) for path in paths]
-    tables = [table for book in books for table in book.tables]
+    specs = [_read(path) for path in paths]
+    tables = [table for spec in specs for table in spec.tables]
     slugs = [table.slug for table in tables]
     twice = [table.id for table in tables if slugs.count(table.slug) > 1]
     if twice:
         raise UsageError(f"table '{twice[0]}' is in two of {', '.join(map(str, paths))}")
-    # `paper` comes before `ours`, by the paper's own order within.
-    tables.sort(key=lambda table: not table.of)
+    # Tables of a paper come before ours; within each file the order is that of the file.
+    tables.sort(key=lambda table: not table.reported_by)
     named: dict[str, dict[str, Any]] = {"notes": {}, "data": {}, "runs": {}}
-    for book, path in zip(books, paths, strict=True):
+    for spec, path in zip(specs, paths, strict=True):
         for kind, known in named.items():
-            for key, value in getattr(book, kind).items():
+            for key, value in getattr(spec, kind).items():
                 if known.setdefault(key, value) != value:
-                    raise UsageError(f"{path}, {kind}.{key}: another book has something else under this name")
-    return Book(tuple(tables), **named)
+                    raise UsageError(f"{path}, {kind}.{key}: another table spec defines it differently")
+    return TableSpec(tuple(tables), **named)
 
 
-def _read(path: Path) -> Book:
+def _read(path: Path) -> TableSpec:
     try:
         content = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
@@ -304,7 +309,7 @@ def _read(path: Path) -> Book:
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: a book of tables is a mapping with data, runs, notes and tables")
+        raise UsageError(f"{path}: a table spec is a mapping with the keys data, runs, notes and tables")
     reader = _Reader(path)
     sections = {key: reader.mapping(content.pop(key, {}), key) for key in ("data", "runs", "notes")}
     data = {key: reader.make(DataSet, value, f"data.{key}") for key, value in sections["data"].items()}
@@ -312,14 +317,17 @@ def _read(path: Path) -> Book:
     for key, value in sections["runs"].items():
         value = {"name": key, **reader.mapping(value, f"runs.{key}")}
         runs[key] = reader.make(
-            Run, {**value, "data": reader.find(value.get("data"), data, f"runs.{key}.data")}, f"runs.{key}"
+            RunSpec, {**value, "data": reader.find(value.get("data"), data, f"runs.{key}.data")}, f"runs.{key}"
         )
     notes = {key: reader.of_type(str, text, f"notes.{key}") for key, text in sections["notes"].items()}
-    of = reader.of_type(str, content.pop("of", ""), "of")
-    tables = tuple(reader.table(entry, runs, notes, of) for entry in reader.entries(content, "tables", ""))
+    reported_by = reader.of_type(str, content.pop("reported_by", ""), "reported_by")
+    entries = [{"reported_by": reported_by, **entry} for entry in reader.entries(content, "tables", "")]
+    tables = tuple(reader.table(entry, runs, notes) for entry in entries)
     if content:
-        raise UsageError(f"{path}: a book has no '{next(iter(content))}': data, runs, notes, of, tables")
-    return Book(tables, notes, data, runs)
+        raise UsageError(
+            f"{path}: a table spec has no key '{next(iter(content))}': data, runs, notes, reported_by, tables"
+        )
+    return TableSpec(tables, notes, data, runs)
 
 
 @cache
@@ -329,12 +337,12 @@ def _type_of(kind: Any) -> TypeAdapter[Any]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes objects of mappings, with errors that say where."""
+    """Builds objects from mappings; its errors name the place."""
 
     path: Path
 
     def make(self, kind: type[Any], content: Any, where: str) -> Any:
-        """An object of a dataclass."""
+        """Builds an object of a dataclass from a mapping with its fields."""
         known = [entry.name for entry in dataclasses.fields(kind)]
         for key in self.mapping(content, where):
             if key not in known:
@@ -342,7 +350,7 @@ class _Reader:
         return self.of_type(kind, content, where)
 
     def of_type(self, kind: Any, content: Any, where: str) -> Any:
-        """What is of a type, or can be read as one."""
+        """Validates a value, and converts it to a type."""
         try:
             return _type_of(kind).validate_python(content)
         except ValidationError as error:
@@ -352,13 +360,13 @@ class _Reader:
             raise UsageError(f"{self.path}, {place}: {first['msg']}{is_}") from None
 
     def mapping(self, content: Any, where: str) -> dict[Any, Any]:
-        """A mapping, its own copy: an anchor of YAML lets several places share one."""
+        """A copy of a mapping, since several places may share one through an anchor of YAML."""
         if not isinstance(content, dict):
             raise UsageError(f"{self.path}, {where}: must be a mapping of keys, is {content!r}")
         return dict(content)
 
     def entries(self, content: dict[str, Any], key: str, where: str) -> list[dict[Any, Any]]:
-        """Takes a list of mappings out of a mapping."""
+        """Removes a list of mappings from a mapping, and returns it."""
         found = content.pop(key, [])
         where = f"{where}, {key}" if where else key
         if not isinstance(found, list):
@@ -366,18 +374,18 @@ class _Reader:
         return [self.mapping(entry, f"{where} {number}") for number, entry in enumerate(found, 1)]
 
     def find(self, name: Any, known: Mapping[str, Any], where: str) -> Any:
-        """What a name stands for."""
+        """Looks up a name."""
         if not isinstance(name, str) or name not in known:
             raise UsageError(f"{self.path}, {where}: there is no '{name}': {nearest(str(name), known)}")
         return known[name]
 
-    def table(self, entry: dict[str, Any], runs: Mapping[str, Run], notes: Mapping[str, str], of: str) -> Table:
-        """A table, its `complexity` columns before its own."""
+    def table(self, entry: dict[str, Any], runs: Mapping[str, RunSpec], notes: Mapping[str, str]) -> Table:
+        """Builds a table; the columns of its `complexity` come before its own."""
         where = f"table {entry.get('id')}"
         columns: list[Column] = []
         for number, value in enumerate(self.entries(entry, "complexity", where), 1):
             place = f"{where}, complexity {number}"
-            # A column of parameters, but for its label; that of MACs has a digit more.
+            # One entry makes two columns, parameters and MACs; MACs get one more digit.
             asked = {"digits": 1, **value, "metric": "parameters", "scale": 1e-6, "label": str(value.get("label", ""))}
             sizes: Column = self.make(Column, {**asked, "run": self.find(value.get("run"), runs, place)}, place)
             label = f" ({sizes.label})" if sizes.label else ""
@@ -390,7 +398,7 @@ class _Reader:
             columns.append(self.make(Column, {**value, "run": self.find(value.get("run"), runs, place)}, place))
         found = self.entries(entry, "groups", where)
         groups = [self._group(group, where, leading, len(columns), notes) for group in found]
-        built: Table = self.make(Table, {"of": of, **entry, "columns": columns, "groups": groups}, where)
+        built: Table = self.make(Table, {**entry, "columns": columns, "groups": groups}, where)
         for name in built.notes:
             self.find(name, notes, f"{where}, notes")
         return built
@@ -403,10 +411,10 @@ class _Reader:
             if "operator" in value and "backbone" not in value:
                 own = self.mapping(value.get("fields", {}), f"{place}, fields")
                 value = {"backbone": host, **value, "fields": {**fields, **own}}
-            printed = self.of_type(list[float | None], value.pop("printed", []), f"{place}, printed")
-            if printed and len(printed) + leading != width:
-                raise UsageError(f"{self.path}, {place}: {len(printed)} printed values for {width - leading} columns")
-            row: Row = self.make(Row, {**value, "printed": [None] * leading + printed if printed else []}, place)
+            reported = self.of_type(list[float | None], value.pop("reported", []), f"{place}, reported")
+            if reported and len(reported) + leading != width:
+                raise UsageError(f"{self.path}, {place}: {len(reported)} reported values for {width - leading} columns")
+            row: Row = self.make(Row, {**value, "reported": [None] * leading + reported if reported else []}, place)
             for name in row.notes:
                 self.find(name, notes, place)
             rows.append(row)
