@@ -1,4 +1,4 @@
-"""`sis-lightning bench`: what is worth timing, against what people would use instead.
+"""Benchmarks against what people would use instead: the command `sis-lightning bench`.
 
-Ratios are paired: the two sides take turns in one process, so that a machine whose speed drifts slows both.
+Ratios are paired: both sides are timed alternately in one process, so that a machine whose speed drifts slows both.
 """

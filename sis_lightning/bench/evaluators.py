@@ -1,4 +1,4 @@
-"""COCO's box figures by two libraries: the same, and how long each takes."""
+"""Times COCO's box metrics in two libraries, and verifies that their values agree."""
 
 from __future__ import annotations
 
@@ -12,69 +12,72 @@ from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.evaluation.coco import Backend, COCOGroundTruth
 
-_CLASSES, _BOXES, _FALSE = 80, 36, 4  # classes of the set; boxes and false detections of an image
+_CLASSES, _BOXES, _FALSE = 80, 36, 4  # classes of the data set; boxes and false detections per image
 _SIDE = 640
 
 
 def time_evaluators(images: int = 5000) -> Benchmark:
-    """Times COCO's twelve box figures by pycocotools and by faster-coco-eval, one after the other in this process.
+    """Times COCO's twelve box metrics in pycocotools and in faster-coco-eval, one after the other in this process.
 
-    The boxes are drawn from a fixed seed: 36 an image of 80 classes, each found with a jitter, and 4 false detections.
-    Checking and indexing the truth is timed apart from scoring; importing the libraries is not timed.
+    The boxes are random with a fixed seed: 36 per image of 80 classes, each detected with a jitter, and 4 false
+    detections. Validating and indexing the ground truth is timed apart from scoring; imports are not timed.
+
+    Args:
+        images: Number of images, at least 1.
 
     Raises:
-        DataError: Where the figures differ by more than 1e-12.
-        UsageError: For less than one image, or where faster-coco-eval is not installed.
+        DataError: If the metrics differ by more than 1e-12.
+        UsageError: If there are no images, or faster-coco-eval is not installed.
     """
     if images < 1:
-        raise UsageError(f"--images {images}: at least 1 is needed")
-    truth, found = _boxes(images)
+        raise UsageError(f"images is {images}, must be at least 1")
+    ground_truth, found = _boxes(images)
     rows: list[dict[str, str | float]] = []
-    figures = []
+    metrics = []
     evaluators: tuple[Backend, ...] = get_args(Backend)
     for evaluator in evaluators:
         COCOGroundTruth(read_coco({"images": [], "categories": []}), "bbox", evaluator)  # imports
         begun = time.perf_counter()
-        known = COCOGroundTruth(read_coco(truth), "bbox", evaluator)
+        known = COCOGroundTruth(read_coco(ground_truth), "bbox", evaluator)
         indexed, indexed_cpu = time.perf_counter(), time.process_time()
-        figures.append(known.score(found))
+        metrics.append(known.score(found))
         scored, scored_cpu = time.perf_counter(), time.process_time()
         rows.append(
             {
                 "evaluator": evaluator,
-                "index truth s": round(indexed - begun, 2),
+                "index ground truth s": round(indexed - begun, 2),
                 "score s": round(scored - indexed, 2),
                 "score CPU s": round(scored_cpu - indexed_cpu, 2),
                 "time / pycocotools": 0.0,
-                "AP": figures[-1]["AP"],
+                "AP": metrics[-1]["AP"],
             }
         )
         rows[-1]["time / pycocotools"] = round(float(rows[-1]["score s"]) / max(float(rows[0]["score s"]), 0.01), 3)
-    one, other = (np.array(list(values.values())) for values in figures)
+    one, other = (np.array(list(values.values())) for values in metrics)
     if not np.allclose(one, other, rtol=0, atol=1e-12, equal_nan=True):
-        raise DataError(f"the evaluators differ: {figures[0]} and {figures[1]}")
+        raise DataError(f"the evaluators differ: {metrics[0]} and {metrics[1]}")
     difference = np.nanmax(np.abs(one - other))
     ratio = float(rows[0]["score s"]) / max(float(rows[1]["score s"]), 0.01)
     return benchmark(
         name="coco_eval",
         title=(
-            f"COCO's box figures: {images:,} images × {_CLASSES} classes × {_BOXES} boxes an image, "
-            f"{_BOXES + _FALSE} detections an image"
+            f"COCO's box metrics: {images:,} images × {_CLASSES} classes × {_BOXES} boxes per image, "
+            f"{_BOXES + _FALSE} detections per image"
         ),
         command="sis-lightning bench --eval" + ("" if images == 5000 else f" --images {images}"),
         rows=rows,
-        note=f"faster-coco-eval scores {ratio:.1f} times as fast; the figures differ by at most {difference:.1g}.",
+        note=f"faster-coco-eval scores {ratio:.1f} times as fast; the metrics differ by at most {difference:.1g}.",
         packages=(*evaluators, "numpy"),
     )
 
 
 def _boxes(images: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A truth in COCO's format, and detections of it."""
+    """Ground truth in COCO's format, and detections of it."""
     rng = np.random.default_rng(0)
     count = images * _BOXES
     owner = np.repeat(np.arange(1, images + 1), _BOXES)
     labels = rng.integers(1, _CLASSES + 1, count)
-    # Sides of 4…400 px, as many of each octave: COCO's small, medium and large objects all occur.
+    # Sides of 4 to 400 px, as many in each octave, so that COCO's small, medium and large objects all occur.
     sides = np.exp(rng.uniform(np.log(4), np.log(400), (count, 2)))
     corners = rng.uniform(0, _SIDE - sides)
     boxes = np.concatenate([corners, sides], axis=1)
@@ -88,7 +91,7 @@ def _boxes(images: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     owners = np.concatenate([owner, np.repeat(np.arange(1, images + 1), _FALSE)])
     named = np.concatenate([labels, rng.integers(1, _CLASSES + 1, len(false))])
     scores = np.concatenate([rng.beta(4, 2, count), rng.beta(2, 4, len(false))])
-    truth = {
+    ground_truth = {
         "images": [{"id": number, "width": _SIDE, "height": _SIDE} for number in range(1, images + 1)],
         "categories": [{"id": number, "name": str(number)} for number in range(1, _CLASSES + 1)],
         "annotations": [
@@ -104,4 +107,4 @@ def _boxes(images: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             owners.tolist(), named.tolist(), found.tolist(), scores.tolist(), strict=True
         )
     ]
-    return truth, rows
+    return ground_truth, rows

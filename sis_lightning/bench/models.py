@@ -1,4 +1,4 @@
-"""Throughput and memory of networks, ours and others', in turns."""
+"""Throughput and memory of networks, ours and those of other libraries, timed alternately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sis_lightning.bench.paired import Timing, take_turns, waits_for
+from sis_lightning.bench.paired import Timing, time_alternately, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.bench.roofline import Ceilings, ceilings, compiled_traffic, eager_traffic, flops
 from sis_lightning.errors import UsageError, nearest
@@ -27,15 +27,15 @@ _TREATMENTS = ("deploy", "compile", "graphs", "nchw")
 
 @dataclass(frozen=True)
 class Contender:
-    """A network, and how it is run: `sis50:interactive2+deploy+compile`, `timm:res2net50_26w_4s`.
+    """A network and how it is run: `sis50:interactive2+deploy+compile`, `timm:res2net50_26w_4s`.
 
     Attributes:
-        text: As it was asked for.
+        text: The short form that was typed.
         source: `ours`, `torchvision` or `timm`.
-        name: A backbone of `configs/backbones/`, or the library's name.
-        operator: Ours alone, in place of the file's.
-        treatments: `deploy` (folds batch norms; of theirs with torch.fx), `compile`, `graphs` (compiled, with CUDA
-            graphs), `nchw` (the layout, instead of channels_last).
+        name: Name of a backbone in `configs/backbones/`, or the library's name of a network.
+        operator: Operator that replaces the one of our backbone, or None.
+        treatments: Any of `deploy` (batch norms fused; by torch.fx in other libraries' networks), `compile`, `graphs`
+            (compiled, with CUDA graphs) and `nchw` (contiguous memory format instead of channels_last).
     """
 
     text: str
@@ -46,10 +46,10 @@ class Contender:
 
     @classmethod
     def parse(cls, text: str) -> Contender:
-        """From its short form.
+        """Parses the short form.
 
         Raises:
-            UsageError: For an unknown treatment.
+            UsageError: If a treatment is unknown.
         """
         head, *treatments = text.split("+")
         for treatment in treatments:
@@ -61,10 +61,10 @@ class Contender:
         return cls(text, "ours", prefix, rest or None, tuple(treatments))
 
     def build(self, mode: Mode, classes: int = 1000) -> nn.Module:
-        """The classifier, (N, 3, H, W) → (N, classes), with fresh weights.
+        """Builds the classifier, which maps (N, 3, H, W) to (N, classes), with new weights.
 
         Raises:
-            UsageError: For a name that its library does not have, or a treatment that does not suit.
+            UsageError: If the library has no such network, or a treatment does not suit the mode.
         """
         if self.source == "ours":
             model: nn.Module = Classifier(self.name, classes, operator=self.operator)
@@ -73,7 +73,7 @@ class Contender:
         model.train(mode == "train")
         if "deploy" in self.treatments:
             if mode == "train":
-                raise UsageError(f"{self.text}: a deployed network cannot be trained: --mode inference")
+                raise UsageError(f"{self.text}: a deployed model cannot be trained, only run in mode inference")
             if self.source == "ours":
                 model = deploy(model, inplace=True)
             else:
@@ -84,12 +84,12 @@ class Contender:
 
     @property
     def compiled(self) -> bool:
-        """Whether torch.compile is at work."""
+        """Whether torch.compile is used."""
         return bool({"compile", "graphs"} & {*self.treatments})
 
     @property
     def layout(self) -> torch.memory_format:
-        """channels_last unless told otherwise."""
+        """Memory format of the network and the images."""
         return torch.contiguous_format if "nchw" in self.treatments else torch.channels_last
 
 
@@ -112,13 +112,13 @@ def _peer(source: str, name: str, classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all contenders have in common.
+    """What all networks of a comparison share.
 
     Attributes:
-        mode: A training step (forward, cross-entropy, backward, SGD) or a forward pass.
-        batch: Images.
-        size: Their side in px.
-        precision: `32` or `bf16` (autocast).
+        mode: `train` for a training step (forward, cross-entropy, backward, SGD), `inference` for a forward pass.
+        batch: Number of images per step.
+        size: Side of the images in px.
+        precision: `32`, or `bf16` for autocast.
         device: `cpu` or `cuda`.
     """
 
@@ -130,7 +130,7 @@ class Settings:
 
 
 def work(contender: Contender, settings: Settings) -> Callable[[], object]:
-    """One step of a contender, ready to be timed."""
+    """Builds a network, and returns a function that runs one step of it."""
     torch.manual_seed(0)
     device = torch.device(settings.device)
     model = contender.build(settings.mode).to(device).to(memory_format=contender.layout)
@@ -161,16 +161,16 @@ def work(contender: Contender, settings: Settings) -> Callable[[], object]:
 
 
 def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, seconds: float = 1.0) -> Benchmark:
-    """The first network against each of the others.
+    """Compares the first network with each of the others.
 
     Args:
-        names: Contenders in their short form.
-        settings: The same for all.
-        rounds: Turns of each.
-        seconds: Of a turn.
+        names: Networks in their short form.
+        settings: Settings that all share.
+        rounds: Number of rounds.
+        seconds: Duration of each network in a round.
 
     Raises:
-        UsageError: For what cannot be built.
+        UsageError: If a network cannot be built.
     """
     contenders = [Contender.parse(name) for name in names]
     wait = waits_for(settings.device)
@@ -180,8 +180,8 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
         for contender, step in zip(contenders, works, strict=True)
     ]
     on_gpu = settings.device.startswith("cuda")
-    # Until compilers have compiled and the heap has grown to what all of them need.
-    timings = take_turns(works, rounds=rounds, seconds=seconds, warmup=8, wait=wait)
+    # The warm-up lets compilers compile, and the heap grow to what all networks need.
+    timings = time_alternately(works, rounds=rounds, seconds=seconds, warmup=8, wait=wait)
     del works
     limits = ceilings(settings.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     rows: list[dict[str, str | float]] = []
@@ -208,11 +208,11 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
         title=f"{what.capitalize()}, {settings.batch} images of {settings.size} px, {settings.precision}{where}",
         command=command,
         rows=rows,
-        note="Ratios of images a second, paired: median (its 95 % interval). "
+        note="Ratios of images per second, paired by round: median (95 % interval). "
         + " ".join(claims)
-        + f" In brackets the share of what the device does at most: copying at {limits.bandwidth / 1e9:.4g} GB/s, "
-        f"multiplying matrices at {limits.compute / 1e9:.4g} GFLOP/s. MB: what the operations read and write, caches "
-        "aside; of compiled networks by inductor's count, without loss and optimizer.",
+        + f" In brackets: share of what the device reaches at most, {limits.bandwidth / 1e9:.4g} GB/s in copying and "
+        f"{limits.compute / 1e9:.4g} GFLOP/s in matrix products. MB: bytes that the operations read and write, without "
+        "caches; of compiled networks as counted by inductor, without loss and optimizer.",
         packages=("torch", *sorted({c.source for c in contenders} - {"ours"})),
     )
 
@@ -225,7 +225,7 @@ def _row(
     contender: Contender, timing: Timing, settings: Settings, moved: int | None, limits: Ceilings
 ) -> dict[str, str | float]:
     peak, seconds = peak_memory(contender, settings), median(timing.wall)
-    # Counted on the plain form, whose operations torch knows; per image, of which batch norm wants two.
+    # Counted on the network without treatments, whose operations torch knows; batch norm needs two images.
     few = replace(settings, batch=2)
     computed = flops(work(replace(contender, treatments=()), few)) / few.batch * settings.batch / seconds
     bandwidth = moved / seconds if moved is not None else 0.0
@@ -244,9 +244,9 @@ def _row(
 
 
 def peak_memory(contender: Contender, settings: Settings) -> float | None:
-    """Bytes that two steps need at most, weights included: of the GPU; on a CPU of a process of its own, by Linux."""
+    """Peak memory in bytes of some steps, including weights: on the GPU, or of a new process on Linux; else None."""
     if settings.device.startswith("cuda"):
-        gc.collect()  # compiled networks are cycles
+        gc.collect()  # compiled networks contain reference cycles
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -262,7 +262,7 @@ def peak_memory(contender: Contender, settings: Settings) -> float | None:
 def _peak_of_process(contender: Contender, settings: Settings) -> float | None:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
-        reset.write_text("5")  # the peak becomes what is resident now
+        reset.write_text("5")  # sets the peak to the current resident size
         before = _kilobytes(status, "VmHWM")
         step = work(contender, settings)
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""The operators' fast forms against the paper's equations, and the operators against the convolution they replace."""
+"""Times the fast forms of operators against the paper's equations, and operators against a plain convolution."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sis_lightning.bench.paired import take_turns, waits_for
+from sis_lightning.bench.paired import time_alternately, waits_for
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.operators import create_operator, list_operators
 
-#: (channels, side of the map) of the 3×3 of Res2Net-50's stages at 224 px (stage 1 has 26, not divisible by 4), of
-#: stage 4 at output stride 8, and of ResNet-50's stage 3, whose quarter, 64 channels, fills vector registers.
+#: Channels and side of the feature map: of the 3×3 convolutions in the stages of Res2Net-50 at 224 px (without stage
+#: 1, whose 26 channels 4 does not divide), of stage 4 at output stride 8, and of stage 3 of ResNet-50, a quarter of
+#: whose channels (64) fills vector registers.
 SHAPES = ((52, 28), (104, 14), (208, 7), (208, 28), (256, 14))
 
 
 def time_operators(
     names: Sequence[str] = (), *, batch: int = 16, device: str = "cpu", rounds: int = 9, seconds: float = 0.2
 ) -> Benchmark:
-    """Times forward, and forward with backward, of every operator's two forms and of a plain convolution, in turns.
+    """Times forward, and forward with backward, of both forms of each operator and of a plain convolution.
 
     Args:
-        names: Of operators; all but `conv` by default.
-        batch: Images.
+        names: Names of operators; all but `conv` by default.
+        batch: Number of images.
         device: `cpu` or `cuda`.
-        rounds: Turns of each.
-        seconds: Of a turn.
+        rounds: Number of rounds.
+        seconds: Duration of each form in a round.
 
     Raises:
-        UsageError: Where torch has no such device.
+        UsageError: If torch has no such device.
     """
     names = names or [name for name in list_operators() if name != "conv"]
     wait = waits_for(device)
@@ -45,8 +46,8 @@ def time_operators(
             row: dict[str, str | float] = {"operator": name, "channels": channels, "map": f"{side}×{side}"}
             for label, how in {"forward": _forward, "with backward": _backward}.items():
                 works = [how(operator.fast, x), how(operator.literal, x), how(conv.fast, x)]
-                fast, literal, plain = take_turns(works, rounds=rounds, seconds=seconds, wait=wait)
-                # Of the time, not of the speed: below 1 is a gain.
+                fast, literal, plain = time_alternately(works, rounds=rounds, seconds=seconds, wait=wait)
+                # Ratios of times, not of speeds: below 1 is a gain.
                 row[f"fast / literal, {label}"] = str(literal.faster_than(fast))
                 row[f"fast / conv, {label}"] = str(plain.faster_than(fast))
             rows.append(row)
@@ -57,7 +58,7 @@ def time_operators(
         command=f"sis-lightning bench --operators --batch {batch} --device {device} --rounds {rounds} "
         f"--seconds {seconds}",
         rows=rows,
-        note="Ratios of the time, paired: median (its 95 % interval); one that covers 1 shows no difference.",
+        note="Ratios of times, paired by round: median (95 % interval); one that contains 1 shows no difference.",
         packages=("torch",),
     )
 
@@ -75,7 +76,7 @@ def _backward(form: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], objec
     gradient = torch.ones_like(form(x))
 
     def work() -> None:
-        # Kernels' gradients accumulate: what forgetting them would cost is no form's own.
+        # Gradients of kernels accumulate, as resetting them would cost the same in every form.
         torch.autograd.backward(form(leaf), gradient)
 
     return work

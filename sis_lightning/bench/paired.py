@@ -1,4 +1,4 @@
-"""Two or more pieces of work in turns: how many times as fast one is, and how sure that is."""
+"""Times two or more functions alternately, and gives the ratio of their speeds with its confidence interval."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from sis_lightning.errors import UsageError
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one side was as another.
+    """Ratio of two speeds over several rounds.
 
     Attributes:
-        median: Over the rounds.
-        low: And `high`: bounds of the median, of 95 % confidence or more (order statistics).
+        median: Median of the rounds' ratios.
+        low: Lower bound of the median, with a confidence of at least 95 % together with `high` (order statistics).
+        high: Upper bound of the median.
     """
 
     median: float
@@ -28,7 +29,7 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Ratio:
-        """From one ratio a round."""
+        """The ratio from those of the rounds."""
         values, n = sorted(ratios), len(ratios)
         # The median lies outside the k-th smallest and largest with probability 2 P(Binomial(n, ½) < k).
         outside, k = 2 / 2**n, 1
@@ -39,50 +40,50 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """`faster` or `slower`; where the spread covers 1, neither."""
+        """`faster` or `slower`, or `no difference shown` if the interval contains 1."""
         if self.low > 1:
             return "faster"
         return "slower" if self.high < 1 else "no difference shown"
 
     def __str__(self) -> str:
-        """Such as `1.08 (1.05-1.10)`."""
+        """The median and its interval, such as `1.080 (1.050-1.100)`."""
         return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, round by round.
+    """Seconds of one call in each round.
 
     Attributes:
-        wall: By the clock.
-        cpu: Of all threads of the process.
+        wall: Elapsed time.
+        cpu: Processor time of all threads of the process.
     """
 
     wall: list[float]
     cpu: list[float]
 
     def faster_than(self, other: Timing) -> Ratio:
-        """How many times as fast, by the clock."""
+        """How many times as fast as another function, by elapsed time."""
         return Ratio.of([theirs / mine for mine, theirs in zip(self.wall, other.wall, strict=True)])
 
 
 def waits_for(device: str) -> Callable[[], object]:
-    """What returns when `device` has done all that it was asked to.
+    """A function that returns when all work queued on a device is done.
 
     Args:
         device: `cpu` or `cuda`.
 
     Raises:
-        UsageError: Where torch has no such device.
+        UsageError: If torch has no such device.
     """
     if not device.startswith("cuda"):
         return lambda: None
     if not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch sees no GPU here")
+        raise UsageError(f"device is {device}, but torch finds no GPU here")
     return torch.cuda.synchronize
 
 
-def take_turns(
+def time_alternately(
     works: Sequence[Callable[[], object]],
     *,
     rounds: int = 11,
@@ -90,14 +91,17 @@ def take_turns(
     warmup: int = 2,
     wait: Callable[[], object] = lambda: None,
 ) -> list[Timing]:
-    """Times pieces of work against each other, A B … A B ….
+    """Times functions alternately: A B, B A, A B and so on.
 
     Args:
-        works: Each does its work once.
-        rounds: Turns of each; below 6 no spread is of 95 % confidence.
-        seconds: Each turn repeats its work for about so long.
-        warmup: Calls before the first round, the compiler's among them.
-        wait: Waits for what a device still does.
+        works: Functions that do their work once.
+        rounds: Number of rounds; with fewer than 6, no interval has a confidence of 95 %.
+        seconds: Approximate duration of each function in a round, which repeats it accordingly.
+        warmup: Number of calls before the first round, in which compilers compile.
+        wait: Function that waits for work queued on a device.
+
+    Returns:
+        The timing of each function.
     """
     repeats = []
     for work in works:
@@ -109,10 +113,10 @@ def take_turns(
         wait()
         repeats.append(max(1, round(seconds / max(time.perf_counter() - begun, 1e-9))))
     timings = [Timing([], []) for _ in works]
-    for turn in range(rounds):
+    for number in range(rounds):
         order = list(zip(works, repeats, timings, strict=True))
-        # In both directions by turns, so that nobody always follows the same one.
-        for work, count, timing in order if turn % 2 == 0 else reversed(order):
+        # Every second round is in reverse order, so that no function always follows the same one.
+        for work, count, timing in order if number % 2 == 0 else reversed(order):
             wait()
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(count):

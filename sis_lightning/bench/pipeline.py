@@ -1,4 +1,4 @@
-"""The path around the network: what its data costs, and what the Trainer adds to a bare loop."""
+"""Times what surrounds the network: data loading, and what the Trainer adds to a plain loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "torchvision", "lightning")
 
 
 def _parts(options: list[str]) -> tuple[BaseTask, SISDataModule]:
-    """Network and data of a run, ready to train."""
+    """Task and data of a run, ready to train."""
     run = Run.from_arguments(options)
     task, data = run.task, run.datamodule
     data.setup("fit")
@@ -40,13 +40,14 @@ def _batches(data: SISDataModule) -> Iterator[Batch]:
 
 
 def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
-    """Decoding and augmenting of every task's recipe on one core, against the network that it feeds on this machine.
+    """Times data loading of every task's recipe on one core, and training steps of its network on this machine.
 
-    The pictures are synthetic, 500 px wide (CIFAR's 32), in the real formats; batches are of 16, the network's of 2.
+    The images are synthetic, 500 px wide (32 px for CIFAR), in the real formats. Batches have 16 images for loading and
+    2 for training.
 
     Args:
-        seconds: Of loading.
-        steps: Of training.
+        seconds: Duration of loading for each task.
+        steps: Number of training steps for each task.
     """
     rows: list[dict[str, str | float]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -83,16 +84,16 @@ def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
             )
     return benchmark(
         name="data",
-        title="Decoding and augmenting on one core, and the training that it feeds",
+        title="Data loading on one core, and the training that it feeds",
         command="sis-lightning bench --data",
         rows=rows,
-        note="Synthetic pictures of 500 px (CIFAR's 32) in the real formats; recipes of tasks/*.yaml.",
+        note="Synthetic images of 500 px (CIFAR: 32 px) in the real formats; recipes of tasks/*.yaml.",
         packages=_PACKAGES,
     )
 
 
 def _bare_step(task: BaseTask, data: SISDataModule) -> Any:
-    """One training step as plain PyTorch would write it."""
+    """A training step as plain PyTorch would write it."""
     optimizer = task.make_optimizer(task.parameters())
     batches = _batches(data)
 
@@ -109,14 +110,14 @@ def _bare_step(task: BaseTask, data: SISDataModule) -> Any:
 class StepClock(Callback):
     """Measures the steps of a fit between two batches."""
 
-    #: Of the newest fit: seconds by the clock, and of the processor.
+    #: Elapsed seconds and processor seconds of the newest fit.
     newest: tuple[float, float] = (0.0, 0.0)
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts at batch `first`, ends at batch `last`."""
+        """Starts the clock at batch `first`, and stops it at batch `last`."""
         done = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         if done == self.first:
             self.began = time.perf_counter(), time.process_time()
@@ -126,14 +127,14 @@ class StepClock(Callback):
 
 
 def time_loop(rounds: int = 6, steps: int = 60, warmup: int = 10) -> Benchmark:
-    """`fit` of the segmentation demo, with all its callbacks and logs, against the same steps in a bare loop.
+    """Times `fit` on the segmentation demo, with all callbacks and logs, against the same steps in a plain loop.
 
-    Validations and checkpoints are left out: a bare loop has none.
+    Validation and checkpoints are left out, since the plain loop has none.
 
     Args:
-        rounds: Turns of each.
-        steps: Of a turn.
-        warmup: Steps before them.
+        rounds: Number of rounds.
+        steps: Number of timed steps in a round.
+        warmup: Number of steps before them.
     """
     fit, bare = Timing([], []), Timing([], [])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -143,7 +144,7 @@ def time_loop(rounds: int = 6, steps: int = 60, warmup: int = 10) -> Benchmark:
         options += [f"--model.lr_scheduler.init_args.total_steps={warmup + steps + 1}"]
         task, data = _parts(options)
         step = _bare_step(task, data)
-        for turn in range(rounds):
+        for number in range(rounds):
             for _ in range(warmup):
                 step()
             wall, cpu = time.perf_counter(), time.process_time()
@@ -153,7 +154,7 @@ def time_loop(rounds: int = 6, steps: int = 60, warmup: int = 10) -> Benchmark:
             bare.cpu.append(time.process_time() - cpu)
             clock = '[{"class_path": "sis_lightning.bench.pipeline.StepClock", "init_args": '
             clock += f'{{"first": {warmup}, "last": {warmup + steps}}}}}]'
-            own = [f"--run_dir={folder}/run{turn}", f"--trainer.callbacks={clock}"]
+            own = [f"--run_dir={folder}/run{number}", f"--trainer.callbacks={clock}"]
             start("fit", *resolve([*options, *own, "--trainer.limit_val_batches=0"]))
             fit.wall.append(StepClock.newest[0])
             fit.cpu.append(StepClock.newest[1])
@@ -170,6 +171,6 @@ def time_loop(rounds: int = 6, steps: int = 60, warmup: int = 10) -> Benchmark:
         title="A step of the segmentation demo, without validations and checkpoints",
         command=f"sis-lightning bench --loop --rounds {rounds}",
         rows=rows,
-        note="Ratios of the time, paired: median (its 95 % interval).",
+        note="Ratios of times, paired by round: median (95 % interval).",
         packages=_PACKAGES,
     )

@@ -1,8 +1,7 @@
-"""What a benchmark measured, kept with the machine that it is of."""
+"""Results of benchmarks, with the machine that they were measured on: tables, JSON files and their README."""
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import shutil
@@ -17,29 +16,37 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
+from sis_lightning.config_files import PACKAGED
 from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
 from sis_lightning.machine import usable_cores
-from sis_lightning.run.record import write_with_checksum
-from sis_lightning.tables.spec import spec_files
+from sis_lightning.run.record import (
+    Code,
+    TestData,
+    TestedCheckpoint,
+    TestRecord,
+    Training,
+    read_record,
+    write_record,
+)
+from sis_lightning.text_tables import table_to_text
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one benchmark measured.
+    """The result of one benchmark.
 
     Attributes:
-        name: Of its file.
-        title: What was timed on what.
-        command: Repeats it.
-        rows: Of its table; all have the same keys.
-        note: What else was found.
-        machine: Processor, cores, operating system and Python.
-        versions: Of the packages that matter.
-        date: UTC.
+        name: Name of its file, without ending.
+        title: Title of its table.
+        command: Command that repeats it.
+        rows: Rows of its table; all have the same keys.
+        note: Sentences below the table.
+        machine: Processor, number of cores, operating system and Python.
+        versions: Versions of the packages that matter, by name.
+        date: Time of the measurement in ISO 8601, UTC.
     """
 
     name: str
@@ -55,15 +62,15 @@ class Benchmark:
 def benchmark(
     name: str, title: str, command: str, rows: list[dict[str, str | float]], note: str, packages: Sequence[str]
 ) -> Benchmark:
-    """What was measured here and now.
+    """A result of this machine and time.
 
     Args:
-        name: Of its file.
-        title: What was timed on what.
-        command: Repeats it.
-        rows: Of its table; all have the same keys.
-        note: What else was found.
-        packages: Whose versions matter.
+        name: Name of its file, without ending.
+        title: Title of its table.
+        command: Command that repeats it.
+        rows: Rows of its table; all have the same keys.
+        note: Sentences below the table.
+        packages: Names of the packages that matter.
     """
     versions = {package: version(package) for package in packages}
     return Benchmark(
@@ -72,10 +79,10 @@ def benchmark(
 
 
 def time_start(rounds: int = 11) -> Benchmark:
-    """How long commands take that compute nothing: whole processes, by the clock.
+    """Times commands that compute nothing, as whole processes.
 
     Args:
-        rounds: Starts of each, after one that warms the disk's cache.
+        rounds: Number of starts of each command, after one that warms the disk cache.
     """
     rows: list[dict[str, str | float]] = []
 
@@ -89,54 +96,73 @@ def time_start(rounds: int = 11) -> Benchmark:
 
     measure("--help", ["--help"])
     measure("--version", ["--version"])
-    example = next(Path("results", "records").glob("*.json"), None)
-    for records in (0, 1, 5000) if example else (0,):
+    for command in ("fit", "tables"):
+        measure(f"{command} --help", [command, "--help"])
+    for records in (0, 1, 5000):
         with tempfile.TemporaryDirectory() as folder:
-            _fill_results(Path(folder), example, records)
+            _fill_results(Path(folder), records)
             measure(f"tables render, {records:,} records", ["tables", "render", "--results", folder])
     return benchmark("start", "Commands that compute nothing", "sis-lightning bench --start", rows, "Medians.", ())
 
 
-def _fill_results(folder: Path, example: Path | None, records: int) -> None:
-    """The specs, what the code counts for them, and so many copies of a record, each of a seed of its own."""
-    specs = spec_files(Path("results"))
-    for path in (*specs, specs[0].with_name("models.json")):
+def _fill_results(folder: Path, records: int) -> None:
+    """Writes the table specs, the counts, and made-up records, each of another seed."""
+    source = Path("results") if any(Path("results").glob("*.yaml")) else PACKAGED / "results"
+    for path in (*source.glob("*.yaml"), source / "models.json"):
         shutil.copy(path, folder)
-    for seed in range(records if example else 0):
-        record = json.loads(example.read_bytes()) if example else {}
-        record.pop("checksum")
-        record["checkpoint"]["sha256"] = str(seed)
-        write_with_checksum(folder / "records" / f"{seed}.json", {**record, "seed": seed})
+    for seed in range(records):
+        write_record(folder / "records" / f"{seed}.json", _made_up_record(seed))
+
+
+def _made_up_record(seed: int) -> TestRecord:
+    return TestRecord(
+        task="seg_voc",
+        backbone="sis50-26w4s-basic",
+        primary_metric="test/miou",
+        metrics={"test/miou": 0.5},
+        data=TestData(root="data", identity="other", fingerprint="0", images=1, trained_on=["0"]),
+        seed=seed,
+        config={},
+        config_hash="0",
+        recipe_hash="0",
+        checkpoint=TestedCheckpoint(file="last.ckpt", sha256=str(seed), step=1, epoch=1, finished=True),
+        training=Training(restarts=0, seconds=1.0, devices=1),
+        device="cpu",
+        code=Code(sis_lightning="0"),
+        versions={},
+        python="3",
+        date="2026-01-01",
+    )
 
 
 def collect_runs(folders: Sequence[Path], name: str) -> Benchmark:
-    """What runs that were tested measured, and how long they trained: from config.yaml to last.ckpt.
+    """Collects the primary metric of tested runs, and the time from config.yaml to last.ckpt.
 
     Args:
-        folders: Run directories.
-        name: Of the benchmark.
+        folders: Directories of runs.
+        name: Name of the benchmark.
 
     Raises:
-        DataError: For a directory without a test.
+        DataError: If a run has not been tested.
     """
     rows: list[dict[str, str | float]] = []
     for folder in folders:
         record, last = folder / "test.json", folder / "checkpoints" / "last.ckpt"
         if not record.is_file() or not last.is_file():
-            raise DataError(f"{folder}: no run that was tested (test.json and checkpoints/last.ckpt)")
-        content = json.loads(record.read_bytes())
+            raise DataError(f"{folder}: not a tested run (it needs test.json and checkpoints/last.ckpt)")
+        content = read_record(record)
         minutes = (last.stat().st_mtime - (folder / "config.yaml").stat().st_mtime) / 60
-        headline = content["headline"]
+        value = content.metrics.get(content.primary_metric)
         rows.append(
             {
                 "run": folder.name,
-                "data": content["data"]["identity"],
-                "metric": headline.removeprefix("test/"),
-                "value": content["metrics"][headline],
+                "data": content.data.identity,
+                "metric": content.primary_metric.removeprefix("test/"),
+                "value": "–" if value is None else value,
                 "minutes of training": round(minutes, 1),
             }
         )
-    note = "Validations and checkpoints are part of the time."
+    note = "The time includes validation and checkpoints."
     return benchmark(name, f"Runs of {name}", f"make {name}", rows, note, ("torch", "torchvision", "lightning"))
 
 
@@ -156,15 +182,16 @@ def _machine() -> dict[str, str | int]:
 
 @dataclass(frozen=True)
 class Target:
-    """What a benchmark is to reach: an entry of the folder's `targets.yaml`.
+    """A target of a benchmark: an entry of the folder's `targets.yaml`.
 
     Attributes:
-        what: For people.
-        benchmark: Name of its file, without ending.
-        row: Values by which its rows are found; the worst of them counts.
-        column: Where the value stands; of an interval its median counts.
-        at_least: Or `at_most`: the bound.
-        note: Why it was missed, or how else to read it.
+        what: Name for people.
+        benchmark: Name of the benchmark's file, without ending.
+        row: Values that select rows; the worst of these rows counts.
+        column: Column of the value; of an interval, the median counts.
+        at_least: Lower bound, or None.
+        at_most: Upper bound, or None.
+        note: Why it was missed, or how to read it.
     """
 
     what: str
@@ -176,7 +203,7 @@ class Target:
     note: str = ""
 
     def cells(self, known: dict[str, Benchmark]) -> list[str]:
-        """What, bound, measured, and whether reached."""
+        """Cells of its table row: name, bound, value, whether reached, note."""
         bound = f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
         if self.benchmark not in known:
             return [self.what, bound, "not measured yet", "", self.note]
@@ -187,9 +214,9 @@ class Target:
         ]
         if not rows:
             raise DataError(f"targets.yaml: {self.benchmark}.json has no row {self.row}")
-        if any(row.get(self.column, "unknown") == "unknown" for row in rows):  # an earlier release, another system
+        if any(row.get(self.column, "unknown") == "unknown" for row in rows):  # by an earlier release
             return [self.what, bound, "not measured yet", "", self.note]
-        values = {_shown(row[self.column]): float(str(row[self.column]).split()[0]) for row in rows}
+        values = {_text(row[self.column]): float(str(row[self.column]).split()[0]) for row in rows}
         worst = (min if self.at_least is not None else max)(values, key=lambda text: values[text])
         limit = self.at_least if self.at_least is not None else self.at_most
         assert limit is not None
@@ -207,7 +234,7 @@ def _targets(folder: Path, known: dict[str, Benchmark]) -> list[str]:
 
 
 def write(benchmark: Benchmark, folder: Path) -> None:
-    """Writes `NAME.json`, and `README.md` anew from all benchmarks and targets of the folder."""
+    """Writes `NAME.json`, and rewrites `README.md` from all benchmarks and targets of the folder."""
     text = json.dumps(asdict(benchmark), indent=2, ensure_ascii=False)
     write_text(folder / f"{benchmark.name}.json", text + "\n")
     sections = []
@@ -218,9 +245,9 @@ def write(benchmark: Benchmark, folder: Path) -> None:
             sections.append(_to_markdown(one))
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{path} is not the result of a benchmark ({error}); the folder is for these alone"
+                f"{path} is not the result of a benchmark ({error}); the folder may contain no other JSON"
             ) from None
-    head = ["# Benchmarks\n", "Made by `sis-lightning bench`; do not edit.\n"]
+    head = ["# Benchmarks\n", "Written by `sis-lightning bench`; do not edit.\n"]
     write_text(folder / "README.md", "\n".join([*head, *_targets(folder, known), *sections]))
 
 
@@ -229,21 +256,19 @@ def _to_markdown(benchmark: Benchmark) -> str:
     headings = list(benchmark.rows[0])
     lines = [f"## {benchmark.title}", "", f"`{benchmark.command}`, {benchmark.date}; {machine}", ""]
     lines += ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(_shown(value) for value in row.values()) + " |" for row in benchmark.rows]
+    lines += ["| " + " | ".join(_text(value) for value in row.values()) + " |" for row in benchmark.rows]
     return "\n".join([*lines, "", benchmark.note, ""])
 
 
 def to_table(benchmark: Benchmark) -> str:
-    """A table for people."""
+    """The result as a text table."""
     table = Table(title=benchmark.title, caption=benchmark.note, title_justify="left", caption_justify="left")
     for heading, value in benchmark.rows[0].items():
         table.add_column(heading, justify="left" if isinstance(value, str) else "right")
     for row in benchmark.rows:
-        table.add_row(*(_shown(value) for value in row.values()))
-    text = io.StringIO()
-    Console(file=text, width=120).print(table)
-    return text.getvalue()
+        table.add_row(*(_text(value) for value in row.values()))
+    return table_to_text(table)
 
 
-def _shown(value: str | float) -> str:
+def _text(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"

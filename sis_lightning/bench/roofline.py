@@ -1,4 +1,4 @@
-"""What a step moves and computes, and what its device could: the two ceilings of a roofline (Williams et al. 2009)."""
+"""Bytes and operations of a step, and the ceilings of the device: a roofline model (Williams et al. 2009)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from sis_lightning.bench.paired import take_turns, waits_for
+from sis_lightning.bench.paired import time_alternately, waits_for
 from sis_lightning.models.complexity import OperationCounter
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reached here.
+    """What a device reaches at most.
 
     Attributes:
-        bandwidth: Bytes a second, read and written, of copying a tensor much larger than its caches.
-        compute: Floating-point operations a second (a multiplication and an addition are two) of multiplying matrices.
+        bandwidth: Bytes per second, read plus written, in copying a tensor much larger than the caches.
+        compute: Floating-point operations per second in matrix products; a multiply-accumulate counts as two.
     """
 
     bandwidth: float
@@ -31,11 +31,11 @@ class Ceilings:
 
 
 def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measures both, in about two seconds.
+    """Measures both ceilings in about two seconds.
 
     Args:
         device: `cpu` or `cuda`.
-        dtype: Of the matrices.
+        dtype: Data type of the matrices.
     """
     on_gpu = device.startswith("cuda")
     source = torch.ones(2**28 if on_gpu else 2**26, device=device)
@@ -43,20 +43,20 @@ def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     side = 8192 if on_gpu else 2048
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     works: list[Callable[[], object]] = [lambda: target.copy_(source), lambda: left @ right]
-    copying, multiplying = take_turns(works, rounds=5, seconds=0.2, warmup=3, wait=waits_for(device))
+    copying, multiplying = time_alternately(works, rounds=5, seconds=0.2, warmup=3, wait=waits_for(device))
     moved = 2 * source.numel() * source.element_size()
     return Ceilings(moved / median(copying.wall), 2 * side**3 / median(multiplying.wall))
 
 
 def flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of one uncompiled step: of convolutions and matrix products, as torch counts them."""
+    """Floating-point operations of one uncompiled step, in convolutions and matrix products as torch counts them."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 
 
 def eager_traffic(step: Callable[[], object]) -> int:
-    """Bytes that the operations of one uncompiled step read and write, were there no caches."""
+    """Bytes that the operations of one uncompiled step read and write, without caches."""
     with OperationCounter(_bytes) as counter:
         step()
     return int(counter.total)
@@ -70,7 +70,7 @@ def _bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
 
 
 def compiled_traffic(first_step: Callable[[], object]) -> int | None:
-    """Bytes that what the step compiles reads and writes, as inductor counts them; None where it does not say."""
+    """Bytes that a step reads and writes as inductor counts them while it compiles the step; None if it does not."""
     try:
         from torch._functorch import config as functorch_config
         from torch._inductor import config, metrics
@@ -79,7 +79,7 @@ def compiled_traffic(first_step: Callable[[], object]) -> int | None:
         first_step()
         return None
     level, propagate, before = log.level, log.propagate, metrics.num_bytes_accessed
-    # It counts where somebody reads its log, and nothing that it finds in its cache.
+    # Inductor counts only if its log is enabled, and nothing that it finds in its cache.
     log.setLevel(logging.INFO)
     log.propagate = False
     try:

@@ -204,7 +204,7 @@ def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
         same = other.data.listing("val") == first.data.listing("val") and other.classes == first.classes
         if not same:
             raise UsageError(f"{first.path} and {other.path} are on different data, so they share no images")
-    source = first.data.sources["val"]
+    source = first.data.datasets["val"]
     indices = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int))
     shown = [source[int(index)] for index in indices]
     names = [one.name for one in trained]

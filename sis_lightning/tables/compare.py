@@ -18,7 +18,7 @@ import torch
 from rich.table import Table as RichTable
 from torch import Tensor, nn
 
-from sis_lightning.bench.paired import take_turns, waits_for
+from sis_lightning.bench.paired import time_alternately, waits_for
 from sis_lightning.config_files import config_names
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.models.complexity import Complexity
@@ -150,7 +150,7 @@ def _timed(sides: tuple[Side, Side], rounds: int, device: torch.device) -> tuple
             torch.autograd.backward(list(body(image).values())[-1].mean())
 
         works.append(work)
-    a, b = take_turns(works, rounds=rounds, seconds=0.5, warmup=5 if on_gpu else 1, wait=wait)
+    a, b = time_alternately(works, rounds=rounds, seconds=0.5, warmup=5 if on_gpu else 1, wait=wait)
     ratio = a.faster_than(b)
     head = f"backbone, images/s ({what}, forward and backward, {device.type})"
     verdict = {"faster": "A is faster", "slower": "A is slower"}.get(ratio.verdict, "no clear difference")

@@ -16,7 +16,7 @@ from torch import nn
 
 from sis_lightning import Classifier
 from sis_lightning.bench.models import Contender, Settings, peak_memory, work
-from sis_lightning.bench.paired import Ratio, take_turns
+from sis_lightning.bench.paired import Ratio, time_alternately
 from sis_lightning.bench.roofline import compiled_traffic, eager_traffic, flops
 from sis_lightning.errors import UsageError
 from sis_lightning.models.complexity import count_macs
@@ -52,7 +52,7 @@ def test_turns_tell_the_faster_one(monkeypatch):
 
         return spend
 
-    quick, slow = take_turns([work("quick", 1.0), work("slow", 3.0)], rounds=8, seconds=1.0, warmup=1)
+    quick, slow = time_alternately([work("quick", 1.0), work("slow", 3.0)], rounds=8, seconds=1.0, warmup=1)
     ratio = quick.faster_than(slow)
     assert (ratio.verdict, slow.faster_than(quick).verdict) == ("faster", "slower")
     assert ratio.median == pytest.approx(3, rel=0.03)  # although the last turn was slower than the first
