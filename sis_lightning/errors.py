@@ -27,6 +27,10 @@ class DataError(UserError):
     """Missing, damaged or unsuitable data or checkpoints: exit code 1."""
 
 
+class MissingDataError(DataError):
+    """A data set that is not in the folder where it is expected."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Says which known names come near a mistyped one.
 

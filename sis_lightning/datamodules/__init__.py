@@ -1,21 +1,23 @@
 """Data sets in their published layouts, as LightningDataModules."""
 
-from sis_lightning.datamodules.base import Batch, Sample, SISDataModule, Source
-from sis_lightning.datamodules.classification import CIFAR100DataModule, ImageFolderDataModule
-from sis_lightning.datamodules.detection import AnnotatedDataModule, COCODetectionDataModule, VOCDetectionDataModule
-from sis_lightning.datamodules.keypoints import COCOKeypointsDataModule
-from sis_lightning.datamodules.segmentation import VOCSegmentationDataModule
+from sis_lightning.datamodules.base import SISDataModule
+from sis_lightning.datamodules.cifar100 import CIFAR100DataModule
+from sis_lightning.datamodules.coco_detection import COCODataModule, COCODetectionDataModule
+from sis_lightning.datamodules.coco_keypoints import COCOKeypointsDataModule
+from sis_lightning.datamodules.image_folder import ImageFolderDataModule
+from sis_lightning.datamodules.voc_detection import VOCDetectionDataModule
+from sis_lightning.datamodules.voc_segmentation import VOCSegmentationDataModule
+from sis_lightning.datasets.base import Batch, Sample
 
 __all__ = [
-    "AnnotatedDataModule",
     "Batch",
     "CIFAR100DataModule",
+    "COCODataModule",
     "COCODetectionDataModule",
     "COCOKeypointsDataModule",
     "ImageFolderDataModule",
     "SISDataModule",
     "Sample",
-    "Source",
     "VOCDetectionDataModule",
     "VOCSegmentationDataModule",
 ]

@@ -154,8 +154,9 @@ class Annotations:
 
     def _of_images(self, chosen: NDArray[np.int64]) -> Annotations:
         objects = np.isin(self.image, chosen)
-        kept = {name: getattr(self, name) for name in _PER_OBJECT}
-        of_objects = {name: None if values is None else values[objects] for name, values in kept.items()}
+        of_objects: dict[str, Any] = {
+            name: None if (values := getattr(self, name)) is None else values[objects] for name in _PER_OBJECT
+        }
         return Annotations(
             source=self.source,
             class_names=self.class_names,

@@ -33,8 +33,9 @@ class DatasetMeta:
         flip_pairs: Indices (left, right) of the keypoints that a horizontal flip exchanges.
         skeleton: Pairs of connected keypoints, counted from 0, for drawing.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity (OKS).
-        image_size: Height and width in px that images (keypoints: crops) have in training; None if they keep their
-            own sizes.
+        backend: The library that computes COCO's metrics: `pycocotools` or `faster-coco-eval`.
+        image_size: Height and width in px to which prediction brings an image (keypoints: the crop of a person); None
+            if images keep their own sizes.
         resize: How prediction brings an image to `image_size`: `stretch` (both sides, whatever their proportions) or
             `center_crop` (the shorter side to 8/7 of `image_size`, then the centre); empty if it does not.
     """
@@ -45,6 +46,7 @@ class DatasetMeta:
     std: tuple[float, ...] = IMAGENET_STD
     primary_metric: str = ""
     protocol: Protocol = ""
+    backend: str = "pycocotools"
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()
     skeleton: tuple[tuple[int, int], ...] = ()

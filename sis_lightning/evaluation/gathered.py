@@ -183,8 +183,9 @@ def _rank() -> int:
 def _array(value: Any) -> NDArray[Any]:
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-        return value.float().numpy() if value.is_floating_point() and value.element_size() < 4 else value.numpy()
-    return np.asarray(value)
+        value = value.float().numpy() if value.is_floating_point() and value.element_size() < 4 else value.numpy()
+    array: NDArray[Any] = np.asarray(value)
+    return array
 
 
 def _complete(target: Mapping[str, Any]) -> GroundTruth:

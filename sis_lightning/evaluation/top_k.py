@@ -48,7 +48,7 @@ class TopKEvaluator(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Computes the metrics: `topK` in 0…1 and `topK_error_percent` in 0…100 for each k."""
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for k, correct in zip(self.ks, self.correct, strict=True):
             accuracy = correct.float() / self.total.float()
             metrics |= {f"top{k}": accuracy, f"top{k}_error_percent": 100 * (1 - accuracy)}

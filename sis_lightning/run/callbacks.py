@@ -39,7 +39,7 @@ class Announcement(Callback):
                 for group in optimizer.param_groups
             }
         )
-        counts = {split: len(source) for split, source in data.sources.items()}
+        counts = {split: len(dataset) for split, dataset in data.datasets.items()}
         scaled = f" (linear rule from batch {task.lr_batch_size})" if task.lr_batch_size else ""
         start = f"after {task.warmup_steps} steps of warm-up" if task.warmup_steps else "at the start"
         for label, text in {

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
-from sis_lightning.datamodules.base import sample_seed
+from sis_lightning.datamodules.samplers import sample_seed
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.run import lightning_internals as internals
 from sis_lightning.run.checkpoints import RUN, Checkpoint, ResumePoint, sync_folder

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sis_lightning.datamodules import CIFAR100DataModule, ImageFolderDataModule, VOCSegmentationDataModule
-from sis_lightning.datamodules.base import EpochSampler, FolderSource, ShardSampler, read_image
-from sis_lightning.datamodules.segmentation import RandomScale, read_mask
+from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler
+from sis_lightning.datasets.folder import UnlabelledDataset
+from sis_lightning.datasets.images import read_image
+from sis_lightning.datamodules.voc_segmentation import RandomScale
+from sis_lightning.datasets.voc import read_mask
 from sis_lightning.datasets.constants import voc_palette
 from sis_lightning.errors import DataError, UsageError
 
@@ -101,7 +104,7 @@ def test_cifar_reads_the_python_layout(synthetic):
     data.setup("fit")
     with (synthetic / "cifar-100-python" / "train").open("rb") as file:
         raw = pickle.load(file, encoding="bytes")
-    source = data.sources["train"]
+    source = data.datasets["train"]
     assert len(source) == len(raw[b"fine_labels"])
     for index in (0, len(source) - 1):
         assert source[index]["label"] == raw[b"fine_labels"][index]
@@ -191,9 +194,9 @@ def test_image_folder_numbers_classes_by_the_train_split(folder):
     data = ImageFolderDataModule(str(folder), image_size=32, crop="pad", batch_size=3, num_workers=0)
     data.setup("fit")
     assert list(data.class_names) == ["ant", "bee", "cat"]
-    assert len(data.sources["train"]) == 9
+    assert len(data.datasets["train"]) == 9
     # There is no val: test stands in, and its labels are those of train although it has no ant.
-    samples = [data.sources["val"][index] for index in range(6)]
+    samples = [data.datasets["val"][index] for index in range(6)]
     assert [sample["label"] for sample in samples] == [1, 1, 1, 2, 2, 2]
     assert samples[3]["name"] == "cat/0"
     with Image.open(folder / "test" / "cat" / "0.png") as image:
@@ -213,14 +216,14 @@ def test_image_folder_errors(folder):
     data = ImageFolderDataModule(str(folder), image_size=32, crop="pad", num_workers=0)
     data.setup("fit")
     with pytest.raises(DataError, match=r"0\.png: 48×64 px.*\n.*crop"):
-        data.sources["train"][0]
+        data.datasets["train"][0]
     (folder / "test" / "dog").mkdir()
     Image.new("RGB", (32, 32)).save(folder / "test" / "dog" / "0.png")
     with pytest.raises(DataError, match="'dog' is not among the 3"):
         data.setup("test")
     (folder / "train" / "eel").mkdir()
     with pytest.raises(DataError, match="eel"):
-        data.source("train")
+        data.dataset("train")
 
 
 def test_pictures_that_cannot_be_read(tmp_path):
@@ -247,18 +250,18 @@ def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
 
 def test_folder_to_predict(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        FolderSource(tmp_path / "nothing")
+        UnlabelledDataset(tmp_path / "nothing")
     with pytest.raises(DataError, match="no pictures"):
-        FolderSource(tmp_path)
+        UnlabelledDataset(tmp_path)
     (tmp_path / "deep").mkdir()
     for path in ("b.PNG", "deep/a.jpg"):
         Image.new("RGB", (5, 4)).save(tmp_path / path)
     (tmp_path / "notes.txt").write_text("")
-    source = FolderSource(tmp_path)
+    source = UnlabelledDataset(tmp_path)
     assert [source[index]["name"] for index in range(len(source))] == ["b", "deep/a"]
-    assert FolderSource(tmp_path / "b.PNG")[0]["name"] == "b"
+    assert UnlabelledDataset(tmp_path / "b.PNG")[0]["name"] == "b"
     Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg")
-    names = FolderSource(tmp_path).names
+    names = UnlabelledDataset(tmp_path).names
     assert sorted(names) == ["b.PNG", "b.jpg", "deep/a"]
 
 
@@ -266,7 +269,7 @@ def test_photographs_are_turned_upright_and_sixteen_bits_become_eight(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (50, 30)).save(tmp_path / "a.jpg", exif=exif)
-    assert FolderSource(tmp_path)[0]["image"].shape == (3, 50, 30)
+    assert UnlabelledDataset(tmp_path)[0]["image"].shape == (3, 50, 30)
     assert read_image(tmp_path / "a.jpg").shape == (3, 30, 50)
     Image.fromarray(np.full((4, 4), 0x7F12, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png").unique().tolist() == [0x7F]
@@ -314,7 +317,7 @@ def test_voc_reads_images_and_ids(synthetic):
     data.setup("test")
     home = synthetic / "VOCdevkit" / "VOC2012"
     assert data.home == home
-    for sample in (data.sources["test"][index] for index in range(3)):
+    for sample in (data.datasets["test"][index] for index in range(3)):
         with Image.open(home / "SegmentationClass" / f"{sample['name']}.png") as mask:
             assert np.array_equal(sample["mask"].numpy(), np.array(mask))
         assert sample["image"].shape[1:] == sample["mask"].shape
@@ -326,7 +329,7 @@ def test_voc_reads_images_and_ids(synthetic):
 def test_voc_is_found_from_any_of_its_folders(voc, below):
     data = VOCSegmentationDataModule(str(voc.parents[1] / below))
     data.setup("test")
-    assert len(data.sources["test"]) == len(names(voc, "val"))
+    assert len(data.datasets["test"]) == len(names(voc, "val"))
     assert data.identity().startswith("synthetic")
 
 
@@ -345,16 +348,16 @@ def test_palette_is_the_devkits():
 
 def test_train_aug_is_taken_where_it_is(voc):
     data = VOCSegmentationDataModule(str(voc))
-    assert data.source("train").names == names(voc, "train")
+    assert data.dataset("train").names == names(voc, "train")
     augmented = voc / "SegmentationClassAug"
     shutil.copytree(voc / "SegmentationClass", augmented)
-    assert data.source("train").names == sorted(set(names(voc, "trainval")) - set(names(voc, "val")))
+    assert data.dataset("train").names == sorted(set(names(voc, "trainval")) - set(names(voc, "val")))
     (voc / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("\n".join(names(voc, "train")[:3]))
-    source = data.source("train")
+    source = data.dataset("train")
     assert source.names == names(voc, "train")[:3]
     assert source.masks[0].parent == augmented
-    assert VOCSegmentationDataModule(str(voc), train_split="train").source("train").masks[0].parent != augmented
-    assert data.source("val").masks[0].parent == voc / "SegmentationClass"
+    assert VOCSegmentationDataModule(str(voc), train_split="train").dataset("train").masks[0].parent != augmented
+    assert data.dataset("val").masks[0].parent == voc / "SegmentationClass"
     shutil.rmtree(augmented)
     with pytest.raises(DataError, match="SegmentationClassAug"):
         VOCSegmentationDataModule(str(voc), train_split="train_aug").setup("fit")
@@ -370,17 +373,17 @@ def test_voc_errors(voc):
     data = VOCSegmentationDataModule(str(voc), num_workers=0)
     first = names(voc, "train")[0]
     mask = voc / "SegmentationClass" / f"{first}.png"
-    shape = data.source("train")[0]["mask"].shape
+    shape = data.dataset("train")[0]["mask"].shape
 
     save_mask(mask, np.full(shape, 21))
     with pytest.raises(DataError, match=rf"{first}\.png: mask id 21 is outside of the classes 0…20"):
-        data.source("train")[0]
+        data.dataset("train")[0]
     save_mask(mask, np.zeros((3, 5)))
     with pytest.raises(DataError, match=rf"{first}\.png: the mask has 5×3 px, its image"):
-        data.source("train")[0]
+        data.dataset("train")[0]
     Image.new("RGB", (5, 5)).save(mask)
     with pytest.raises(DataError, match="mode RGB"):
-        data.source("train")[0]
+        data.dataset("train")[0]
     mask.unlink()
     with pytest.raises(DataError, match=rf"{first}\.png: does not exist.*train\.txt names it"):
         data.setup("fit")
@@ -389,7 +392,7 @@ def test_voc_errors(voc):
         data.setup("test")
     (voc / "ImageSets" / "Segmentation" / "val.txt").unlink()
     with pytest.raises(DataError, match=r"val\.txt does not exist"):
-        data.source("test")
+        data.dataset("test")
 
 
 @pytest.mark.parametrize("kind", [VOCSegmentationDataModule, CIFAR100DataModule, ImageFolderDataModule])
@@ -411,9 +414,9 @@ def test_own_classes(voc):
     data = VOCSegmentationDataModule(str(voc), classes=["background", *(f"thing{i}" for i in range(30))])
     assert data.num_classes == 31
     save_mask(
-        voc / "SegmentationClass" / f"{names(voc, 'train')[0]}.png", np.full(data.source("train")[0]["mask"].shape, 30)
+        voc / "SegmentationClass" / f"{names(voc, 'train')[0]}.png", np.full(data.dataset("train")[0]["mask"].shape, 30)
     )
-    assert data.source("train")[0]["mask"].max() == 30
+    assert data.dataset("train")[0]["mask"].max() == 30
     save_mask(voc / "x.png", np.full((2, 2), 7))
     with pytest.raises(DataError, match="mask id 7"):
         read_mask(voc / "x.png", 7)

@@ -38,7 +38,7 @@ def test_what_the_archives_hold_is_proved_and_nothing_else(published, command):
     module.setup("fit")
     module.setup("test")
     # Of annotations, another byte is found before, as it makes them unreadable.
-    for victim in sorted(path for path in module.sources["test"].files() if path.suffix in (".jpg", ".png"))[:1]:
+    for victim in sorted(path for path in module.datasets["test"].files() if path.suffix in (".jpg", ".png"))[:1]:
         good = victim.read_bytes()
         victim.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         changed = command(*line, "--archives", folder)

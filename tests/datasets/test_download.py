@@ -135,7 +135,7 @@ def test_cifar_is_downloaded_where_it_is_missing(server, synthetic, tmp_path, mo
     data = CIFAR100DataModule(str(tmp_path / "data"), download=True, num_workers=0)
     data.prepare_data()
     data.setup("fit")
-    assert len(data.sources["train"]) > 0
+    assert len(data.datasets["train"]) > 0
     asked = len(server.starts)
     data.prepare_data()
     assert len(server.starts) == asked

@@ -1,4 +1,4 @@
-"""Runs that are killed, torn, moved and started again: to the bit what they would have been, or a clear refusal."""
+"""Runs that are killed, truncated, moved and resumed: identical to the bit, or refused clearly."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sis_lightning.datamodules.base import EpochSampler
+from sis_lightning.datamodules.samplers import EpochSampler
 from sis_lightning.errors import DataError
-from sis_lightning.run.checkpoints import RUN, SafeCheckpointIO, newest_checkpoint, read_checkpoint
-from sis_lightning.run.history import read_starts, requeue
+from sis_lightning.run.checkpoints import RUN, ResumePoint, SafeCheckpointIO, newest_checkpoint, read_checkpoint
+from sis_lightning.run.history import begin, reach, read_history, requeue
 from sis_lightning.run.loggers import MetricsCSV
-from sis_lightning.run.record import read_record
+from sis_lightning.run.record import OptionChange, read_record
 
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs/seg_voc/res2net14-4w4s-basic-8ch/seed0")
@@ -58,7 +58,11 @@ def test_twenty_kills_over_the_four_tasks_leave_no_trace(tmp_path):
 def whole(tmp_path_factory) -> Path:
     """A small checkpoint."""
     path = tmp_path_factory.mktemp("checkpoints") / "step-0000003.ckpt"
-    content = {"state_dict": {"w": torch.arange(300.0)}, "global_step": 3, RUN: {"batches": 3, "config": {}}}
+    point = ResumePoint(
+        **{"point": "batch", "progress": {}, "batches": 3, "step": 3, "epoch": 0, "world_size": 1, "devices": [1]},
+        **{"csv_rows": 0, "config": {}, "trained_on": [], "code": [], "changed": []},
+    )
+    content = {"state_dict": {"w": torch.arange(300.0)}, "global_step": 3, RUN: point.model_dump()}
     SafeCheckpointIO().save_checkpoint(content, path)
     return path
 
@@ -81,14 +85,14 @@ def test_a_flipped_bit_is_found_or_harmless(whole, tmp_path_factory, place, bit)
 
 @settings(max_examples=50, deadline=None)
 @given(share=st.floats(0, 0.999))
-def test_a_torn_file_is_refused(whole, tmp_path_factory, share):
-    path = tmp_path_factory.mktemp("torn") / "a.ckpt"
+def test_a_truncated_file_is_refused(whole, tmp_path_factory, share):
+    path = tmp_path_factory.mktemp("truncated") / "a.ckpt"
     path.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
     with pytest.raises(DataError, match=r"a\.ckpt: damaged"):
         read_checkpoint(path)
 
 
-def test_the_newest_that_loads_is_taken_whatever_the_clock_says(whole, tmp_path):
+def test_the_newest_intact_checkpoint_is_chosen_whatever_the_clock_says(whole, tmp_path):
     lines: list[str] = []
     for step in (3, 7, 9):
         content = torch.load(whole, weights_only=True)
@@ -137,7 +141,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_why(small_disk):
     kept=st.integers(0, 12),
     lost=st.integers(0, 12),
 )
-def test_a_log_goes_on_without_losing_or_doubling_a_row(tmp_path_factory, rows, saves, kept, lost):
+def test_a_resumed_log_loses_no_row_and_doubles_none(tmp_path_factory, rows, saves, kept, lost):
     folder = tmp_path_factory.mktemp("log")
 
     def write(log: MetricsCSV, first: int, last: int) -> None:
@@ -153,7 +157,7 @@ def test_a_log_goes_on_without_losing_or_doubling_a_row(tmp_path_factory, rows, 
     killed = MetricsCSV(folder / "b")
     write(killed, 0, kept)
     assert killed.rows == kept
-    write(killed, kept, min(len(rows), kept + lost))  # written after the checkpoint, and then lost with the run
+    write(killed, kept, min(len(rows), kept + lost))  # written after the checkpoint, and lost with the run
     resumed = MetricsCSV(folder / "b")
     resumed.resume(kept)
     write(resumed, kept, len(rows))
@@ -182,7 +186,7 @@ def test_a_log_goes_on_without_losing_or_doubling_a_row(tmp_path_factory, rows, 
     done=st.integers(0, 12),
     grouped=st.booleans(),
 )
-def test_the_data_goes_on_with_the_next_sample(length, world, epoch, done, grouped):
+def test_the_data_continues_with_the_next_sample(length, world, epoch, done, grouped):
     groups = [index % 2 for index in range(length)] if grouped else None
     batch = 2 * world
     done = min(done, length // batch)
@@ -229,7 +233,7 @@ def read_until(run: subprocess.Popen[str], word: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on(command, small, tmp_path, number):
+def test_a_signal_saves_and_the_run_resumes(command, small, tmp_path, number):
     options = [*small("seg_voc", steps=40), "--resume", "auto", "--trainer.check_val_every_n_epoch", "2"]
     assert command("fit", *options, "--run_dir", "undisturbed").code == 0
     with start([*options, "--run_dir", "run"], tmp_path) as run:
@@ -241,15 +245,15 @@ def test_a_signal_saves_and_the_run_goes_on(command, small, tmp_path, number):
     assert "Traceback" not in rest
     stopped = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert 3 <= stopped["global_step"] < 40
-    assert read_starts(tmp_path / "run")[-1]["how"] == number.name
+    assert read_history(tmp_path / "run")[-1].how == number.name
     again = command("fit", *options, "--run_dir", "run")
     assert again.code == 0, again.err
     assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
     logs = [(tmp_path / name / "csv" / "fit" / "metrics.csv").read_text() for name in ("run", "undisturbed")]
     assert logs[0] == logs[1]
-    starts = read_starts(tmp_path / "run")
-    assert [entry["how"] for entry in starts] == [number.name, "finished"]
-    assert starts[1]["from_step"] == stopped["global_step"]
+    starts = read_history(tmp_path / "run")
+    assert [start.how for start in starts] == [number.name, "finished"]
+    assert starts[1].from_step == stopped["global_step"]
     assert {path.name for path in (tmp_path / "run").glob("config*.yaml")} == {"config.yaml", "config-2.yaml"}
     # A third start finds nothing to do.
     third = command("fit", *options, "--run_dir", "run")
@@ -266,7 +270,7 @@ def test_ctrl_c_twice_stops_at_once(small, tmp_path):
         assert run.wait(60) == 130
 
 
-def test_resume_falls_back_over_a_torn_checkpoint(command, small, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_in_favour_of_the_newest_intact_one(command, small, tmp_path):
     options = [*small("seg_voc", steps=6), "--resume", "auto", "--checkpoint_every", "1", "--run_dir", "run"]
     assert command("fit", *options).code == 0
     want = weights(tmp_path / "run")
@@ -281,7 +285,7 @@ def test_resume_falls_back_over_a_torn_checkpoint(command, small, tmp_path):
     assert same(weights(tmp_path / "run"), want)
 
 
-def test_a_run_is_not_gone_on_with_by_mistake(command, small, tmp_path):
+def test_a_run_is_not_resumed_by_mistake(command, small, tmp_path):
     options = [*small("seg_voc", steps=5), "--run_dir", "run"]
     assert command("fit", *options).code == 0
     refused = command("fit", *options)
@@ -296,18 +300,18 @@ def test_a_run_is_not_gone_on_with_by_mistake(command, small, tmp_path):
     assert command("fit", *longer).code == 2
     both = command("fit", *options, "--resume", "auto", "--overwrite", "true")
     assert both.code == 2
-    assert "take one of the two" in both.err
+    assert "leave one of the two out" in both.err
     missing = command("fit", *options, "--resume", "gone.ckpt")
     assert missing.code == 1
     assert "gone.ckpt: no such file" in missing.err
     best = command("fit", *options, "--resume", "run/checkpoints/best.ckpt")
     assert best.code == 1
-    assert "not a point to go on from" in best.err
+    assert "a run cannot be resumed from it" in best.err
     weights_alone = command("fit", *options, "--ckpt_path", "run/checkpoints/last.ckpt")
     assert weights_alone.code == 2
     assert "--resume" in weights_alone.err
     fewer = command("fit", *options, "--resume", "auto", "--data.num_workers", 1, "--trainer.devices", 1)
-    assert fewer.code == 0, fewer.err  # what changes nothing may change
+    assert fewer.code == 0, fewer.err  # these options change nothing in the result
     # From another run's file, into a new directory.
     other = command("fit", *small("seg_voc", steps=5), "--run_dir", "new", "--resume", "run/checkpoints/last.ckpt")
     assert other.code == 0, other.err
@@ -315,7 +319,7 @@ def test_a_run_is_not_gone_on_with_by_mistake(command, small, tmp_path):
 
 @pytest.mark.parametrize("task", ["seg_voc", "det_coco"])
 def test_a_run_that_was_killed_in_its_last_validation_finishes(command, small, tmp_path, task):
-    """All steps are done then, by which Lightning would take it for finished, without its last figures."""
+    """All steps are done then, so that Lightning would take it for finished, without its last metrics."""
     options = [*small(task, steps=4), "--run_dir", "run", "--resume", "auto", "--checkpoint_every", "1"]
     assert command("fit", *options).code == 0
     run = tmp_path / "run"
@@ -332,7 +336,7 @@ def test_a_run_that_was_killed_in_its_last_validation_finishes(command, small, t
     assert (run / "csv/fit/metrics.csv").read_text() == logged
     for name, weights in ended["state_dict"].items():
         assert torch.equal(weights, again["state_dict"][name])
-    assert read_starts(run)[-1]["how"] == "finished"
+    assert read_history(run)[-1].how == "finished"
 
 
 def test_the_first_configuration_is_kept(command, small, tmp_path):
@@ -347,35 +351,36 @@ def test_the_first_configuration_is_kept(command, small, tmp_path):
         for name in ("config.yaml", "config-2.yaml")
     )
     assert (first, second) == (0.2, 0.4)
-    # And what was measured after it says so.
+    # The record of a test says so too.
     tested = command("test", *options, "--model.background_weight", 0.4)
     assert tested.code == 0, tested.err
-    training = read_record(tmp_path / "run" / "test.json")["training"]
-    assert training["changed"] == ["model.init_args.background_weight"]
+    training = read_record(tmp_path / "run" / "test.json").training
+    assert training.changed == ["model.init_args.background_weight"]
 
 
-def test_what_was_trained_on_is_kept_through_a_resume(command, small, synthetic, tmp_path):
+def test_the_training_data_is_recorded_across_a_resume(command, small, synthetic, tmp_path):
     shutil.copytree(synthetic, tmp_path / "mine")
     options = [*small("seg_voc", steps=4), "--data.root", "mine", "--run_dir", "run", "--checkpoint_every", "1"]
     assert command("fit", *options).code == 0
     assert command("test", *options).code == 0
     before = read_record(tmp_path / "run" / "test.json")
-    assert len(before["data"]["trained_on"]) == 1
-    assert before["curves"]["train/loss"][-1][0] == 4
-    assert before["tested_otherwise"] == {}
-    # Gone on with elsewhere, on other files by the same names.
+    assert len(before.data.trained_on) == 1
+    assert before.curves["train/loss"][-1][0] == 4
+    assert before.tested_otherwise == {}
+    # Resumed on other files of the same names.
     for path in (tmp_path / "mine").rglob("VOC2012/JPEGImages/*.jpg"):
         path.write_bytes(path.read_bytes() + b" ")
     (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
     resumed = command("fit", *options, "--resume", "auto")
     assert resumed.code == 0, resumed.err
-    assert "the training data is not what it was before" in resumed.out
+    assert "The training data is not what it was before" in resumed.out
     assert command("test", *options, "--trainer.limit_test_batches", 1).code == 0
     after = read_record(tmp_path / "run" / "test.json")
-    assert after["data"]["trained_on"][0] == before["data"]["trained_on"][0]
-    assert len(after["data"]["trained_on"]) == 2
-    assert after["data"]["fingerprint"] != before["data"]["fingerprint"]
-    assert after["tested_otherwise"] == {"trainer.limit_test_batches": [None, 1]}
+    assert after.data.trained_on[0] == before.data.trained_on[0]
+    assert len(after.data.trained_on) == 2
+    assert after.data.fingerprint != before.data.fingerprint
+    (change,) = after.tested_otherwise.items()
+    assert change == ("trainer.limit_test_batches", OptionChange(trained=None, tested=1))
 
 
 def test_two_fits_do_not_share_a_directory(command, small, tmp_path):
@@ -410,14 +415,14 @@ def test_overwrite_leaves_nothing_of_the_run_before(command, small, tmp_path):
     for number in (4, 3):
         extra = ["--overwrite", "true", "--model.background_weight", f"0.{number}"]
         assert command("fit", *options, *extra).code == 0
-    assert len(read_starts(tmp_path / "run")) == 1
+    assert len(read_history(tmp_path / "run")) == 1
     assert [path.name for path in (tmp_path / "run").glob("config*.yaml")] == ["config.yaml"]
     test = command("test", *options)
     assert test.code == 0, test.err
     assert json.loads((tmp_path / "run" / "test.json").read_text())["training"]["restarts"] == 0
 
 
-def test_overwrite_loses_nothing_where_the_new_run_cannot_begin(command, small, tmp_path):
+def test_overwrite_loses_nothing_if_the_new_run_cannot_start(command, small, tmp_path):
     options = [*small("seg_voc", steps=3), "--run_dir", "run"]
     assert command("fit", *options).code == 0
     nowhere = ["--data.root", tmp_path / "gone", "--data.synthetic", "null"]
@@ -425,7 +430,7 @@ def test_overwrite_loses_nothing_where_the_new_run_cannot_begin(command, small, 
         refused = command("fit", *options, "--overwrite", "true", *wrong)
         assert refused.code in (1, 2), refused.out
         assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
-        assert len(read_starts(tmp_path / "run")) == 1
+        assert len(read_history(tmp_path / "run")) == 1
 
 
 def test_a_limit_of_time_is_not_the_end(command, small, tmp_path):
@@ -434,11 +439,11 @@ def test_a_limit_of_time_is_not_the_end(command, small, tmp_path):
     stopped = command("fit", *options, "--trainer.max_time", "00:00:00:02", "--checkpoint_every", "1")
     assert stopped.code == 0, stopped.err
     assert "stopped before its end" in stopped.out
-    assert read_starts(tmp_path / "run")[-1]["how"] == "stopped early"
+    assert read_history(tmp_path / "run")[-1].how == "stopped early"
     again = command("fit", *options, "--resume_changed", "true")
     assert again.code == 0, again.err
-    assert read_starts(tmp_path / "run")[-1]["from_step"] > 0
-    assert read_starts(tmp_path / "run")[-1]["how"] == "finished"
+    assert read_history(tmp_path / "run")[-1].from_step > 0
+    assert read_history(tmp_path / "run")[-1].how == "finished"
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 400
 
 
@@ -464,7 +469,7 @@ def test_another_validation_schedule_is_refused_in_words(command, small, tmp_pat
     changed = ["--trainer.check_val_every_n_epoch", "5", "--resume_changed", "true"]
     refused = command("fit", *options, *changed)
     assert refused.code == 2, refused.out
-    assert "keep trainer.check_val_every_n_epoch" in refused.err
+    assert "Keep trainer.check_val_every_n_epoch" in refused.err
 
 
 def test_a_one_cycle_schedule_is_not_made_longer_by_a_resume(command, small, tmp_path):
@@ -486,7 +491,7 @@ def test_a_directory_that_cannot_be_written(command, small, tmp_path):
     assert "cannot be written" in result.err
 
 
-def test_two_devices_go_on_to_the_bit_and_one_from_the_same_sample(small, tmp_path):
+def test_two_devices_resume_to_the_bit_and_one_from_the_same_sample(small, tmp_path):
     ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     options = [*small("seg_voc", steps=12), "--resume", "auto", "--checkpoint_every", "1"]
 
@@ -512,12 +517,12 @@ def test_two_devices_go_on_to_the_bit_and_one_from_the_same_sample(small, tmp_pa
     assert content[RUN]["devices"] == [2, 1]
 
 
-# the queue
+# requeueing
 
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch) -> Path:
-    """A command of that name that notes what it was asked."""
+    """A command of that name that writes down its arguments."""
     script = tmp_path / "bin" / "scontrol"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
@@ -528,21 +533,18 @@ def scontrol(tmp_path, monkeypatch) -> Path:
     return tmp_path / "asked"
 
 
-def test_a_job_goes_back_into_the_queue_a_bounded_number_of_times(scontrol, tmp_path, monkeypatch):
-    from sis_lightning.run.history import begin
-
-    assert "not in a SLURM job" in requeue(tmp_path, 5, 3)
+def test_a_job_is_requeued_a_bounded_number_of_times(scontrol, tmp_path, monkeypatch):
+    assert "Not in a SLURM job" in requeue(tmp_path, 5, 3)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     begin(tmp_path, 4)
     path = os.environ["PATH"]
-    monkeypatch.setenv("PATH", str(tmp_path))  # as in a container without SLURM's commands
+    monkeypatch.setenv("PATH", str(tmp_path))  # such as in a container without SLURM's commands
     assert "scontrol cannot be run here" in requeue(tmp_path, 5, 3)
-    assert read_starts(tmp_path)[-1]["how"] == "requeue failed"
+    assert read_history(tmp_path)[-1].how == "requeue failed"
     monkeypatch.setenv("PATH", path)
-    assert "made no step" in requeue(tmp_path, 4, 3)
     assert not scontrol.exists()
-    assert "back in the queue (restart 1)" in requeue(tmp_path, 5, 3)
-    assert read_starts(tmp_path)[-1]["how"] == "requeued"
+    assert "requeued (restart 1)" in requeue(tmp_path, 5, 3)
+    assert read_history(tmp_path)[-1].how == "requeued"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert "3 times already" in requeue(tmp_path, 9, 3)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -550,3 +552,19 @@ def test_a_job_goes_back_into_the_queue_a_bounded_number_of_times(scontrol, tmp_
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     requeue(tmp_path, 9, 3)
     assert scontrol.read_text().split("\n") == ["requeue 17", "requeue 16_2", ""]
+
+
+def test_a_job_that_makes_no_step_is_retried_some_times(scontrol, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    begin(tmp_path, 4)
+    assert "no step since its start, try 1 of 3" in requeue(tmp_path, 4, 100)
+    begin(tmp_path, 4)
+    assert "try 2 of 3" in requeue(tmp_path, 4, 100)
+    begin(tmp_path, 4)
+    assert "made no step in its last 3 starts, and is not requeued" in requeue(tmp_path, 4, 100)
+    assert scontrol.read_text().split("\n") == ["requeue 17", "requeue 17", ""]
+    # A step in between starts the count again.
+    begin(tmp_path, 4)
+    reach(tmp_path, 5, 0)
+    begin(tmp_path, 5)
+    assert "try 1 of 3" in requeue(tmp_path, 5, 100)

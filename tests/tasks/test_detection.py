@@ -17,9 +17,9 @@ from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from sis_lightning.backbones import backbone_config
-from sis_lightning.backbones.weights import load_torchvision_weights
+from sis_lightning.backbones.weights import load_backbone_weights
 from sis_lightning.datamodules import COCODetectionDataModule, VOCDetectionDataModule
-from sis_lightning.datamodules.base import EpochSampler
+from sis_lightning.datamodules.samplers import EpochSampler
 from sis_lightning.errors import UsageError
 from sis_lightning.tasks import DetectionTask
 
@@ -75,7 +75,7 @@ def test_it_is_torchvisions_detector_with_the_same_weights():
     theirs.eval().roi_heads.score_thresh = 0.0
     state = theirs.state_dict()
     body = {key.removeprefix("backbone.body."): value for key, value in state.items() if "backbone.body." in key}
-    load_torchvision_weights(ours.backbone, body, strict=False)
+    load_backbone_weights(ours.backbone, body, strict=False)
     ours.model.backbone.fpn.load_state_dict(
         {key.removeprefix("backbone.fpn."): value for key, value in state.items() if "backbone.fpn." in key}
     )
@@ -100,7 +100,7 @@ def test_images_are_normalised_and_resized_once(synthetic):
     task = detection(num_classes=80, min_size=96, max_size=96).eval()
     seen = []
     task.backbone.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    raw = data.sources["val"][0]["image"]
+    raw = data.datasets["val"][0]["image"]
     task(data.on_after_batch_transfer({"image": [raw]}, 0)["image"])
     scale = 96 / max(raw.shape[1:])
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
@@ -241,7 +241,7 @@ def test_batches_hold_one_group_but_for_the_last(groups, world, per_device, epoc
 def test_boxes_are_mirrored_with_their_image(synthetic, kind):
     data = kind(str(synthetic), num_workers=0)
     data.setup("fit")
-    source = data.sources["train"]
+    source = data.datasets["train"]
     index = next(i for i in range(len(source)) if len(source[i]["boxes"]) > 1)
     sample, seen = source[index], set()
     for seed in range(8):
@@ -265,7 +265,7 @@ def test_training_leaves_out_what_cocos_tools_do_and_keeps_empty_images(syntheti
     crowds = sum(row["iscrowd"] for row in raw["annotations"])
     assert crowds
     assert data.notes["train without"] == f"{crowds} crowds"
-    source = data.sources["train"]
+    source = data.datasets["train"]
     assert len(source) == len(raw["images"])
     counts = [len(source[index]["boxes"]) for index in range(len(source))]
     assert sum(counts) == len(raw["annotations"]) - crowds
@@ -286,16 +286,16 @@ def test_voc_years_and_splits_are_joined(synthetic):
         for year in (2007, 2012)
         for name in (devkit / f"VOC{year}" / "ImageSets" / "Main" / "trainval.txt").read_text().split()
     ]
-    assert [path.stem for path in data.sources["train"].annotations.paths] == listed
+    assert [path.stem for path in data.datasets["train"].annotations.paths] == listed
     tested = (devkit / "VOC2007" / "ImageSets" / "Main" / "test.txt").read_text().split()
-    assert [path.stem for path in data.sources["val"].annotations.paths] == tested
+    assert [path.stem for path in data.datasets["val"].annotations.paths] == tested
     assert "difficult objects" in data.notes["train without"]
     only = VOCDetectionDataModule(str(devkit), train_splits=["2012/train"], test_splits=["2012/val"], limit=3)
     only.setup("fit")
-    assert (len(only.sources["train"]), len(only.sources["val"])) == (3, 3)
+    assert (len(only.datasets["train"]), len(only.datasets["val"])) == (3, 3)
     overlapping = VOCDetectionDataModule(str(devkit), train_splits=["2012/train", "2012/trainval"])
     trainval = (devkit / "VOC2012" / "ImageSets" / "Main" / "trainval.txt").read_text().split()
-    assert len(overlapping.source("train")) == len(trainval)
+    assert len(overlapping.dataset("train")) == len(trainval)
     for bad in ([], ["2012"], ["2012/"], ["trainval"]):
         with pytest.raises(UsageError, match="YEAR/SPLIT"):
             VOCDetectionDataModule(str(synthetic), train_splits=bad)

@@ -15,7 +15,7 @@ from torch import nn
 
 from sis_lightning.backbones import backbone_config
 from sis_lightning.datamodules import COCOKeypointsDataModule
-from sis_lightning.datamodules.keypoints import read_person_boxes
+from sis_lightning.datasets.person_boxes import read_person_boxes
 from sis_lightning.datasets.constants import COCO_JOINTS, COCO_MIRROR
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.tasks import KeypointTask
@@ -98,13 +98,13 @@ def test_settings_that_cannot_be(build, words):
 def test_training_takes_everyone_with_joints(synthetic, data):
     raw = json.loads((synthetic / "coco" / "annotations" / "person_keypoints_train2017.json").read_text())
     people = [row for row in raw["annotations"] if row["num_keypoints"] and not row["iscrowd"]]
-    assert len(data.sources["train"]) == len(people)
+    assert len(data.datasets["train"]) == len(people)
     lacking = len([row for row in raw["annotations"] if not row["num_keypoints"]])
     assert (f"{lacking} people without joints" in data.notes.get("train without", "")) == bool(lacking)
 
 
 def test_joints_follow_their_pixels_through_augmentation(data):
-    sample = dict(data.sources["train"][0])
+    sample = dict(data.datasets["train"][0])
     joint = next(i for i in range(17) if sample["joints"][i, 2] == 2)
     x, y = sample["joints"][joint, :2].astype(int)
     mark = torch.zeros_like(sample["image"])
@@ -124,7 +124,7 @@ def test_joints_follow_their_pixels_through_augmentation(data):
 
 
 def test_half_are_mirrored_and_most_are_turned(data):
-    sample = data.sources["train"][0]
+    sample = data.datasets["train"][0]
     crops = []
     for seed in range(200):
         np.random.seed(seed)
@@ -139,7 +139,7 @@ def test_half_are_mirrored_and_most_are_turned(data):
 
 
 def test_evaluation_looks_for_those_with_joints_in_their_boxes(synthetic, data):
-    source = data.sources["val"]
+    source = data.datasets["val"]
     raw = json.loads((synthetic / "coco" / "annotations" / "person_keypoints_val2017.json").read_text())
     assert len(source) == len(raw["images"])
     for index, image in enumerate(raw["images"]):

@@ -1,0 +1,115 @@
+"""Detection on COCO, and what all DataModules of COCO's layout share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sis_lightning.datamodules.annotated import checked_limit, flip_image_and_boxes
+from sis_lightning.datamodules.base import SISDataModule, Split
+from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datasets.coco import COCODetectionDataset, coco_home
+from sis_lightning.datasets.download import Archive
+from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.evaluation.coco import Backend
+from sis_lightning.option_effects import Effect
+
+_COCO = "http://images.cocodataset.org"
+
+
+class COCODataModule(SISDataModule):
+    """The layout of COCO 2017: `annotations/KIND_SPLIT.json`, images in `SPLIT/`.
+
+    Args:
+        root: Folder that holds `annotations/` (or a folder `coco` that does).
+        train_split: Training split in the names of its annotation file and image folder.
+        val_split: Validation split, likewise.
+        test_split: Test split, likewise; None for `val_split`. A split without annotations, such as `test-dev2017`,
+            gives no metrics but a results file for COCO's server.
+        evaluator: The library that computes the metrics: `pycocotools`, or `faster-coco-eval`, which gives the same
+            metrics sooner.
+        limit: Number of images with objects, the first ones of every split, for trials; None for all images.
+        loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
+    """
+
+    # COCO publishes no checksums; PaddleDetection, fast.ai and others check their downloads by these.
+    archives = (
+        Archive(f"{_COCO}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", fetched=False),
+        Archive(f"{_COCO}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", "val2017", fetched=False),
+        Archive(
+            f"{_COCO}/annotations/annotations_trainval2017.zip",
+            "f4bbac642086de4f52a3fdda2de5fa2c",
+            "annotations",
+            fetched=False,
+        ),
+    )
+    option_effects: ClassVar[Mapping[str, Effect]] = {
+        "train_split": Effect.RESULT,
+        "val_split": Effect.RESULT,
+        "test_split": Effect.RESULT,
+        "evaluator": Effect.NUMERICS,
+        "limit": Effect.RESULT,
+    }
+
+    def __init__(
+        self,
+        root: str,
+        train_split: str = "train2017",
+        val_split: str = "val2017",
+        test_split: str | None = None,
+        evaluator: Backend = "pycocotools",
+        limit: int | None = None,
+        **loading: Any,
+    ) -> None:
+        super().__init__(root, **loading)
+        self.splits: dict[Split, str] = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        self.evaluator, self.limit = evaluator, checked_limit(limit)
+        if limit:
+            self.notes["limit"] = f"the first {limit} images with objects of each split"
+
+    @property
+    def home(self) -> Path:
+        """The folder with `annotations/`."""
+        return coco_home(self.root)
+
+    def describe(self, meta: DatasetMeta) -> DatasetMeta:
+        """Adds the library that computes the metrics."""
+        return dataclasses.replace(super().describe(meta), backend=self.evaluator)
+
+    def where_to_get(self) -> str:
+        """COCO's page of downloads."""
+        return "It is published at https://cocodataset.org/#download."
+
+
+class COCODetectionDataModule(COCODataModule):
+    """COCO's instances: 80 categories with ids among 1…90; the model's labels are 1…80.
+
+    Training: random horizontal flip; batches of upright or of wide images; without crowds and boxes of no area; images
+    without objects stay. The metrics are computed by COCO's own code, for which detections on crowds count neither for
+    nor against. The detector resizes images.
+
+    Args:
+        root: Folder that holds `annotations/` (or a folder `coco` that does).
+        files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
+            other arguments of `SISDataModule`.
+
+    Raises:
+        UsageError: If an argument is invalid.
+        DataError: In `setup`, if files are missing or have defects without a remedy; in a run, if an image is
+            unreadable or of another size than its annotation says.
+    """
+
+    option_effects: ClassVar[Mapping[str, Effect]] = {}
+
+    def __init__(self, root: str, **files: Any) -> None:
+        super().__init__(root, **files)
+
+    def dataset(self, split: Split) -> ImageDataset:
+        """The images of a split with their boxes."""
+        return COCODetectionDataset(self.root, self.splits[split], evaluation=split != "train", limit=self.limit)
+
+    def train_transform(self, sample: Sample) -> Sample:
+        """Flips image and boxes, or not."""
+        return flip_image_and_boxes(sample)

@@ -1,0 +1,73 @@
+"""Images sorted into a folder for each class."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torchvision.transforms import v2
+
+from sis_lightning.datamodules.base import SISDataModule, Split
+from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datasets.folder import ImageFolderDataset
+from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.errors import UsageError
+from sis_lightning.option_effects import Effect
+
+
+class ImageFolderDataModule(SISDataModule):
+    """Your own images: `root/train/CLASS/*.jpg`, and the same in `root/val` or `root/test`.
+
+    Training with `crop: pad` (for small images that all have `image_size` already, like CIFAR's): zero padding of
+    `image_size` / 8, random crop. With `crop: resized` (for photographs): a random part of 8-100 % of the area with
+    proportions of 3:4-4:3, resized. Both: random horizontal flip, on uint8. Evaluation: the images as they are (`pad`),
+    or the shorter side resized to 8/7 `image_size` and the centre cropped (`resized`). Classes are the names of the
+    folders, sorted.
+
+    Args:
+        root: Folder that holds `train/` and `val/` or `test/`.
+        image_size: Height and width in px of the square that the network sees.
+        crop: `pad` or `resized`.
+        loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
+
+    Raises:
+        UsageError: If an argument is invalid.
+        DataError: In `setup`, if folders are missing, classes are empty or differ between splits; in a run, if an image
+            is unreadable, or of another size although `crop` is `pad`.
+    """
+
+    option_effects: ClassVar[Mapping[str, Effect]] = {"image_size": Effect.RESULT, "crop": Effect.RESULT}
+
+    def __init__(
+        self, root: str, image_size: int = 224, crop: Literal["pad", "resized"] = "resized", **loading: Any
+    ) -> None:
+        super().__init__(root, **loading)
+        if image_size < 8:
+            raise UsageError(f"image_size is {image_size}, must be at least 8")
+        self.image_size, self.crop = (image_size, image_size), crop
+        if crop == "pad":
+            first: v2.Transform = v2.RandomCrop(image_size, padding=image_size // 8)
+            self.preparation = v2.Resize((image_size, image_size), antialias=True)
+        else:
+            first = v2.RandomResizedCrop(image_size, antialias=True)
+            shorter = round(image_size * 8 / 7)
+            self.preparation = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(image_size)])
+        self.augmentation = v2.Compose([first, v2.RandomHorizontalFlip()])
+
+    def dataset(self, split: Split) -> ImageDataset:
+        """The folder of a split; `val` and `test` stand for each other if there is only one of them."""
+        return ImageFolderDataset(self.root, split, self.image_size if self.crop == "pad" else None)
+
+    def describe(self, meta: DatasetMeta) -> DatasetMeta:
+        """Adds the image size, and how images are brought to it."""
+        resize: Literal["stretch", "center_crop"] = "stretch" if self.crop == "pad" else "center_crop"
+        return dataclasses.replace(super().describe(meta), image_size=self.image_size, resize=resize)
+
+    def train_transform(self, sample: Sample) -> Sample:
+        """Crops and flips the image."""
+        return {**sample, "image": self.augmentation(sample["image"])}
+
+    def eval_transform(self, sample: Sample) -> Sample:
+        """Brings the image to `image_size`."""
+        return {**sample, "image": self.preparation(sample["image"])}

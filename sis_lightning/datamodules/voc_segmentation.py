@@ -1,0 +1,120 @@
+"""Semantic segmentation on Pascal VOC 2012, with SBD's masks if they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
+
+from sis_lightning.datamodules.base import SISDataModule, Split
+from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datasets.constants import IMAGENET_MEAN, VOID
+from sis_lightning.datasets.download import voc_archives
+from sis_lightning.datasets.voc import VOCSegmentationDataset, voc_home
+from sis_lightning.errors import UsageError
+from sis_lightning.option_effects import Effect
+
+
+class RandomScale(v2.Transform):  # type: ignore[misc]
+    """Resizes image and mask by one random factor of the image's own size.
+
+    Args:
+        scale_range: Least and greatest factor.
+    """
+
+    def __init__(self, scale_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.scale_range = scale_range
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the size (H, W)."""
+        low, high = self.scale_range
+        factor = low + (high - low) * torch.rand(()).item()
+        height, width = transforms.get_size(next(item for item in flat_inputs if isinstance(item, Tensor)))
+        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resizes: bilinear for images, nearest by pixel centres for masks (torchvision's own is half a pixel off)."""
+        if isinstance(inpt, tv_tensors.Mask):
+            exact = transforms.InterpolationMode.NEAREST_EXACT
+            ids = transforms.resize_image(inpt.as_subclass(Tensor)[None], params["size"], interpolation=exact)[0]
+            return tv_tensors.wrap(ids, like=inpt)
+        return self._call_kernel(transforms.resize, inpt, size=params["size"], antialias=True)
+
+
+class VOCSegmentationDataModule(SISDataModule):
+    """Pascal VOC 2012: 21 classes with background, 255 for void.
+
+    Training: a scale in 0.5-2.0 of the image's own size, random crop of `crop_size` (padded with the mean colour and
+    void), random horizontal flip (DeepLabv3+, Chen et al. 2018), all on uint8. Evaluation: whole images and masks at
+    their original size. Splits: `train_aug` (10,582 images, with `SegmentationClassAug/` of SBD) if it is there, else
+    `train` (1,464 images); val and test are `val` (1,449 images).
+
+    Your own data in the same layout: name its classes with `classes`.
+
+    Args:
+        root: Folder that holds `VOCdevkit/VOC2012/` (or `VOC2012/`, or the content of that folder).
+        crop_size: Height and width of the training crops in px.
+        scale: Least and greatest random scale.
+        classes: Names of the classes by mask id, background first; None for VOC's 21.
+        train_split: `auto`, or a list in `ImageSets/Segmentation/` by its name, such as `train`.
+        loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; the download has 2 GB.
+
+    Raises:
+        UsageError: If an argument is invalid.
+        DataError: In `setup`, if folders, lists, images or masks are missing; in a run, if an image is unreadable, or
+            a mask has another size than its image or an id that is no class.
+    """
+
+    archives = voc_archives("2012")
+    option_effects: ClassVar[Mapping[str, Effect]] = {
+        "crop_size": Effect.RESULT,
+        "scale": Effect.RESULT,
+        "classes": Effect.RESULT,
+        "train_split": Effect.RESULT,
+    }
+
+    def __init__(
+        self,
+        root: str,
+        crop_size: int = 513,
+        scale: tuple[float, float] = (0.5, 2.0),
+        classes: list[str] | None = None,
+        train_split: str = "auto",
+        **loading: Any,
+    ) -> None:
+        super().__init__(root, **loading)
+        if crop_size < 16:
+            raise UsageError(f"crop_size is {crop_size}, must be at least 16")
+        if not 0 < scale[0] <= scale[1]:
+            raise UsageError(f"scale is {list(scale)}, must be [low, high] with 0 < low <= high")
+        self.image_size = (crop_size, crop_size)
+        self.classes, self.train_split = classes, train_split
+        colour = [round(255 * value) for value in IMAGENET_MEAN]
+        self.augmentation = v2.Compose(
+            [
+                RandomScale(scale),
+                v2.RandomCrop(crop_size, pad_if_needed=True, fill={tv_tensors.Image: colour, tv_tensors.Mask: VOID}),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+
+    @property
+    def home(self) -> Path:
+        """The folder with `JPEGImages/`."""
+        return voc_home(self.root, "2012", itself=True)
+
+    def dataset(self, split: Split) -> ImageDataset:
+        """The images and masks of a split; `val` for val and test."""
+        return VOCSegmentationDataset(self.root, self.train_split if split == "train" else "val", self.classes)
+
+    def train_transform(self, sample: Sample) -> Sample:
+        """Scales, crops and flips image and mask alike."""
+        image, mask = self.augmentation(sample["image"], sample["mask"])
+        return {**sample, "image": image, "mask": mask}

@@ -1,0 +1,118 @@
+"""What the Datasets of COCO's and VOC's annotation files share."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from sis_lightning.datasets.annotations import Annotations
+from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datasets.images import read_image
+from sis_lightning.errors import DataError, UsageError
+
+
+class AnnotatedDataset(ImageDataset):
+    """Images with the objects of an annotation file.
+
+    Args:
+        annotations: All images and objects of the split.
+        evaluation: Whether samples are for scoring: they have `truth`, and ignored objects stay in `annotations`.
+        limit: Number of images that have objects; only the first ones are used. None for all images.
+        ignored_name: What objects are called that count neither for nor against a detection.
+
+    Attributes:
+        annotations: The objects as training takes them: clipped to their images.
+        truth: For evaluation, all objects as the file has them; else None.
+
+    Raises:
+        UsageError: If `limit` is below 1.
+    """
+
+    def __init__(
+        self, annotations: Annotations, *, evaluation: bool, limit: int | None, ignored_name: str = "crowds"
+    ) -> None:
+        super().__init__()
+        if limit is not None and limit < 1:
+            raise UsageError(f"limit is {limit}, must be at least 1, or None for all images")
+        self.evaluation = evaluation
+        self.defects = annotations.defects
+        self.truth = annotations.first(limit) if evaluation else None
+        self.annotations = annotations.first(limit)
+        self.annotations.clip()
+        if not evaluation:
+            self.annotations.drop(self.annotations.ignored.copy(), ignored_name)
+        self._note_dropped()
+
+    def _note_dropped(self) -> None:
+        if self.annotations.dropped:
+            self.notes["without"] = ", ".join(
+                f"{count:,} {reason}" for reason, count in self.annotations.dropped.items()
+            )
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def files(self) -> Sequence[Path]:
+        """The images and their annotation files."""
+        return [*self.annotations.paths, *self.annotation_files()]
+
+    @abstractmethod
+    def annotation_files(self) -> Sequence[Path]:
+        """The annotation files."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.detection_sample(index)
+
+    def detection_sample(self, index: int) -> Sample:
+        """Reads an image with its boxes; see `__getitem__` of the Datasets for detection."""
+        known = self.annotations
+        objects = known.objects(index)
+        counted = ~known.ignored[objects]
+        sample = {
+            "image": self.read(index),
+            "name": known.paths[index].stem,
+            "boxes": torch.from_numpy(known.boxes[objects][counted]).float(),
+            "labels": torch.from_numpy(known.labels[objects][counted]) + 1,
+        }
+        if self.truth is not None:
+            sample["truth"] = self.truth.ground_truth(index)
+        return sample
+
+    def checks(self) -> Iterator[Callable[[], Sample]]:
+        """Functions that read each existing image with its objects."""
+        missing = {defect.file for defect in self.defects}
+        for index, path in enumerate(self.annotations.paths):
+            if path not in missing:
+                yield functools.partial(AnnotatedDataset.detection_sample, self, index)
+
+    def read(self, index: int) -> tv_tensors.Image:
+        """Reads an image.
+
+        Args:
+            index: Index of the image, which for keypoints is not that of the sample.
+
+        Returns:
+            RGB of shape (3, H, W), uint8.
+
+        Raises:
+            DataError: If the file is missing or damaged, or has another size than its annotation says.
+        """
+        path, size = self.annotations.paths[index], tuple(self.annotations.sizes[index].tolist())
+        image = read_image(path)
+        if size not in ((0, 0), (image.shape[2], image.shape[1])):
+            raise DataError(
+                f"{path}: {image.shape[2]}×{image.shape[1]} px, but {self.annotations.source} says {size[0]}×{size[1]}"
+            )
+        return image
+
+    def groups(self) -> Sequence[int] | None:
+        """1 for upright images, 0 for wide ones: a batch is padded to its widest and to its highest image."""
+        sizes = self.annotations.sizes
+        groups: list[int] = (sizes[:, 0] < sizes[:, 1]).astype(np.int64).tolist()
+        return groups

@@ -1,0 +1,197 @@
+"""COCO 2017's instances and keypoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sis_lightning.datasets.annotated import AnnotatedDataset
+from sis_lightning.datasets.annotations import Annotations
+from sis_lightning.datasets.base import Sample
+from sis_lightning.datasets.coco_reader import Kind, read_coco
+from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, COCO_SKELETON
+from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.datasets.person_boxes import PersonBoxes
+from sis_lightning.errors import DataError, MissingDataError, UsageError
+
+#: The name of a kind's annotation files, `annotations/NAME_SPLIT.json`.
+FILE_NAMES: dict[Kind, str] = {"bbox": "instances", "segm": "instances", "keypoints": "person_keypoints"}
+
+
+def coco_home(root: Path) -> Path:
+    """The folder with `annotations/`: `root/coco`, or `root` itself if it is there."""
+    nested = root / "coco"
+    return nested if nested.is_dir() or not (root / "annotations").is_dir() else root
+
+
+def annotation_file(root: Path, split: str, kind: Kind) -> Path:
+    """The JSON of a split: `instances_SPLIT.json` or `person_keypoints_SPLIT.json`, else `image_info_SPLIT.json`.
+
+    Raises:
+        MissingDataError: If there is none.
+    """
+    folder = coco_home(root) / "annotations"
+    candidates = [folder / f"{FILE_NAMES[kind]}_{split}.json", folder / f"image_info_{split}.json"]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise MissingDataError(
+            f"{candidates[0]} does not exist\n"
+            f"  Expected: annotations/{FILE_NAMES[kind]}_SPLIT.json and SPLIT/*.jpg in {root} or {root / 'coco'},\n"
+            "  from https://cocodataset.org/#download"
+        )
+    return path
+
+
+def _read(root: str | Path, split: str, kind: Kind) -> Annotations:
+    images = coco_home(Path(root)) / split.replace("test-dev", "test")
+    return read_coco(annotation_file(Path(root), split, kind), images, kind, split=split)
+
+
+class COCODetectionDataset(AnnotatedDataset):
+    """COCO's instances: images with boxes of 80 categories, whose own ids are among 1…90.
+
+    Samples have `image` (3, H, W), `name`, `boxes` (n, 4) x1, y1, x2, y2 in px, float32, `labels` (n,) 1…80, and for
+    evaluation `truth` (see `Annotations.ground_truth`). Crowds and boxes of no area are not among `boxes`; images
+    without objects stay.
+
+    Args:
+        root: Folder that holds `annotations/`, or a folder `coco` that does.
+        split: Split in the names of the annotation file and of the image folder, such as `train2017`. A split without
+            annotations, such as `test-dev2017`, can be predicted.
+        evaluation: Whether samples have `truth`.
+        limit: Number of images that have objects; only the first ones are used. None for all images.
+
+    Raises:
+        DataError: If files are missing or not of COCO's format. What is wrong with single entries is in `defects`.
+            Reading a sample: if the image is unreadable or has another size than its annotation says.
+        UsageError: If `limit` is below 1.
+    """
+
+    def __init__(
+        self, root: str | Path, split: str = "train2017", *, evaluation: bool = False, limit: int | None = None
+    ) -> None:
+        super().__init__(_read(root, split, "bbox"), evaluation=evaluation, limit=limit)
+        known = self.annotations
+        self.meta = DatasetMeta(known.class_names, known.category_ids, protocol="coco")
+
+    def annotation_files(self) -> Sequence[Path]:
+        """The JSON of the split."""
+        return [self.annotations.source]
+
+
+class COCOKeypointsDataset(AnnotatedDataset):
+    """COCO's persons with 17 keypoints.
+
+    For training a sample is one annotated person: `image` (3, H, W), `name`, `box` (4,) x1, y1, x2, y2 in px, and
+    `keypoints` (17, 3) x, y in px and visibility 0, 1 or 2, float64 arrays. Crowds and persons without any annotated
+    keypoint are left out.
+
+    For evaluation a sample is one image: `image`, `name`, `person_boxes` (P, 5) x1, y1, x2, y2 in px and score, the
+    persons whose keypoints are to be estimated, `box_source`, which says where these boxes are from, and `truth` (see
+    `Annotations.ground_truth`).
+
+    Args:
+        root: Folder that holds `annotations/`, or a folder `coco` that does.
+        split: Split in the names of the annotation file and of the image folder, such as `train2017`.
+        evaluation: Whether a sample is an image instead of a person.
+        person_boxes: For evaluation, a file with a detector's boxes (see `PersonBoxes`); None for the boxes of the
+            ground truth, of persons with keypoints.
+        min_box_score: Least score of the boxes of `person_boxes`; others are left out.
+        limit: Number of images that have persons with keypoints; only the first ones are used. None for all images.
+
+    Raises:
+        DataError: If files are missing or not of COCO's format, no person has keypoints (training), or
+            `person_boxes` has none of the images. What is wrong with single entries is in `defects`. Reading a
+            sample: if the image is unreadable or has another size than its annotation says.
+        UsageError: If `limit` is below 1, or the split has no annotations and `person_boxes` are not given.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train2017",
+        *,
+        evaluation: bool = False,
+        person_boxes: str | Path | None = None,
+        min_box_score: float = 0.0,
+        limit: int | None = None,
+    ) -> None:
+        annotations = _read(root, split, "keypoints")
+        if len(annotations.class_names) != 1:
+            annotations.keep_class("person")
+        super().__init__(annotations, evaluation=evaluation, limit=limit)
+        known = self.annotations
+        self.meta = DatasetMeta(
+            known.class_names,
+            known.category_ids,
+            protocol="coco",
+            keypoint_names=COCO_KEYPOINTS,
+            flip_pairs=COCO_FLIP_PAIRS,
+            skeleton=tuple((start - 1, end - 1) for start, end in COCO_SKELETON),
+            sigmas=COCO_SIGMAS,
+        )
+        if not evaluation:
+            known.drop(np.all(self._keypoints[..., 2] == 0, axis=1), "persons without keypoints")
+            self._note_dropped()
+            if not len(known.image) and not any(not defect.remedy for defect in self.defects):
+                raise DataError(f"{known.source}: no person in it has annotated keypoints to learn from")
+            return
+        self.box_source = "ground truth"
+        self._detected: dict[Any, NDArray[np.float64]] | None = None
+        if person_boxes is None:
+            if not known.annotated:
+                raise UsageError(
+                    f"{known.source} has no annotations, and so no person boxes: person_boxes must name a detector's"
+                )
+        else:
+            boxes = PersonBoxes(person_boxes, min_box_score, known.category_ids[0])
+            self.box_source = boxes.description
+            self._detected = boxes.of_images(known.image_ids, [path.stem for path in known.paths], known.source)
+        self.notes["person boxes"] = self.box_source
+
+    @property
+    def _keypoints(self) -> NDArray[np.float64]:
+        keypoints = self.annotations.keypoints
+        assert keypoints is not None
+        return keypoints
+
+    def annotation_files(self) -> Sequence[Path]:
+        """The JSON of the split."""
+        return [self.annotations.source]
+
+    def __len__(self) -> int:
+        return len(self.annotations) if self.evaluation else len(self.annotations.image)
+
+    def __getitem__(self, index: int) -> Sample:
+        known = self.annotations
+        if not self.evaluation:
+            image = int(known.image[index])
+            return {
+                "image": self.read(image),
+                "name": f"{known.paths[image].stem}_{index}",
+                "box": known.boxes[index],
+                "keypoints": self._keypoints[index],
+            }
+        if self._detected is None:
+            objects = known.objects(index)
+            annotated = (self._keypoints[objects][..., 2] > 0).any(axis=1) & ~known.ignored[objects]
+            boxes = known.boxes[objects][annotated]
+            persons = np.column_stack([boxes, np.ones(len(boxes))])
+        else:
+            persons = self._detected.get(known.image_ids[index], np.zeros((0, 5)))
+        assert self.truth is not None
+        return {
+            "image": self.read(index),
+            "name": known.paths[index].stem,
+            "person_boxes": persons,
+            "box_source": self.box_source,
+            "truth": self.truth.ground_truth(index),
+        }
+
+    def groups(self) -> Sequence[int] | None:
+        """None: all crops have one size."""
+        return None

@@ -1,0 +1,124 @@
+"""Boxes of persons from a detector's results, for top-down keypoint estimation. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sis_lightning.datasets.annotations import load_json
+from sis_lightning.errors import DataError
+
+Boxes = NDArray[np.float64]  # (P, 5): x1, y1, x2, y2 in px, score
+
+
+class PersonBoxes:
+    """A detector's boxes of persons, by image.
+
+    Args:
+        path: A JSON file: results in COCO's format, or the `predictions.json` that our detection's `predict` writes, of
+            which class `person` is taken.
+        min_score: Boxes with a lower score are left out.
+        category: The category id of persons in COCO's format.
+
+    Attributes:
+        boxes: For each image id, or image name, boxes (P, 5) x1, y1, x2, y2 in px and score.
+        description: The file with the number of boxes, for people.
+
+    Raises:
+        DataError: If the file is missing or of neither format, or a box is not finite numbers; the message names the
+            entry.
+    """
+
+    def __init__(self, path: str | Path, min_score: float = 0.0, category: int = 1) -> None:
+        self.path = Path(path)
+        self.boxes, dropped = read_person_boxes(self.path, min_score, category)
+        count = sum(len(boxes) for boxes in self.boxes.values())
+        without = f", without {dropped:,} of no area" if dropped else ""
+        self.description = f"{path} ({count:,} of score ≥ {min_score:g}{without})"
+
+    def of_images(self, image_ids: Sequence[Any], names: Sequence[str], source: object) -> dict[Any, Boxes]:
+        """The boxes of a split's images.
+
+        Args:
+            image_ids: The id of each image.
+            names: The name of each image, by which our detection's predictions are found.
+            source: What the split is read from, for the error.
+
+        Returns:
+            Boxes (P, 5) by image id.
+
+        Raises:
+            DataError: If there are boxes, but of none of these images.
+        """
+        ids = set(image_ids)
+        by_name = dict(zip(names, image_ids, strict=True))
+        found = {image if image in ids else by_name.get(image, image): boxes for image, boxes in self.boxes.items()}
+        if found and not ids.intersection(found):
+            raise DataError(
+                f"person_boxes {self.path}: none of its {len(found)} images is in {source},\n"
+                f"  such as {next(iter(found))!r}: are they of another split?"
+            )
+        return found
+
+    def of_names(self, names: Sequence[str], folder: object) -> dict[str, Boxes]:
+        """The boxes of a folder's images.
+
+        Args:
+            names: The names of the images; COCO's files are named by their ids.
+            folder: What the images are read from, for the error.
+
+        Returns:
+            Boxes (P, 5) by name.
+
+        Raises:
+            DataError: If there are no boxes of any of these images.
+        """
+        keys = {name: int(name) if name.isdecimal() and name not in self.boxes else name for name in names}
+        found = {name: self.boxes[key] for name, key in keys.items() if key in self.boxes}
+        if not found:
+            raise DataError(
+                f"person_boxes {self.path}: it names none of the {len(names)} images in {folder}, such as '{names[0]}'"
+            )
+        return found
+
+
+def read_person_boxes(path: Path, min_score: float = 0.0, category: int = 1) -> tuple[dict[Any, Boxes], int]:
+    """Reads the boxes of persons; see `PersonBoxes`.
+
+    Returns:
+        For each `image_id` or image name, boxes (P, 5) x1, y1, x2, y2 in px and score; and the number of boxes of no
+        area, which are left out.
+
+    Raises:
+        DataError: If the file is missing or of neither format, or a box is not finite numbers; the message names the
+            entry.
+    """
+    rows = load_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: not a detector's results: a list of objects with image_id, category_id, bbox, score")
+    persons: dict[Any, list[list[float]]] = {}
+    dropped = 0
+    for place, row in enumerate(rows):
+        try:
+            if "objects" in row:
+                image: Any = str(row["name"])
+                boxes = [[*item["box"], item["score"]] for item in row["objects"] if item["class"] == "person"]
+            else:
+                image, (x, y, width, height) = row["image_id"], row["bbox"]
+                boxes = [[x, y, x + width, y + height, row["score"]]] if row["category_id"] == category else []
+            found = persons.setdefault(image, [])
+            numbers = [box for box in boxes if len(box) == 5 and all(map(math.isfinite, box))]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{path}: entry {place} is not a detection ({type(error).__name__}: {error})") from None
+        if len(numbers) < len(boxes):
+            raise DataError(f"{path}: entry {place} is not a detection: its box and score are not five finite numbers")
+        # Detectors write boxes of no area now and then.
+        areas = [box for box in numbers if box[0] < box[2] and box[1] < box[3]]
+        dropped += len(numbers) - len(areas)
+        found += [box for box in areas if box[4] >= min_score]
+    return {image: np.array(boxes, dtype=np.float64).reshape(-1, 5) for image, boxes in persons.items()}, dropped

@@ -1,0 +1,217 @@
+"""Pascal VOC's boxes, and its masks with those of SBD."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from sis_lightning.datasets.annotated import AnnotatedDataset
+from sis_lightning.datasets.annotations import Defect
+from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datasets.constants import VOC_CLASSES, VOID
+from sis_lightning.datasets.images import open_image, read_image
+from sis_lightning.datasets.lists import read_names, voc_list
+from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.datasets.voc_reader import read_voc
+from sis_lightning.errors import DataError, MissingDataError, UsageError
+
+
+def voc_home(root: Path, year: str, *, itself: bool = False) -> Path:
+    """The folder of a year: `root/VOCdevkit/VOCYEAR` or `root/VOCYEAR`.
+
+    Args:
+        root: Folder that holds either.
+        year: The year, such as `2012`.
+        itself: Whether `root` may also be the folder of the year.
+    """
+    candidates = [root / "VOCdevkit" / f"VOC{year}", root / f"VOC{year}", *([root] if itself else [])]
+    found = next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
+    return found or next((folder for folder in candidates[:2] if folder.is_dir()), candidates[0])
+
+
+def parse_split(split: str) -> tuple[str, str]:
+    """Year and list of a split such as `2012/trainval`.
+
+    Raises:
+        UsageError: If it is anything else.
+    """
+    year, slash, name = split.partition("/")
+    if not (slash and name and year.isdecimal()):
+        raise UsageError(f"'{split}' is not YEAR/SPLIT, such as 2012/trainval")
+    return year, name
+
+
+class VOCDetectionDataset(AnnotatedDataset):
+    """Pascal VOC's boxes: 20 classes, any union of years and splits.
+
+    Samples have `image` (3, H, W), `name`, `boxes` (n, 4) x1, y1, x2, y2 in px, float32, `labels` (n,) 1…20, and for
+    evaluation `truth` (see `Annotations.ground_truth`). Difficult objects are not among `boxes` (as in Girshick's
+    py-faster-rcnn); images without objects stay.
+
+    Args:
+        root: Folder that holds `VOCdevkit/VOC2007/` and so on, or these folders themselves.
+        splits: Splits as `YEAR/SPLIT`, by the lists in `ImageSets/Main/`. An image that several list is read once.
+        classes: Names of the classes; None for VOC's 20.
+        evaluation: Whether samples have `truth`.
+        limit: Number of images that have objects; only the first ones are used. None for all images.
+
+    Raises:
+        DataError: If folders or lists are missing. What is wrong with single files is in `defects`. Reading a sample:
+            if the image is unreadable or has another size than its annotation says.
+        UsageError: If an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        splits: Sequence[str] = ("2007/trainval", "2012/trainval"),
+        classes: Sequence[str] | None = None,
+        *,
+        evaluation: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        if isinstance(splits, str) or not splits:
+            raise UsageError("splits must be a list of at least one YEAR/SPLIT, such as ['2012/trainval']")
+        homes: dict[Path, dict[str, tuple[str, ...]]] = {}
+        for split in splits:
+            year, name = parse_split(split)
+            home = voc_home(Path(root), year)
+            if not (home / "Annotations").is_dir():
+                raise MissingDataError(
+                    f"{home / 'Annotations'} does not exist\n"
+                    f"  Expected: VOCdevkit/VOC{year}/{{JPEGImages,Annotations,ImageSets/Main}} in {root},\n"
+                    "  from http://host.robots.ox.ac.uk/pascal/VOC/"
+                )
+            listed = homes.setdefault(home, {})
+            for image in read_names(voc_list(home, "Main", name)):
+                listed[image] = (*listed.get(image, ()), split)
+        names = tuple(classes or VOC_CLASSES[1:])
+        annotations = read_voc(
+            [(home, list(listed)) for home, listed in homes.items()],
+            names,
+            splits=[of_image for listed in homes.values() for of_image in listed.values()],
+        )
+        super().__init__(annotations, evaluation=evaluation, limit=limit, ignored_name="difficult objects")
+        self.meta = DatasetMeta(names, annotations.category_ids, primary_metric="AP50_voc07", protocol="voc")
+
+    def annotation_files(self) -> Sequence[Path]:
+        """The XML file of each image."""
+        return [path.parents[1] / "Annotations" / f"{path.stem}.xml" for path in self.annotations.paths]
+
+
+class VOCSegmentationDataset(ImageDataset):
+    """Pascal VOC 2012's masks: 21 classes with background, 255 for void.
+
+    Samples have `image` (3, H, W), `mask` (H, W) of class ids, uint8, and `name`.
+
+    Args:
+        root: Folder that holds `VOCdevkit/VOC2012/` (or `VOC2012/`, or the content of that folder).
+        split: A list in `ImageSets/Segmentation/` by its name, such as `train` (1,464 images) or `val` (1,449);
+            `train_aug` (10,582 images) for SBD's masks in `SegmentationClassAug/`, by the list of that name, or
+            without it SBD's and the training images less those of `val`; `auto` for `train_aug` if these masks are
+            there, else `train`.
+        classes: Names of the classes by mask id, background first; None for VOC's 21.
+
+    Raises:
+        DataError: If folders or lists are missing. Listed images or masks that do not exist are in `defects`. Reading a
+            sample: if a file is unreadable, the mask has another size than the image, or an id that is no class.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", classes: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.home = voc_home(Path(root), "2012", itself=True)
+        if not (self.home / "JPEGImages").is_dir():
+            raise MissingDataError(
+                f"{self.home / 'JPEGImages'} does not exist\n"
+                f"  Expected: VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,ImageSets/Segmentation}} in {root},\n"
+                "  from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
+            )
+        self.meta = DatasetMeta(tuple(classes or VOC_CLASSES))
+        masks, listed_in, self.names = self._listed(split)
+        there = {
+            # One listing of each folder is quicker than ten thousand look-ups on a network file system.
+            folder: {path.stem for path in (self.home / folder).glob("*" + ending)}
+            for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png"))
+        }
+        defects = []
+        for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png")):
+            lacking = [name for name in self.names if name not in there[folder]]
+            what = f"does not exist, but {listed_in} names it"
+            defects += [Defect(self.home / folder / f"{name}{ending}", "", what) for name in lacking]
+        stray = sorted(there[masks] - there["JPEGImages"] - set(self.names))
+        defects += [Defect(self.home / masks / f"{name}.png", "", "it has no image", "dropped") for name in stray]
+        self.defects = defects
+        self.images = [self.home / "JPEGImages" / f"{name}.jpg" for name in self.names]
+        self.masks = [self.home / masks / f"{name}.png" for name in self.names]
+
+    def _listed(self, split: str) -> tuple[str, str, list[str]]:
+        """The folder of masks, what lists the images, and their names."""
+
+        def by_list(name: str, masks: str) -> tuple[str, str, list[str]]:
+            path = voc_list(self.home, "Segmentation", name)
+            return masks, str(path), read_names(path)
+
+        if split not in ("auto", "train_aug", "trainaug"):
+            return by_list(split, "SegmentationClass")
+        augmented = self.home / "SegmentationClassAug"
+        if augmented.is_dir():
+            for name in ("train_aug", "trainaug"):
+                if voc_list(self.home, "Segmentation", name).is_file():
+                    return by_list(name, augmented.name)
+            # The 10,582 images of train_aug are SBD's and the training images less those of val.
+            val = set(read_names(voc_list(self.home, "Segmentation", "val")))
+            names = sorted(path.stem for path in augmented.glob("*.png") if path.stem not in val)
+            return augmented.name, f"{augmented} less val", names
+        if split != "auto":
+            raise DataError(f"{augmented} does not exist (SBD's masks in VOC's format)")
+        return by_list("train", "SegmentationClass")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def files(self) -> Sequence[Path]:
+        """The images and masks."""
+        return [*self.images, *self.masks]
+
+    def checks(self) -> Iterator[Callable[[], Sample]]:
+        """Functions that read each image and mask if both exist."""
+        missing = {defect.file for defect in self.defects}
+        for index, files in enumerate(zip(self.images, self.masks, strict=True)):
+            if not missing.intersection(files):
+                yield functools.partial(self.__getitem__, index)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask = read_image(self.images[index]), read_mask(self.masks[index], self.meta.num_classes)
+        if image.shape[1:] != mask.shape:
+            sizes = f"{mask.shape[1]}×{mask.shape[0]} px, its image {image.shape[2]}×{image.shape[1]}"
+            raise DataError(f"{self.masks[index]}: the mask has {sizes}")
+        return {"image": image, "mask": mask, "name": self.names[index]}
+
+
+def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
+    """Reads a palette or grey mask.
+
+    Args:
+        path: A PNG file.
+        classes: Number of classes; ids are 0…classes-1, or `VOID` for pixels that are not annotated.
+
+    Returns:
+        Class ids (H, W), uint8.
+
+    Raises:
+        DataError: If the file is missing, damaged or in colours, or has an id that is no class.
+    """
+    with open_image(path) as image:
+        if image.mode not in ("P", "L", "1"):
+            raise DataError(f"{path}: mask of mode {image.mode}: class ids need a palette (P) or grey (L) PNG")
+        ids = np.array(image, dtype=np.uint8)
+    found = np.flatnonzero(np.bincount(ids.reshape(-1), minlength=256))
+    outside = [int(i) for i in found if i >= classes and i != VOID]
+    if outside:
+        raise DataError(f"{path}: mask id {outside[0]} is outside of the classes 0…{classes - 1} and {VOID} (void)")
+    return tv_tensors.Mask(torch.from_numpy(ids))
