@@ -27,14 +27,14 @@ _HOME = {
     "Detector": "models",
     "PoseNet": "models",
     "register_encoder": "models",
-    "load_torchvision_weights": "backbones.weights",
-    "load_timm_weights": "backbones.weights",
+    "load_backbone_weights": "backbones.weights",
+    "load_model_weights": "backbones.weights",
     "write_synthetic": "datasets.synthetic",
 }
 
 if TYPE_CHECKING:
     from sis_lightning.backbones import Backbone, BackboneConfig, create_backbone, list_backbones
-    from sis_lightning.backbones.weights import load_timm_weights, load_torchvision_weights
+    from sis_lightning.backbones.weights import load_backbone_weights, load_model_weights
     from sis_lightning.datasets.synthetic import write_synthetic
     from sis_lightning.models import Classifier, Detector, PoseNet, Segmenter, register_encoder
     from sis_lightning.operators import (
@@ -60,8 +60,8 @@ __all__ = [
     "create_operator",
     "list_backbones",
     "list_operators",
-    "load_timm_weights",
-    "load_torchvision_weights",
+    "load_backbone_weights",
+    "load_model_weights",
     "register_encoder",
     "register_operator",
     "replace_convs",

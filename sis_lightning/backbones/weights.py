@@ -1,19 +1,24 @@
-"""Weights from elsewhere: published ones of the same networks under our names, and other tasks' backbones."""
+"""Pretrained weights: published ones of timm and torchvision, files, and checkpoints of our own tasks."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sis_lightning.backbones.resnet import Backbone
-from sis_lightning.errors import DataError
-from sis_lightning.models.classifier import Classifier
+from sis_lightning.errors import DataError, UsageError, nearest
 
-# torchvision's and timm's ResNets share their names; timm's (and the authors') Res2Nets have `convs` and `bns` inside.
+#: A name such as `timm:NAME` or `torchvision:WEIGHTS`, a path, or a state dict.
+Source = str | Path | Mapping[str, Tensor]
+
+# The ResNets of torchvision and timm share their names. The Res2Nets of timm and of their authors have `convs` and
+# `bns` inside a block.
 _NAMES = [
     (r"^conv1\.", "stem.conv."),
     (r"^bn1\.", "stem.norm."),
@@ -28,97 +33,243 @@ _NAMES = [
     (r"\.bn3\.", ".expand_norm."),
     (r"\.downsample\.", ".shortcut."),
 ]
+# A weight that every backbone has; what is before it in a key is the place of the backbone in a network.
+_STEM = "stem.conv.weight"
+# Old files lack this counter of batch norm, which only matters for batch norm without momentum.
+_COUNTER = "num_batches_tracked"
 
 
-def load_torchvision_weights(
-    model: Backbone | Classifier, state_dict: Mapping[str, Tensor], *, strict: bool = True
-) -> list[str]:
-    """Loads a torchvision ResNet's or ResNeXt's state dict into our network of the same shape, in place.
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What loading pretrained weights did.
+
+    Attributes:
+        source: Name or path of the weights.
+        loaded: Number of tensors that were loaded.
+        fresh: Names of the weights that kept their values, because the source does not have them.
+        notes: Sentences for the user about everything that was adapted or kept.
+    """
+
+    source: str
+    loaded: int
+    fresh: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Says in a line, and one more for each note, what was loaded."""
+        return "\n  ".join([f"loaded {self.loaded} tensors from {self.source}", *self.notes])
+
+
+def load_backbone_weights(backbone: Backbone, source: Source, *, strict: bool = True) -> LoadedWeights:
+    """Loads pretrained weights into a backbone, in place.
+
+    If the backbone takes another number of channels than 3, the first convolution of weights for RGB images is adapted
+    as timm does: its kernels are repeated over the channels and scaled by 3 / in_channels, or summed for one channel.
 
     Args:
-        model: A backbone (`fc.*` is then ignored) or a classifier.
-        state_dict: As `torchvision.models.resnet50().state_dict()`.
-        strict: False starts a network with another operator or classifier from those weights that it shares with the
-            source; the others stay as they were drawn.
+        backbone: The backbone, also that of a network or task.
+        source: One of
+
+            - `timm:NAME`, such as `timm:res2net50_26w_4s.in1k`: weights that timm downloads, or finds in its cache;
+            - `torchvision:WEIGHTS`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`: the same of torchvision;
+            - the path of a run's folder (its last checkpoint is used), or of a checkpoint of any of our tasks;
+            - the path of a file with a state dict of our backbone, or of a ResNet, ResNeXt, Res2Net or Res2NeXt of
+              torchvision, timm or the Res2Net authors;
+            - such a state dict.
+        strict: Whether all weights must fit. Otherwise those that the source does not have in the same shape keep their
+            values, as for a backbone with another operator.
 
     Returns:
-        The names of `model`'s weights that were not in the source; empty where `strict`.
+        What was loaded, which weights kept their values, and notes for the user.
 
     Raises:
-        DataError: Where `strict` and the two differ, or where they share nothing at all.
+        UsageError: If timm or torchvision does not have these weights, or timm is not installed.
+        DataError: If the weights cannot be downloaded or read, or do not fit.
     """
-    ours = model.state_dict()
-    converted: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        name = key
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        if isinstance(model, Classifier):
-            name = name if name.startswith("fc.") else f"backbone.{name}"
-        elif name.startswith("fc."):
-            continue
-        converted[name] = value
-    missing = [name for name in ours if name not in converted]
-    unknown = [name for name in converted if name not in ours]
-    shapes = [name for name in ours if name in converted and ours[name].shape != converted[name].shape]
-    if strict and (missing or unknown or shapes):
-        raise DataError(
-            f"these weights are of another network: {len(missing)} of ours are missing, {len(unknown)} are unknown, "
-            f"{len(shapes)} differ in shape;\n  first: {(missing + unknown + shapes)[0]}\n"
-            "  strict=False loads what both have in common."
-        )
-    shared = {name: value for name, value in converted.items() if name in ours and name not in shapes}
-    if not shared:
-        raise DataError(f"no weight fits: the first key is '{next(iter(state_dict), 'missing')}'")
-    model.load_state_dict(shared, strict=False)
-    return [name for name in ours if name not in shared]
+    state, name = _read(source)
+    prefix = next((key.removesuffix(_STEM) for key in state if key.endswith(_STEM)), None)
+    ours = backbone.state_dict()
+    if prefix is None:
+        weights = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
+    else:
+        # With a short prefix, weights of a classifier or decoder may have it too.
+        parts = {key.split(".")[0] for key in ours}
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        weights = {key: value for key, value in inner.items() if key.split(".")[0] in parts}
+    return _load(backbone, weights, name, f"a backbone {backbone.config.slug}", strict=strict)
 
 
-def load_timm_weights(
-    model: Backbone | Classifier, state_dict: Mapping[str, Tensor], *, strict: bool = True
-) -> list[str]:
-    """Loads the state dict of timm's ResNet, ResNeXt, Res2Net or Res2NeXt, or the Res2Net authors' own, in place.
+def load_model_weights(model: nn.Module, source: Source, *, strict: bool = True) -> LoadedWeights:
+    """Loads the weights of a whole network into another one of the same kind, in place, all but an unsuitable head.
 
-    The same as `load_torchvision_weights`: all these networks share one way of naming.
-    """
-    return load_torchvision_weights(model, state_dict, strict=strict)
-
-
-def load_backbone_weights(backbone: Backbone, path: Path) -> None:
-    """Loads a backbone, in place and strictly, from a file.
+    The head consists of the modules that depend on the classes, or on the keypoints. If any of its weights has another
+    shape, the whole head keeps its values. The first convolution is adapted as in `load_backbone_weights`.
 
     Args:
-        backbone: The body of any task.
-        path: A checkpoint of any of our tasks, a state dict with a backbone of ours in it, or one of torchvision's,
-            timm's or the Res2Net authors'.
+        model: One of the four networks.
+        source: As for `load_backbone_weights`: a run's folder, a checkpoint or state dict of the same kind of network.
+            For a `Classifier` also weights of timm or torchvision.
+        strict: Whether all weights outside the head must fit.
+
+    Returns:
+        What was loaded, which weights kept their values, and notes for the user.
 
     Raises:
-        DataError: Where there is no such file, it is damaged, or holds another backbone.
+        UsageError: If timm or torchvision does not have these weights, or timm is not installed.
+        DataError: If the weights cannot be downloaded or read, or do not fit.
     """
+    if isinstance(model, Backbone):
+        return load_backbone_weights(model, source, strict=strict)
+    state, name = _read(source)
+    prefix = next((key.removesuffix(_STEM) for key in state if key.endswith(_STEM)), None)
+    if prefix is None:
+        renamed = {key if key.startswith("fc.") else f"backbone.{_renamed(key)}": value for key, value in state.items()}
+        state = renamed
+    elif prefix.startswith("model."):
+        # A task holds its network in the attribute `model`.
+        state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    slug = next((module.config.slug for module in model.modules() if isinstance(module, Backbone)), "no backbone")
+    heads: Sequence[str] = getattr(model, "head", ())
+    return _load(model, state, name, f"a {type(model).__name__} with {slug}", strict=strict, heads=heads)
+
+
+def _renamed(key: str) -> str:
+    for pattern, replacement in _NAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _load(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    name: str,
+    expected: str,
+    *,
+    strict: bool,
+    heads: Sequence[str] = (),
+) -> LoadedWeights:
+    weights, notes = dict(weights), []
+    ours = model.state_dict()
+    stem = next((key for key in ours if key.endswith(_STEM)), "")
+    if stem in weights and weights[stem].ndim == 4 and weights[stem].shape[1] == 3 != ours[stem].shape[1]:
+        channels = ours[stem].shape[1]
+        weights[stem] = adapt_input_channels(weights[stem], channels)
+        how = "summed over the channels" if channels == 1 else f"repeated and scaled by 3/{channels}"
+        notes.append(f"adapted the first convolution from 3 to {channels} input channels: its kernels are {how}")
+    fresh: list[str] = []
+    for head in heads:
+        keys = [key for key in ours if key.startswith(f"{head}.")]
+        if any(key not in weights or weights[key].shape != ours[key].shape for key in keys):
+            weights = {key: value for key, value in weights.items() if not key.startswith(f"{head}.")}
+            fresh += keys
+            notes.append(f"the head '{head}' keeps its initial weights: those of {name} have other shapes")
+    missing = [key for key in ours if key not in weights and key not in fresh and not key.endswith(_COUNTER)]
+    unknown = [key for key in weights if key not in ours]
+    shapes = [key for key in ours if key in weights and weights[key].shape != ours[key].shape]
+    wrong = [*missing, *unknown, *shapes]
+    shared = {key: value for key, value in weights.items() if key in ours and key not in shapes}
+    if not shared:
+        raise DataError(
+            f"{name}: no weight fits {expected}; the first key is '{next(iter(weights), 'missing: there is none')}'"
+        )
+    if wrong and strict:
+        hint = ""
+        if all(".split.convs." in key for key in wrong):
+            hint = "\n  Only the operators differ: strict=False loads everything else, and keeps their kernels."
+        raise DataError(
+            f"{name} does not fit {expected}: {len(missing)} weights are missing, {len(unknown)} unknown, "
+            f"{len(shapes)} of another shape,\n  such as {wrong[0]}{hint}"
+        )
+    if missing or shapes:
+        kept = [*missing, *shapes]
+        fresh += kept
+        notes.append(f"{len(kept)} tensors keep their initial values, such as {kept[0]}")
+    model.load_state_dict(shared, strict=False)
+    return LoadedWeights(name, len(shared), tuple(fresh), tuple(notes))
+
+
+def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
+    """Adapts the first convolution of a network for RGB images to another number of channels.
+
+    The method is that of timm (`adapt_input_conv`): for one channel the kernels are summed over the channels, otherwise
+    they are repeated and scaled such that the response to a grey image stays the same.
+
+    Args:
+        weight: Kernels (C, 3, k, k).
+        in_channels: Number of input channels, at least 1.
+
+    Returns:
+        Kernels (C, in_channels, k, k).
+    """
+    if in_channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    repeated = weight.repeat(1, math.ceil(in_channels / 3), 1, 1)[:, :in_channels]
+    return repeated * (3 / in_channels)
+
+
+def _read(source: Source) -> tuple[dict[str, Tensor], str]:
+    """Returns the state dict of a source, with the keys as they are there, and a name for messages."""
+    if isinstance(source, Mapping):
+        return dict(source), "the state dict"
+    text = str(source)
+    if text.startswith("timm:"):
+        return _from_timm(text.removeprefix("timm:")), text
+    if text.startswith("torchvision:"):
+        return _from_torchvision(text.removeprefix("torchvision:")), text
+    path = Path(source).expanduser()
+    if path.is_dir():
+        places = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise DataError(f"{path}: no checkpoint in this folder (no checkpoints/last.ckpt)")
+        path = found
+    if not path.is_file():
+        raise DataError(
+            f"weights '{source}': there is no such file or run folder (timm:NAME and torchvision:WEIGHTS name "
+            "published ones)"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"model.backbone_weights '{path}' does not exist") from None
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise DataError(f"{path}: no weights in it, or damaged ({type(error).__name__}: {error})"[:400]) from None
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{path}: not a file of weights, or damaged ({type(error).__name__}: {reason})"[:400]) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    mark = "stem.conv.weight"
-    prefix = next((key.removesuffix(mark) for key in state if key.endswith(mark)), None)
-    if prefix is None:
-        try:
-            load_torchvision_weights(backbone, state)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        return
-    theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    ours = backbone.state_dict()
-    # A classifier's or a decoder's own weights may stand beside the body's where the prefix is short.
-    theirs = {key: value for key, value in theirs.items() if key.split(".")[0] in {name.split(".")[0] for name in ours}}
-    other = [key for key in (*ours, *theirs) if key not in ours or key not in theirs]
-    other += [key for key in ours if key in theirs and ours[key].shape != theirs[key].shape]
-    if other:
-        raise DataError(
-            f"{path} holds another backbone: {len(other)} weights are missing, unknown or of another shape,\n"
-            f"  such as {other[0]}; asked for is {backbone.config.slug}."
-        )
-    backbone.load_state_dict(theirs)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, str(path)
+
+
+def _from_timm(name: str) -> dict[str, Tensor]:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(f"timm:{name} needs the package timm: pip install timm") from None
+    # Names such as hf-hub:… and local-dir:… are resolved by timm.
+    if ":" not in name and not timm.is_model(name):
+        raise UsageError(f"timm has no model '{name}': {nearest(name, timm.list_pretrained())}")
+    if ":" not in name and not timm.is_model_pretrained(name):
+        raise UsageError(f"timm has no weights for '{name}': {nearest(name, timm.list_pretrained())}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub, the network and timm each raise their own
+        raise _unavailable(f"timm:{name}", error) from error
+    return state
+
+
+def _from_torchvision(name: str) -> dict[str, Tensor]:
+    from torchvision import models
+
+    try:
+        weights = models.get_weight(name)
+    except (ValueError, KeyError):
+        builders = [builder for builder in models.list_models(models) if "resne" in builder]
+        known = [str(weights) for builder in builders for weights in models.get_model_weights(builder)]
+        raise UsageError(f"torchvision has no weights '{name}': {nearest(name, known)}") from None
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:
+        raise _unavailable(f"torchvision:{name}", error) from error
+
+
+def _unavailable(name: str, error: Exception) -> DataError:
+    reason = str(error).strip().partition("\n")[0]
+    return DataError(f"{name}: the weights cannot be downloaded or read ({type(error).__name__}: {reason})"[:400])

@@ -204,7 +204,7 @@ class BaseTask(LightningModule, ABC):
         if self.compile_mode:
             self.backbone.compile(mode=self.compile_mode)
         if stage == "fit" and self.backbone_weights and not self.trainer.ckpt_path:  # a checkpoint has its own
-            load_backbone_weights(self.backbone, Path(self.backbone_weights))
+            load_backbone_weights(self.backbone, self.backbone_weights)
 
     @property
     def effective_batch_size(self) -> int:

@@ -11,18 +11,10 @@ import yaml
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from sis_lightning import (
-    BackboneConfig,
-    create_backbone,
-    create_classifier,
-    load_timm_weights,
-    load_torchvision_weights,
-)
+from sis_lightning import BackboneConfig, Classifier, create_backbone, load_model_weights
 from sis_lightning.backbones import backbone_config
 from sis_lightning.config_files import PACKAGED, config_names
-from sis_lightning.errors import DataError
-from sis_lightning.models import create_segmenter, register_encoder
-from sis_lightning.operators import SISOperator, operator_names
+from sis_lightning.operators import SISOperator, list_operators
 
 NAMES = config_names("configs/backbones")
 
@@ -48,14 +40,14 @@ def test_every_file_is_complete(name):
         ("res2next29_6c24w4s", {"scale": 6}, 10, 36.709),
         ("sis29", {"operator": "conv"}, 10, 32.126),
         ("sis29", {}, 10, 29.404),
-        *[("sis29", {"operator": o}, 10, 28.860) for o in operator_names() if o not in ("conv", "basic")],
+        *[("sis29", {"operator": o}, 10, 28.860) for o in list_operators() if o not in ("conv", "basic")],
         ("resnext29_8x64d", {"operator": "basic"}, 10, 28.621),
-        *[("resnext29_8x64d", {"operator": o}, 10, 27.459) for o in operator_names() if o not in ("conv", "basic")],
+        *[("resnext29_8x64d", {"operator": o}, 10, 27.459) for o in list_operators() if o not in ("conv", "basic")],
     ],
 )
 def test_parameter_counts_of_the_papers(name, overrides, classes, millions):
     with torch.device("meta"):
-        count = parameters(create_classifier(name, classes, **overrides))
+        count = parameters(Classifier(backbone_config(name, **overrides), classes))
     digits = len(str(millions).partition(".")[2])
     assert round(count / 1e6, digits) == millions
 
@@ -85,8 +77,8 @@ def test_equals_torchvision(name):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)()
     randomise_norms(theirs)
-    ours = create_classifier(name, 1000)
-    assert load_torchvision_weights(ours, theirs.state_dict()) == []
+    ours = Classifier(name, 1000)
+    assert load_model_weights(ours, theirs.state_dict()).fresh == ()
     assert parameters(ours) == parameters(theirs)
     assert_same(ours, theirs)
 
@@ -97,8 +89,8 @@ def test_equals_timm(name):
     torch.manual_seed(0)
     theirs = timm.create_model(f"{name}_26w_4s")
     randomise_norms(theirs)
-    ours = create_classifier(name, 1000)
-    assert load_timm_weights(ours, theirs.state_dict()) == []
+    ours = Classifier(name, 1000)
+    assert load_model_weights(ours, theirs.state_dict()).fresh == ()
     assert parameters(ours) == parameters(theirs)
     assert_same(ours, theirs)
 
@@ -107,8 +99,8 @@ def test_training_step_equals_timms_and_holds_less():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model("res2net50_26w_4s").double()
-    ours = create_classifier("res2net50", 1000).double()
-    load_timm_weights(ours, theirs.state_dict())
+    ours = Classifier("res2net50", 1000).double()
+    load_model_weights(ours, theirs.state_dict())
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     gradients, held = [], []
     for model in (ours, theirs):
@@ -124,7 +116,7 @@ def test_training_step_equals_timms_and_holds_less():
 
 def test_transforms_of_torch_func_pass_through():
     torch.manual_seed(0)
-    net = create_classifier("sis_demo", 5).double().eval()
+    net = Classifier("sis_demo", 5).double().eval()
     weights = dict(net.named_parameters())
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
 
@@ -149,8 +141,8 @@ def test_grouped_bodies_equal_timm(name, config):
     torch.manual_seed(0)
     theirs = timm.create_model(name)
     randomise_norms(theirs)
-    ours = create_classifier(config, 1000)
-    load_timm_weights(ours, theirs.state_dict())
+    ours = Classifier(config, 1000)
+    load_model_weights(ours, theirs.state_dict())
     assert_same(ours, theirs, size=64)
 
 
@@ -161,23 +153,9 @@ def test_dilated_body_equals_torchvision(output_stride, dilate):
     torch.manual_seed(0)
     theirs = resnet50(replace_stride_with_dilation=dilate)
     randomise_norms(theirs)
-    ours = create_classifier("resnet50", 1000, output_stride=output_stride)
-    load_torchvision_weights(ours, theirs.state_dict())
+    ours = Classifier("resnet50", 1000, output_stride=output_stride)
+    load_model_weights(ours, theirs.state_dict())
     assert_same(ours, theirs, size=49)
-
-
-def test_starting_sis50_from_res2net50_weights_says_what_stays_fresh():
-    timm = pytest.importorskip("timm")
-    state = timm.create_model("res2net50_26w_4s").state_dict()
-    model = create_backbone("sis50")
-    with pytest.raises(DataError, match="strict=False"):
-        load_timm_weights(model, state)
-    fresh = load_timm_weights(model, state, strict=False)
-    assert fresh
-    assert all(".split.convs." in name and not name.startswith("stage1") for name in fresh)
-    torch.testing.assert_close(model.stem.conv.weight, state["conv1.weight"])
-    with pytest.raises(DataError, match="other"):
-        load_timm_weights(model, {"other": torch.zeros(1)}, strict=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,7 +173,7 @@ def test_feature_info_holds(name, output_stride):
     assert [info.stride for info in net.feature_info.values()] == [min(s, output_stride) for s in natural]
 
 
-@pytest.mark.parametrize("operator", operator_names())
+@pytest.mark.parametrize("operator", list_operators())
 @pytest.mark.parametrize(
     "family", [("resnet", 1, 1), ("resnext", 1, 2), ("res2net", 4, 1), ("res2next", 4, 2)], ids=lambda f: f[0]
 )
@@ -204,7 +182,7 @@ def test_every_family_and_operator_learns(family, operator, depth, stem):
     torch.manual_seed(0)
     name, scale, cardinality = family
     config = BackboneConfig(name, depth, operator, 2, 4, scale, cardinality, 8, stem)
-    model = create_classifier(config, 5)
+    model = Classifier(config, 5)
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     silent = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
@@ -213,7 +191,7 @@ def test_every_family_and_operator_learns(family, operator, depth, stem):
 
 
 @pytest.mark.parametrize("depth", [29, 50, 101])
-@pytest.mark.parametrize("operator", operator_names())
+@pytest.mark.parametrize("operator", list_operators())
 def test_published_depths_build_with_every_operator(depth, operator):
     with torch.device("meta"):
         for name in ["resnet50", "resnext29_8x64d", "res2net50", "sis29"]:
@@ -272,50 +250,6 @@ def test_slugs_tell_configs_apart():
     configs |= {backbone_config("sis50", **{key: value}) for key, value in {"norm": "gn", "channels": 32}.items()}
     assert len({config.slug for config in configs}) == len(configs)
     assert backbone_config("sis50").slug == "res2net50-26w4s-basic"
-
-
-def smp_architectures() -> list[str]:
-    import segmentation_models_pytorch as smp
-
-    return [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"]
-
-
-@pytest.mark.parametrize("architecture", smp_architectures())
-def test_all_decoders_of_smp_take_our_encoder(architecture):
-    stride = 16 if architecture in ("deeplabv3", "deeplabv3plus", "pan") else 32
-    model = create_segmenter(architecture, backbone_config("sis_demo"), 5, stride).eval()
-    assert model(torch.randn(1, 3, 128, 160)).shape == (1, 5, 128, 160)
-    assert model.encoder.backbone.output_stride == stride
-
-
-def test_smp_encoder_is_the_very_body():
-    import segmentation_models_pytorch as smp
-
-    torch.manual_seed(0)
-    model = smp.Unet(register_encoder("sis_demo"), encoder_weights=None).eval()
-    x = torch.randn(1, 3, 64, 64)
-    maps = model.encoder(x)
-    assert [m.shape[1] for m in maps] == model.encoder.out_channels
-    assert [64 // m.shape[2] for m in maps] == [1, 2, 4, 8, 16, 32]
-    for got, want in zip(maps[2:], model.encoder.backbone(x).values(), strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("deeplabv3pluss", "sis_demo", 16, {}), ["deeplabv3plus"]),
-        (("unet", "sis_demo", 16, {}), ["output_stride", "32"]),
-        (("deeplabv3plus", "sis_demo", 32, {}), ["8 or 16"]),
-        (("deeplabv3plus", "sis_demo", 16, {"decoder_chanels": 3}), ["decoder_channels"]),
-        (("deeplabv3plus", "sis29", 16, {}), ["four-stage"]),
-    ],
-)
-def test_segmenters_that_cannot_be(arguments, words):
-    architecture, name, stride, decoder = arguments
-    with pytest.raises(ValueError, match=words[0]) as caught:
-        create_segmenter(architecture, backbone_config(name), 5, stride, **decoder)
-    assert all(word in str(caught.value) for word in words)
 
 
 def test_packaged_yaml_is_found():

@@ -14,11 +14,11 @@ from sis_lightning.operators.base import (
     _OPERATORS,
     SISOperator,
     operator_class,
-    operator_names,
+    list_operators,
     register_operator,
 )
 
-SIS = [name for name in operator_names() if name != "conv"]
+SIS = [name for name in list_operators() if name != "conv"]
 
 
 def equations(name: str, x: torch.Tensor, K: dict[str, torch.Tensor], stride: int, dilation: int, groups: int, T: int):
@@ -52,7 +52,7 @@ def equations(name: str, x: torch.Tensor, K: dict[str, torch.Tensor], stride: in
     return torch.cat([Y1, sum(hs), sum(gs)], 1)
 
 
-@pytest.mark.parametrize("name", operator_names())
+@pytest.mark.parametrize("name", list_operators())
 @settings(max_examples=25, deadline=None)
 @given(
     k=st.sampled_from([1, 3, 5]),
@@ -92,7 +92,7 @@ def test_forms_agree_with_the_equations(name, k, stride, dilation, groups, steps
             torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-12 * want.abs().max().item() + 1e-300)
 
 
-@pytest.mark.parametrize("name", operator_names())
+@pytest.mark.parametrize("name", list_operators())
 def test_shape_and_names_of_kernels(name):
     kernels = create_operator(name, 24, 32, 5, groups=2).kernels()
     shapes = {key: tuple(value.shape) for key, value in kernels.items()}
@@ -134,7 +134,7 @@ def test_receptive_field_by_the_support_of_the_gradient(name, steps, extent):
     assert columns.max() - columns.min() + 1 == extent
 
 
-@pytest.mark.parametrize("name", operator_names())
+@pytest.mark.parametrize("name", list_operators())
 def test_both_forms_share_one_state_dict_and_bfloat16_stays_close(name):
     torch.manual_seed(0)
     operator = create_operator(name, 32, 32, steps=3)
@@ -147,7 +147,7 @@ def test_both_forms_share_one_state_dict_and_bfloat16_stays_close(name):
     assert (rough.float() - exact).norm() / exact.norm() < 0.02
 
 
-@pytest.mark.parametrize("name", operator_names())
+@pytest.mark.parametrize("name", list_operators())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_true_half_precision_runs_and_stays_close(name, dtype):
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_outputs_keep_the_scale_of_a_convolution():
     # One too hot operator in a stack of fifty makes a network that does not train.
     torch.manual_seed(0)
     x = torch.randn(2, 64, 16, 16)
-    for name in operator_names():
+    for name in list_operators():
         assert 0.5 < create_operator(name, 64, 64)(x).std() < 8
 
 
@@ -207,7 +207,7 @@ def test_a_new_operator_is_one_class_and_one_line():
         operator = create_operator("halved", 3, 8, stride=2)
         x = torch.randn(1, 3, 9, 9)
         torch.testing.assert_close(operator(x), F.conv2d(x, operator.K, stride=2, padding=1) / 2)
-        assert "halved" in operator_names()
+        assert "halved" in list_operators()
         with pytest.raises(ValueError, match="Halved"):
             register_operator("halved")(Halved)
     finally:

@@ -21,7 +21,7 @@ from sis_lightning.datamodules import (
     COCOKeypointsDataModule,
     VOCSegmentationDataModule,
 )
-from sis_lightning.errors import DataError, UsageError
+from sis_lightning.errors import UsageError
 from sis_lightning.tasks import BaseTask, ClassificationTask, DetectionTask, KeypointTask, SegmentationTask
 
 SMALL = backbone_config("sis_demo", channels=8, width=4)
@@ -68,30 +68,6 @@ def test_a_checkpoint_of_one_task_starts_the_backbone_of_another(tmp_path, giver
     want = given.backbone.state_dict()
     assert all(torch.equal(value, want[key]) for key, value in taken.backbone.state_dict().items())
     assert all(torch.equal(taken.state_dict()[key], value) for key, value in others.items())
-
-
-def test_backbone_weights_may_be_published_ones(tmp_path):
-    import torchvision
-
-    theirs = torchvision.models.resnet50()
-    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
-    ours = create_backbone("resnet50")
-    load_backbone_weights(ours, tmp_path / "resnet50.pth")
-    torch.testing.assert_close(ours.stages[3][2].expand.weight, theirs.layer4[2].conv3.weight)
-
-
-def test_backbone_weights_that_do_not_fit(tmp_path):
-    path = tmp_path / "other.ckpt"
-    torch.save({"state_dict": segmentation(backbone=backbone_config(SMALL, operator="recurrent1")).state_dict()}, path)
-    backbone = create_backbone(SMALL)
-    with pytest.raises(DataError, match=r"other\.ckpt holds another backbone: \d+ weights.*\n.*asked for is res2net14"):
-        load_backbone_weights(backbone, path)
-    torch.save({"epoch": 3}, path)
-    with pytest.raises(DataError, match=r"other\.ckpt: .*no weight|another network"):
-        load_backbone_weights(backbone, path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"other\.ckpt: no weights in it, or damaged"):
-        load_backbone_weights(backbone, path)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (17, 64)])
