@@ -12,6 +12,7 @@ from sis_lightning.errors import UsageError, nearest
 
 Resize = Literal["", "stretch", "center_crop"]
 Protocol = Literal["", "coco", "voc"]
+Backend = Literal["pycocotools", "faster-coco-eval"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DatasetMeta:
     std: tuple[float, ...] = IMAGENET_STD
     primary_metric: str = ""
     protocol: Protocol = ""
-    backend: str = "pycocotools"
+    backend: Backend = "pycocotools"
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()
     skeleton: tuple[tuple[int, int], ...] = ()

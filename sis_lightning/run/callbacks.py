@@ -47,12 +47,12 @@ class Announcement(Callback):
             "data": f"{data.root}: {data.identity()}; " + ", ".join(f"{n:,} {split}" for split, n in counts.items()),
             "model": f"{_millions(task)} parameters, {_millions(task.backbone)} of them in the backbone",
             "backbone": task.backbone.describe(),
-            "batch": f"{task.effective_batch_size} images a step = {batch // devices} on each of {devices} device(s) "
+            "batch": f"{task.images_per_step} images a step = {batch // devices} on each of {devices} device(s) "
             f"× {trainer.accumulate_grad_batches} accumulated",
             "lr": ", ".join(f"{rate:g}" for rate in rates) + f" {start}{scaled}",
             "length": f"{steps:,} steps",
             **data.notes,
-            **({"note": task.schedule_note} if task.schedule_note else {}),
+            **task.notes,
         }.items():
             console.print(f"[bold]{label:>13}[/]  {text}", markup=True)
 
@@ -122,9 +122,8 @@ class WritePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Writes each image's files as it comes."""
-        assert isinstance(pl_module, BaseTask)
-        for image, name, output in zip(batch["image"], batch["name"], outputs, strict=True):
-            self.rows.append(pl_module.write_prediction(pl_module.displayable(image), name, output, self.folder))
+        notes = {key: text for key, text in trainer.datamodule.notes.items() if key == "person boxes"}  # type: ignore[attr-defined]
+        self.rows += [{**prediction.write(self.folder), **notes} for prediction in outputs]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the rows of all ranks and writes both tables on rank 0, in the order of the names."""

@@ -37,6 +37,7 @@ from sis_lightning.run.failures import explained
 from sis_lightning.run.options import RunOptions
 from sis_lightning.run.parser import build, run_parser
 from sis_lightning.tasks import BaseTask
+from sis_lightning.tasks.base import weights_deferred
 
 
 class Run:
@@ -112,7 +113,7 @@ class Run:
         """A short name of the backbone, such as `res2net50-26w4s-basic`."""
         arguments = self.config["model"]["init_args"]
         operator = arguments.get("operator")
-        with explained():
+        with explained(self.config):
             return backbone_config(arguments["backbone"], **({"operator": operator} if operator else {})).slug
 
     @functools.cached_property
@@ -122,7 +123,7 @@ class Run:
         Raises:
             UsageError: If its arguments are invalid.
         """
-        with isolate_rng(), explained():
+        with isolate_rng(), explained(), weights_deferred():
             seed = self.options.seed_everything
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
@@ -137,7 +138,7 @@ class Run:
         Raises:
             UsageError: If its arguments are invalid.
         """
-        with isolate_rng(), explained():
+        with isolate_rng(), explained(self.config):
             data: SISDataModule = build("data", copy.deepcopy(self.config["data"]))
         return data
 
@@ -221,8 +222,6 @@ class Run:
         content = torch.load(self.checkpoint(which), map_location="cpu", weights_only=True)
         self.task.load_state_dict(content["state_dict"])
         meta = content["hyper_parameters"].get("meta")
-        if meta is not None and hasattr(self.task, "set_meta"):
+        if meta is not None:
             self.task.set_meta(meta)
-        elif "class_names" in content:
-            self.task.name_classes(content["class_names"])
         return self.task.eval().requires_grad_(False)

@@ -47,7 +47,7 @@ def start(command: str, layers: Mapping[str, Any], options: Sequence[str] = ()) 
     with process.prepared():
         try:
             run = Run(layers, options)
-            with explained():
+            with explained(run.config):
                 _Started(run, command).execute()
         finally:
             directory.unlock()
@@ -68,8 +68,8 @@ class _Started:
         _refuse(run.config["trainer"])
         seed_everything(run.options.seed_everything, workers=True)
         task, data = run.task, run.datamodule
-        if getattr(data, "headline", None):
-            task.monitor = f"val/{data.headline}"
+        if data.primary_metric:
+            task.monitor = f"val/{data.primary_metric}"
         if self.command == "fit":
             self._settle_resume()
         trainer = self._trainer()

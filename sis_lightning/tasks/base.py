@@ -1,19 +1,23 @@
-"""What every task shares: backbone, optimisation, metrics over whole splits, checks that a run can be trusted."""
+"""What every task shares: the backbone, optimisation, metrics over whole splits, and prediction without a data set."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingWarmRestarts,
     CyclicLR,
@@ -21,313 +25,782 @@ from torch.optim.lr_scheduler import (
     LinearLR,
     LRScheduler,
     OneCycleLR,
+    ReduceLROnPlateau,
 )
-from torchmetrics import Metric, MetricCollection, SumMetric
+from torchmetrics import Metric, SumMetric
+from torchvision.transforms.v2 import functional as transforms
 
-from sis_lightning.backbones import Backbone, BackboneConfig, backbone_config
-from sis_lightning.backbones.weights import load_backbone_weights
-from sis_lightning.datamodules import Batch, SISDataModule
+from sis_lightning.backbones import Backbone, backbone_config
+from sis_lightning.backbones.weights import load_backbone_weights, load_model_weights
+from sis_lightning.datasets.images import IMAGE_ENDINGS, denormalize, normalize, open_image, to_rgb
+from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.evaluation.gathered import GatheredScores
 from sis_lightning.models.export import Exportable
+from sis_lightning.option_effects import Effect, effects_of
+from sis_lightning.tasks.arguments import BackboneLike, LRSchedulerLike, MetaLike, OptimizerLike, as_callable, as_plain
 
-OptimizerCallable = Callable[[Iterable[Tensor]], Optimizer]
-LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+Batch = dict[str, Any]
 Outputs = list[dict[str, Any]]
+#: What `predict` takes: one image.
+ImageLike = str | Path | Image.Image | Tensor
+
+#: Key of a checkpoint under which the class of its task stands.
+TASK_CLASS = "task_class"
+
+_deferred: ContextVar[bool] = ContextVar("deferred", default=False)
 
 
-def enlarge(image: Tensor) -> tuple[Tensor, int, float]:
-    """Readies an image (3, H, W) of 0…1 for drawing.
+@contextlib.contextmanager
+def weights_deferred() -> Iterator[None]:
+    """Tasks that are built inside load `weights` and `backbone_weights` only when a fit begins without a checkpoint.
 
-    Returns:
-        It as uint8, by whole pixels enlarged so that its longer side has at least 480; by how much; and by how much
-        lines and letters should be larger than on 640 px.
+    A run that is resumed or tested needs neither, and the files may be gone by then.
     """
-    picture = (255 * image).round().to(torch.uint8)
-    times = -(-480 // max(picture.shape[1:]))
-    picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
-    return picture, times, max(1.0, max(picture.shape[1:]) / 640)
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
 
 
 class BaseTask(LightningModule, ABC):
-    """A network on one of our backbones, with its loss, metrics and pictures.
+    """A network on one of the backbones, with its loss, its metrics and its predictions.
+
+    A task works with any `lightning.Trainer` and any loader whose batches are mappings of this format:
+
+    - `image`: uint8 (N, C, H, W), or a list of (C, H, W) if the sizes differ. The task normalises it by the mean and
+      standard deviation in `meta`. Floating-point images are taken as normalised already.
+    - `name`: names of the images, a list of str; optional.
+    - the targets, which each task describes.
+
+    A DataModule of this package hands the task a `DatasetMeta` (`set_meta`). The task keeps it in its hyperparameters,
+    so that checkpoints hold it, and never asks the DataModule for anything else.
 
     Args:
-        backbone: A file in `configs/backbones/` by its name (`sis50`), or its fields; `--model.backbone.operator`
-            changes the operator alone.
-        num_classes: Of the data set; a run on data with another number is refused.
-        optimizer: Class and arguments; the learning rate is meant for `lr_batch_size`.
-        lr_scheduler: Class and arguments; none for a constant rate.
-        lr_interval: What the scheduler counts: an `epoch` or a `step`.
-        lr_batch_size: The effective batch size that the learning rate is meant for. With any other, the rate is scaled
-            in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
-        warmup_steps: Steps over which the learning rate rises linearly from `warmup_start` of itself.
-        warmup_start: Share of the learning rate at the first step of the warm-up.
-        backbone_weights: A checkpoint of any task on the same backbone, or a state dict of torchvision's or timm's,
-            that a fit starts from; None: from scratch.
-        compile_mode: Of `torch.compile` for the backbone: `default`, `reduce-overhead` (CUDA graphs),
-            `max-autotune`; None: as it is written. Minutes at the start for a quicker step.
+        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
+            `BackboneConfig`.
+        num_classes: Number of classes.
+        operator: Operator that replaces the backbone's own, such as `"interactive1"`; None keeps it.
+        in_channels: Number of channels of the images. With other numbers than 3, `mean` and `std` of ImageNet are
+            repeated over the channels (averaged for one channel) unless `meta` says otherwise.
+        optimizer: Function of the parameters that returns an optimizer, such as
+            `functools.partial(torch.optim.AdamW, lr=1e-3)`, or a mapping with `class_path` and `init_args`. None: SGD
+            with learning rate 0.01, momentum 0.9 and weight decay 1e-4, the optimizer of the paper's recipes at a
+            learning rate that is safe for small batches.
+        lr_scheduler: Function of the optimizer that returns a scheduler, or a mapping as for `optimizer`. None keeps
+            the learning rate constant. `ReduceLROnPlateau` is stepped after each validation by its `monitor`, or by the
+            task's own.
+        lr_interval: Unit in which the scheduler counts: `epoch` or `step`.
+        lr_batch_size: Number of images a step for which the learning rate is meant. With any other number, the rate is
+            scaled in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
+        warmup_steps: Number of steps over which the learning rate rises linearly from `warmup_start` of itself.
+        warmup_start: Share of the learning rate at the first step of the warm-up, above 0, at most 1.
+        backbone_weights: Weights that the backbone starts from: `timm:NAME`, `torchvision:WEIGHTS`, a file with a
+            state dict, or a checkpoint or run folder of any task of this package. None: random weights.
+        weights: Checkpoint or run folder of the same kind of task whose whole network this one starts from. With
+            another number of classes, the last layers, which depend on it, keep their random weights.
+        freeze_backbone: Whether the backbone's parameters and norm statistics stay as they are. The optimizer does not
+            get its parameters.
+        compile_mode: Mode of `torch.compile` for the backbone: `default`, `reduce-overhead` (CUDA graphs) or
+            `max-autotune`. None: not compiled.
+        meta: Names, numbers and conventions of the data set (`DatasetMeta`, or the mapping of its `to_dict`). None:
+            classes are numbered, and images are normalised by ImageNet's statistics.
+
+    Attributes:
+        meta: The `DatasetMeta` in use.
+        monitor: Metric that selects the best checkpoint, such as `val/miou`. The greatest value is the best.
+        notes: What a reader of the run should know, by a short label.
 
     Raises:
-        UsageError: Where data and task do not fit, or the batch is too small for batch norm.
-        DataError: Where the loss is not finite.
+        UsageError: If an argument is invalid, or data and task do not fit each other. It is also a ValueError.
+        DataError: If weights are missing or of another network, or the loss is not finite.
     """
 
-    #: Chooses the best checkpoint, unless the data set has a `headline`.
-    monitor: str
+    #: Effect of each option; see `sis_lightning.option_effects`.
+    option_effects: ClassVar[Mapping[str, Effect]] = {
+        "backbone": Effect.NETWORK,
+        "num_classes": Effect.NETWORK,
+        "operator": Effect.NETWORK,
+        "in_channels": Effect.NETWORK,
+        "optimizer": Effect.RESULT,
+        "lr_scheduler": Effect.RESULT,
+        "lr_interval": Effect.RESULT,
+        "lr_batch_size": Effect.RESULT,
+        "warmup_steps": Effect.RESULT,
+        "warmup_start": Effect.RESULT,
+        "backbone_weights": Effect.RESULT,
+        "weights": Effect.RESULT,
+        "freeze_backbone": Effect.RESULT,
+        "compile_mode": Effect.NUMERICS,
+        "meta": Effect.NOTHING,
+    }
+    #: Metric that selects the best checkpoint, unless the data set has a primary metric of its own.
+    primary_metric: ClassVar[str]
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
-    #: Settings in which a checkpoint may differ from the run that takes it: they change neither weights nor meaning.
-    free_settings: ClassVar[frozenset[str]] = frozenset(
-        {"optimizer", "lr_scheduler", "lr_interval", "lr_batch_size", "warmup_steps", "warmup_start"}
-        | {"backbone_weights", "compile_mode"}
-    )
+    #: Keys of a training batch besides `image`.
+    target_keys: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
+    meta: DatasetMeta
 
     def __init__(
         self,
-        backbone: BackboneConfig,
+        backbone: BackboneLike,
         num_classes: int,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        *,
+        operator: str | None = None,
+        in_channels: int = 3,
+        optimizer: OptimizerLike | None = None,
+        lr_scheduler: LRSchedulerLike | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         lr_batch_size: int | None = None,
         warmup_steps: int = 0,
         warmup_start: float = 0.001,
         backbone_weights: str | None = None,
+        weights: str | None = None,
+        freeze_backbone: bool = False,
         compile_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
+        meta: MetaLike | None = None,
     ) -> None:
         super().__init__()
-        self.backbone_config = backbone_config(backbone)
+        overrides = {"operator": operator} if operator else {}
+        self.backbone_config = backbone_config(backbone, **overrides)
         if num_classes < 1:
-            raise UsageError(f"model.num_classes is {num_classes}, must be at least 1")
+            raise UsageError(f"num_classes is {num_classes}, must be at least 1")
+        if in_channels < 1:
+            raise UsageError(f"in_channels is {in_channels}, must be at least 1")
         if warmup_steps < 0 or not 0 < warmup_start <= 1:
             raise UsageError(
-                f"model.warmup_steps is {warmup_steps} (at least 0), warmup_start {warmup_start} (above 0, at most 1)"
+                f"warmup_steps is {warmup_steps} (at least 0), warmup_start {warmup_start} (above 0, at most 1)"
             )
-        self.num_classes = num_classes
-        self.class_names = [str(i) for i in range(num_classes)]
-        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        if lr_batch_size is not None and lr_batch_size < 1:
+            raise UsageError(f"lr_batch_size is {lr_batch_size}, must be at least 1, or None")
+        if weights and backbone_weights:
+            raise UsageError("weights and backbone_weights are both given, but weights holds a backbone: give one")
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.make_optimizer = None if optimizer is None else as_callable("optimizer", optimizer)
+        self.make_lr_scheduler = None if lr_scheduler is None else as_callable("lr_scheduler", lr_scheduler)
         self.lr_interval, self.lr_batch_size = lr_interval, lr_batch_size
         self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
-        self.backbone_weights, self.compile_mode = backbone_weights, compile_mode
-        self.schedule_note = ""
+        self.backbone_weights, self.weights = backbone_weights, weights
+        self.freeze_backbone, self.compile_mode = freeze_backbone, compile_mode
+        self._given_meta = meta
+        self._base_options = {
+            **{"in_channels": in_channels, "lr_interval": lr_interval, "lr_batch_size": lr_batch_size},
+            **{"warmup_steps": warmup_steps, "warmup_start": warmup_start, "backbone_weights": backbone_weights},
+            **{"weights": weights, "freeze_backbone": freeze_backbone, "compile_mode": compile_mode},
+            **{"optimizer": optimizer, "lr_scheduler": lr_scheduler},
+        }
+        self._found_rate: float | None = None
+        self._rate_is_new = False
+        self._compiled = False
+        self.notes: dict[str, str] = {}
+        self.monitor = f"val/{self.primary_metric}"
 
-    def finish(self, model: nn.Module, metrics: Metric | MetricCollection) -> None:
-        """Called last by a subclass's `__init__` with its network and with the metrics of one split."""
-        # Convolutions are quicker on it, on CPUs and GPUs alike; the DataModule sends images in the same layout.
+    def finish(self, model: nn.Module) -> None:
+        """Takes the network; the last call of a subclass's `__init__`.
+
+        Args:
+            model: Network with one `Backbone` in it.
+        """
+        # Convolutions are faster in this layout, on CPUs and GPUs alike; images are brought to it as well.
         self.model = model.to(memory_format=torch.channels_last)
-        self.val_metrics, self.test_metrics = metrics.clone(), metrics.clone()
+        if self.freeze_backbone:
+            self.backbone.requires_grad_(False)
         self.tested = SumMetric()
         self.save_hyperparameters()
-        # Only plain data loads with weights_only=True; from the command line it is plain already.
-        plain = {
-            key: dataclasses.asdict(value) if isinstance(value, BackboneConfig) else value
-            for key, value in self.hparams.items()
-            if not callable(value)
-        }
+        plain = {**self._base_options, **self.hparams}
+        plain["backbone"], plain["operator"] = dataclasses.asdict(self.backbone_config), None
+        for key in ("optimizer", "lr_scheduler"):
+            plain[key] = as_plain(plain.get(key))
+        plain["meta"] = None
+        # Keys with an underscore are of LightningCLI, which would build the task again from files.
+        plain = {key: value for key, value in plain.items() if not key.startswith("_") and not callable(value)}
         self.hparams.clear()
         self.hparams.update(plain)
         self._hparams_initial = dict(plain)
+        self.set_meta(self._given_meta if self._given_meta is not None else self._default_meta())
+        self._weights_pending = bool(self.weights or self.backbone_weights)
+        if not _deferred.get():
+            self.load_start_weights()
+        self.train(self.training)
 
-    @property
-    def backbone(self) -> Backbone:
-        """The one body inside `model`, with the same keys and shapes in every task."""
-        return next(module for module in self.model.modules() if isinstance(module, Backbone))
+    def _default_meta(self) -> DatasetMeta:
+        mean, std = DatasetMeta.mean, DatasetMeta.std
+        if self.in_channels == 1:
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        else:
+            mean, std = (tuple(itertools.islice(itertools.cycle(v), self.in_channels)) for v in (mean, std))
+        return DatasetMeta(class_names=tuple(map(str, range(self.num_classes))), mean=mean, std=std)
 
-    @property
-    def data(self) -> SISDataModule:
-        """The DataModule of the run."""
-        data: SISDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data
+    # What a subclass defines.
+
+    @abstractmethod
+    def build_evaluator(self) -> Metric:
+        """A new metric over one split, as `meta` asks for: `compute` returns values by name."""
 
     @abstractmethod
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """The parts of the loss, scalars; their sum is minimised."""
-
-    @abstractmethod
-    def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
-        """Predicts a batch and updates the metrics with it; returns what `predict_step` would."""
-
-    @abstractmethod
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Outputs:
-        """Predicts a batch: one mapping an image, in its order."""
-
-    @abstractmethod
-    def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Writes one image's prediction below `folder`.
+        """Computes the parts of the loss.
 
         Args:
-            image: (3, H, W), 0…1.
-            name: As the data set calls it.
-            output: As `predict_step` returned.
-            folder: Where to write.
+            batch: A training batch with normalised images.
 
         Returns:
-            A row for `predictions.csv` and `predictions.json`.
+            Scalars by name; their sum is minimised.
+        """
+
+    @abstractmethod
+    def infer(self, batch: Batch) -> Outputs:
+        """Predicts a batch with normalised images.
+
+        Returns:
+            A mapping of tensors for each image, in order.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
+        """Predicts an evaluation batch with normalised images, and updates metrics with it.
+
+        Returns:
+            What `infer` returns.
+        """
+
+    @abstractmethod
+    def predictions(self, batch: Batch, outputs: Outputs) -> list[Any]:
+        """Makes typed predictions of outputs.
+
+        Args:
+            batch: The batch as the loader gave it.
+            outputs: What `infer` returned for it.
+
+        Returns:
+            One `Prediction` for each image.
         """
 
     @abstractmethod
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
-        """Draws the first images of a batch: what was seen, what is true, what is predicted."""
+        """Draws the first images of an evaluation batch, with ground truth and prediction.
+
+        Args:
+            batch: The batch as the loader gave it.
+            outputs: What `infer` returned for it.
+        """
 
     def exportable(self, height: int, width: int) -> Exportable:
         """Describes the network for `sis_lightning.export`, with images of this size as an example."""
         network: Exportable = self.model.exportable(height, width)  # type: ignore[operator]
-        return dataclasses.replace(network, metadata={"task": type(self).__name__, "classes": self.class_names})
+        mean, std = list(self.meta.mean), list(self.meta.std)
+        return dataclasses.replace(
+            network,
+            preprocessing=f"{self._resizing() or network.preprocessing}; then values from 0 to 1, minus mean {mean}, "
+            f"divided by standard deviation {std}",
+            metadata={"task": type(self).__name__, "classes": list(self.class_names), "meta": self.meta.to_dict()},
+        )
 
-    def name_classes(self, names: Sequence[str]) -> None:
-        """Takes the names of the classes: from the data, or from a checkpoint where the data has none."""
-        self.class_names = list(names)
+    def _resizing(self) -> str:
+        """How `predict` brings an image to the size of training, in words; empty if it does not."""
+        return ""
+
+    # Data.
+
+    def set_meta(self, meta: DatasetMeta | Mapping[str, Any]) -> None:
+        """Takes what the task must know of a data set, and keeps it in `hparams["meta"]`.
+
+        Args:
+            meta: Names, numbers and conventions. If it has no class names (as of a folder of images), the names that
+                the task knows already are kept.
+
+        Raises:
+            UsageError: If the number of classes or channels is not that of the network.
+        """
+        meta = meta if isinstance(meta, DatasetMeta) else DatasetMeta.from_dict(meta)
+        known: DatasetMeta | None = self.__dict__.get("meta")
+        if not meta.class_names and known is not None:
+            meta = dataclasses.replace(meta, class_names=known.class_names, category_ids=known.category_ids)
+        if meta.class_names and len(meta.class_names) != self.num_classes:
+            raise UsageError(
+                f"the data has {len(meta.class_names)} classes, but the network {self.num_classes}: "
+                f"set num_classes to {len(meta.class_names)}"
+            )
+        if len(meta.mean) != self.in_channels or len(meta.std) != self.in_channels:
+            raise UsageError(
+                f"the data has images of {len(meta.mean)} channels, but the network takes {self.in_channels}: "
+                f"set in_channels to {len(meta.mean)}, or mean and std of meta to {self.in_channels} values"
+            )
+        if meta == known:
+            return
+        self.meta = meta
+        self.hparams["meta"] = meta.to_dict()
+        self.monitor = f"val/{meta.primary_metric or self.primary_metric}"
+        self.val_metrics = self.build_evaluator().to(self.device)
+        self.test_metrics = self.build_evaluator().to(self.device)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.meta.class_names
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalises images by mean and standard deviation of the data set.
+
+        Args:
+            images: Images (..., C, H, W), uint8; floating-point images are taken as normalised already.
+
+        Returns:
+            Images of the same shape in the network's floating-point type.
+        """
+        if not images.is_floating_point():
+            images = normalize(images, self.meta.mean, self.meta.std)
+        return images.to(self.dtype)
+
+    def normalized(self, batch: Batch) -> Batch:
+        """A batch with normalised images; stacked ones in the memory layout `channels_last`."""
+        images = self._require(batch, "image")
+        if isinstance(images, Tensor):
+            return {**batch, "image": self.normalize(images).contiguous(memory_format=torch.channels_last)}
+        return {**batch, "image": [self.normalize(image) for image in images]}
+
+    def displayable(self, image: Tensor) -> Tensor:
+        """An image (C, H, W), normalised or not, as uint8 on the CPU."""
+        if image.dtype == torch.uint8:
+            return image.detach().cpu()
+        scaled = denormalize(image.detach(), self.meta.mean, self.meta.std)
+        return (255 * scaled).round().to(torch.uint8).cpu()
+
+    def _require(self, batch: Any, *keys: str) -> Any:
+        """The value of the first key, after a check that all are there."""
+        if not isinstance(batch, Mapping) or any(key not in batch for key in keys):
+            kind = (
+                f"has {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
+            )
+            wanted = " and ".join(f"'{key}'" for key in dict.fromkeys((*keys, *self.target_keys)))
+            raise UsageError(
+                f"the batch {kind}, but {type(self).__name__} needs a mapping with {wanted}\n"
+                f"  help(sis_lightning.{type(self).__name__}) describes the format."
+            )
+        return batch[keys[0]]
+
+    @staticmethod
+    def names_of(batch: Batch) -> list[str]:
+        """Names of the images of a batch; running numbers if the loader gives none."""
+        names = batch.get("name")
+        return [str(name) for name in (names if names is not None else range(len(batch["image"])))]
+
+    # Weights.
+
+    @property
+    def backbone(self) -> Backbone:
+        """The one backbone inside `model`, with the same keys and shapes in every task."""
+        return next(module for module in self.model.modules() if isinstance(module, Backbone))
+
+    def load_start_weights(self) -> None:
+        """Loads `weights` or `backbone_weights`, unless that was done already, and keeps a note of it.
+
+        Raises:
+            UsageError: If timm or torchvision does not have such weights.
+            DataError: If they are missing, damaged or of another network.
+        """
+        if not self._weights_pending:
+            return
+        self._weights_pending = False
+        if self.weights:
+            self.note("weights", str(load_model_weights(self.model, self.weights)))
+        elif self.backbone_weights:
+            self.note("backbone weights", str(load_backbone_weights(self.backbone, self.backbone_weights)))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:
+        """Builds the task that a checkpoint holds, with its weights and its `meta`.
+
+        `sis_lightning.load` finds the class by itself and also takes a run's folder.
+
+        Args:
+            checkpoint_path: File that a Trainer or `sis-lightning fit` wrote.
+            arguments: Further positional arguments of `LightningModule.load_from_checkpoint`, such as `map_location`.
+            options: Further arguments of `LightningModule.load_from_checkpoint`, and constructor arguments to change.
+        """
+        options.setdefault("weights_only", True)
+        with weights_deferred():
+            task: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+        task._weights_pending = False
+        return task
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the names of the classes where a folder of pictures has none."""
-        if not self.data.class_names and "class_names" in checkpoint:
-            self.name_classes(checkpoint["class_names"])
+        """Takes over the checkpoint's `meta` if the data has no class names of its own."""
+        self._weights_pending = False
+        saved = checkpoint.get("hyper_parameters", {}).get("meta")
+        if saved and self._knows_nothing:
+            self.set_meta(saved)
+
+    @property
+    def _knows_nothing(self) -> bool:
+        return self.meta == self._default_meta() or self.class_names == tuple(map(str, range(self.num_classes)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the names of the classes; refuses weights that are not finite, so that the last good ones stay."""
-        checkpoint["class_names"] = self.class_names
+        """Adds the class of the task; refuses weights that are not finite, so that the last good ones stay."""
+        checkpoint[TASK_CLASS] = f"{type(self).__module__}.{type(self).__qualname__}"
         broken = [name for name, weight in self.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
             raise self._not_finite(f"{len(broken)} weights, such as {broken[0]}")
 
+    # Training.
+
     def setup(self, stage: str) -> None:
-        """Refuses data whose classes are not the network's; starts a fit from `backbone_weights`."""
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, SISDataModule) and data.class_names and data.num_classes != self.num_classes:
-            raise UsageError(
-                f"the data in {data.root} has {data.num_classes} classes, the model {self.num_classes}: "
-                f"set --model.num_classes {data.num_classes}"
-            )
-        if isinstance(data, SISDataModule) and data.class_names:
-            self.name_classes(data.class_names)
-        if self.compile_mode:
+        """Compiles the backbone if asked to; loads deferred weights for a fit that begins without a checkpoint."""
+        if self.compile_mode and not self._compiled:
             self.backbone.compile(mode=self.compile_mode)
-        if stage == "fit" and self.backbone_weights and not self.trainer.ckpt_path:  # a checkpoint has its own
-            load_backbone_weights(self.backbone, self.backbone_weights)
+            self._compiled = True
+        if stage == "fit" and not self.trainer.ckpt_path:  # a checkpoint has its own weights
+            self.load_start_weights()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_backbone and hasattr(self, "model"):
+            self.backbone.eval()
+        return self
 
     @property
-    def effective_batch_size(self) -> int:
-        """Images an optimizer step, over all devices."""
-        return self.data.batch_size * self.trainer.accumulate_grad_batches
+    def images_per_step(self) -> int:
+        """Number of images that one optimizer step sees, over all devices and accumulated batches.
+
+        An epoch ends with a step, so that no more batches accumulate than an epoch has.
+
+        Raises:
+            UsageError: If the training loader does not say how many images a batch has.
+        """
+        self.trainer.estimated_stepping_batches  # noqa: B018 - builds the loader
+        loader: Any = self.trainer.train_dataloader
+        size = getattr(loader, "batch_size", None) or getattr(
+            getattr(loader, "batch_sampler", None), "batch_size", None
+        )
+        if not isinstance(size, int):
+            raise UsageError(
+                f"the training loader ({type(loader).__name__}) has no batch_size, which the linear learning rate rule "
+                "needs:\n  set lr_batch_size to None, or give the loader an attribute batch_size"
+            )
+        batches = min(self.trainer.accumulate_grad_batches, self.trainer.num_training_batches)
+        return size * self.trainer.world_size * max(1, int(batches))
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate that replaces the optimizer's (and the maximum of OneCycleLR), as LearningRateFinder sets.
+
+        None, as usual, if the optimizer's and the scheduler's own are used.
+        """
+        return self._found_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self._found_rate, self._rate_is_new = float(rate), True
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and scheduler by the linear rule; notes a schedule that does not end with the run."""
+        """Builds optimizer and schedulers, with the linear rule and the warm-up."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
-            optimizer = self.make_optimizer(self.parameters())
-        except ValueError as error:
-            raise UsageError(f"model.optimizer: {error}") from error
-        if self.lr_batch_size:
-            for group in optimizer.param_groups:
-                group["lr"] *= self.effective_batch_size / self.lr_batch_size
+            if self.make_optimizer is None:
+                optimizer: Optimizer = SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)
+            else:
+                optimizer = self.make_optimizer(trained)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"optimizer: {error}") from error
+        factor = self.images_per_step / self.lr_batch_size if self.lr_batch_size else 1.0
+        given = [float(group["lr"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * factor if self._found_rate is None else self._found_rate
         schedulers: list[dict[str, Any]] = []
         if self.make_lr_scheduler is not None:
-            scheduler = self.make_lr_scheduler(optimizer)
-            self._check_horizon(scheduler)
-            schedulers.append({"scheduler": scheduler, "interval": self.lr_interval})
+            schedulers.append(self._scheduler(optimizer, given, factor))
         if self.warmup_steps:
             for entry in schedulers:
                 if isinstance(entry["scheduler"], OneCycleLR):
-                    raise UsageError(
-                        "model.warmup_steps: OneCycleLR has a warm-up of its own (pct_start): leave it at 0"
-                    )
+                    raise UsageError("warmup_steps: OneCycleLR has a warm-up of its own (pct_start): set it to 0")
                 # Others multiply the rate that they find, as the warm-up does, so that they go together.
                 if isinstance(entry["scheduler"], LambdaLR | CyclicLR | CosineAnnealingWarmRestarts):
                     kind = type(entry["scheduler"]).__name__
-                    raise UsageError(f"model.warmup_steps: {kind} sets the rate anew at each step: leave it at 0")
+                    raise UsageError(f"warmup_steps: {kind} replaces the learning rate at each step: set it to 0")
             warmup = LinearLR(optimizer, self.warmup_start, total_iters=self.warmup_steps)
             schedulers.append({"scheduler": warmup, "interval": "step"})
         return [optimizer], schedulers
 
+    def _scheduler(self, optimizer: Optimizer, given: list[float], factor: float) -> dict[str, Any]:
+        """The scheduler as Lightning wants it described."""
+        assert self.make_lr_scheduler is not None
+        try:
+            scheduler: LRScheduler = self.make_lr_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"lr_scheduler: {error}") from error
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return self._plateau(scheduler)
+        if isinstance(scheduler, OneCycleLR):
+            # It has replaced the optimizer's learning rate by its own.
+            highest = [float(group["max_lr"]) for group in optimizer.param_groups]
+            for group, top in zip(optimizer.param_groups, highest, strict=True):
+                wanted = top * factor if self._found_rate is None else self._found_rate
+                if wanted != top:
+                    for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+                        group[key] *= wanted / top
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+            if self.make_optimizer is not None and given != highest:
+                self.note("learning rate", f"max_lr {highest[0]:g} of OneCycleLR; the optimizer's lr has no effect")
+        self._check_horizon(scheduler)
+        return {"scheduler": scheduler, "interval": self.lr_interval}
+
+    def _plateau(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
+        """Has ReduceLROnPlateau follow a metric of the validation, in the direction that is better."""
+        monitor = str(getattr(scheduler, "monitor", None) or self.monitor)
+        # These metrics grow with quality, where the scheduler's default is to follow a loss.
+        grows = monitor.startswith("val/") and not monitor.endswith("error_percent")
+        if grows and scheduler.mode == "min":
+            scheduler.mode, scheduler.mode_worse, scheduler.best = "max", -torch.inf, -torch.inf
+        self.note("learning rate", f"falls when {monitor} no longer {'rises' if scheduler.mode == 'max' else 'falls'}")
+        # on_validation_end steps it. Lightning would do so at the end of each epoch, with or without a new value.
+        never = 2**62 if self.trainer.enable_validation else 1
+        return {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "frequency": never}
+
+    def on_validation_end(self) -> None:
+        """Steps ReduceLROnPlateau by its metric."""
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                known = self.trainer.callback_metrics
+                if config.monitor not in known:
+                    raise UsageError(
+                        f"lr_scheduler: there is no metric '{config.monitor}' to follow; known: {', '.join(known)}"
+                    )
+                config.scheduler.step(float(known[config.monitor]))
+
+    def note(self, label: str, text: str) -> None:
+        """Keeps a note for the reader of the run, and logs it."""
+        if self.notes.get(label) != text:
+            rank_zero_info(f"{label}: {text}")
+        self.notes[label] = text
+
     def on_train_start(self) -> None:
-        """Once more, as a checkpoint brings the horizon of its own schedule."""
-        if self.make_lr_scheduler is not None and self.trainer.ckpt_path:
+        """Checks the schedule that a checkpoint brought; takes over a learning rate that was found."""
+        if not self.training:  # `sis_lightning.load` returns tasks in evaluation mode
+            self.train()
+        if self._rate_is_new:  # optimizer and schedulers, warm-up included, start from the rate that was found
+            self._rate_is_new = False
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        elif self.make_lr_scheduler is not None and self.trainer.ckpt_path:
             self._check_horizon(self.trainer.lr_scheduler_configs[0].scheduler)
 
-    def _check_horizon(self, scheduler: LRScheduler) -> None:
+    def _check_horizon(self, scheduler: Any) -> None:
         names = ("total_iters", "total_steps", "T_max")
         horizon = next((int(getattr(scheduler, name)) for name in names if hasattr(scheduler, name)), None)
+        if horizon is None:
+            return
         length = self.trainer.estimated_stepping_batches if self.lr_interval == "step" else self.trainer.max_epochs
-        if horizon is None or length in (None, -1, float("inf")) or int(length or 0) == horizon:
+        if length in (None, -1, float("inf")) or int(length or 0) == horizon:
             return
         kind = type(scheduler).__name__
         text = f"the learning rate's schedule ({kind}) ends at {self.lr_interval} {horizon}, the run at {length}"
         if int(length or 0) > horizon and kind == "OneCycleLR":
-            remedy = f"make model.lr_scheduler.init_args.total_steps {length}"
+            remedy = f"set total_steps of lr_scheduler to {length}"
             if self.trainer.ckpt_path:
-                remedy += ", and start anew: a checkpoint brings its own schedule"
-            raise UsageError(f"{text}, where it cannot go on: {remedy}")
-        self.schedule_note = text
+                remedy += ", and start again without the checkpoint, which brings its own schedule"
+            raise UsageError(f"{text}, and it cannot continue beyond its end: {remedy}")
+        self.note("schedule", text)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The summed loss, checked to be finite."""
+        """Computes the summed loss, and checks that it is finite."""
+        self._require(batch, "image", *self.target_keys)
+        size = len(batch["image"])
         try:
-            parts = self.training_loss(batch)
+            parts = self.training_loss(self.normalized(batch))
         except ValueError as error:
             if "Expected more than 1 value per channel" not in str(error):
                 raise
             raise UsageError(
-                f"batch norm needs more than one value a channel, a device has {len(batch['name'])} image(s) a step:\n"
-                f"  set --data.batch_size to at least {2 * self.trainer.world_size}, or --model.backbone.norm gn"
+                f"batch norm needs more than one value a channel, but a device has {size} image(s) a step:\n"
+                f"  set batch_size to at least {2 * self.trainer.world_size}, or the norm of the backbone to gn"
             ) from None
         loss = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(loss):
             values = ", ".join(f"{key} {value.item()}" for key, value in parts.items())
-            raise self._not_finite(f"the loss ({values}) on {', '.join(map(str, batch['name'][:3]))}, …")
-        size = len(batch["name"])
+            raise self._not_finite(f"the loss ({values}) on {', '.join(self.names_of(batch)[:3])}, …")
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         if len(parts) > 1:
             self.log_dict({f"train/{key}": value.detach() for key, value in parts.items()}, batch_size=size)
         return loss
 
     def _not_finite(self, what: str) -> DataError:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: Any = getattr(self._trainer, "callbacks", [])
         saved = next((path for callback in callbacks if (path := getattr(callback, "last_good", None))), None)
-        saved = saved or "none was written yet"
         return DataError(
             f"not finite at step {self.global_step} (epoch {self.current_epoch}): {what}\n"
-            f"  last good checkpoint: {saved}\n"
-            "  Try a lower learning rate, or gradient clipping (--trainer.gradient_clip_val 10)."
+            f"  last good checkpoint: {saved or 'none was written yet'}\n"
+            "  Try a lower learning rate, or gradient clipping (gradient_clip_val 10 of the Trainer)."
         )
 
+    # Evaluation.
+
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Outputs]:
-        """Updates the val metrics."""
-        return {"outputs": self.evaluate(batch, self.val_metrics)}
+        """Predicts a batch, and updates the validation metrics."""
+        return {"outputs": self.evaluate(self.normalized(batch), self.val_metrics)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Outputs]:
-        """Updates the test metrics."""
-        self.tested.update(len(batch["name"]))
-        return {"outputs": self.evaluate(batch, self.test_metrics)}
-
-    def on_validation_epoch_start(self) -> None:
-        """Says what the split is scored against, where that is an annotation file."""
-        if isinstance(self.val_metrics, GatheredScores):
-            self.val_metrics.truth = functools.partial(self.data.truth, "val")
-
-    def on_test_epoch_start(self) -> None:
-        """As for validation."""
-        if isinstance(self.test_metrics, GatheredScores):
-            self.test_metrics.truth = functools.partial(self.data.truth, "test")
+        """Predicts a batch, and updates the test metrics."""
+        normalized = self.normalized(batch)
+        self.tested.update(len(batch["image"]))
+        return {"outputs": self.evaluate(normalized, self.test_metrics)}
 
     def on_validation_epoch_end(self) -> None:
-        """Computes the val metrics once over the split."""
+        """Computes and logs the validation metrics once over the split."""
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Computes the test metrics once over the split; `tested_images` is how many it saw."""
+        """Computes and logs the test metrics once over the split; counts its images in `tested_images`."""
         self.tested_images = int(self.tested.compute())
         self.tested.reset()
         self._log_metrics("test", self.test_metrics)
 
-    def _log_metrics(self, split: str, metrics: Metric | MetricCollection) -> None:
+    def _log_metrics(self, split: str, metrics: Metric) -> None:
         values = {f"{split}/{key}": value for key, value in metrics.compute().items()}
         metrics.reset()
-        shown = self.monitor.partition("/")[2]
+        displayed = self.monitor.partition("/")[2]
         for key, value in values.items():
             # Every rank computed the same from all ranks' counts.
             value = torch.as_tensor(value, dtype=torch.float32)
-            self.log(key, value, prog_bar=key == f"{split}/{shown}", sync_dist=True)
+            self.log(key, value, prog_bar=key == f"{split}/{displayed}", sync_dist=True)
 
-    def displayable(self, image: Tensor) -> Tensor:
-        """A normalised image (3, H, W) as 0…1 on the CPU."""
-        return self.data.denormalize(image).cpu()
+    # Prediction.
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> list[Any]:
+        """Predicts a batch.
+
+        Returns:
+            One `Prediction` for each image, in order.
+        """
+        return self.predictions(batch, self.infer(self.normalized(batch)))
+
+    def predict(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 8) -> Any:
+        """Predicts images, on the device of the task, without a data set.
+
+        Args:
+            images: Path of an image or of a folder of images, PIL image, or uint8 tensor (C, H, W); or a sequence of
+                these, or a tensor (N, C, H, W). Files are rotated as their EXIF orientation says.
+            batch_size: Number of images that are predicted at once.
+
+        Returns:
+            One `Prediction` for one image; a list of them, in order (a folder's by name), for several.
+
+        Raises:
+            DataError: If a file is missing or not an image.
+            UsageError: If an image is of another type, or has another number of channels than the network takes.
+        """
+        one, samples = self._samples(images)
+        found = self._predict(({"image": image, "name": name} for name, image in samples), batch_size)
+        return found[0] if one else found
+
+    def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Brings a sample of `predict`, an `image` (C, H, W), uint8, to what `infer` takes: by default as it is."""
+        return sample
+
+    def _predict(self, samples: Iterable[dict[str, Any]], batch_size: int) -> list[Any]:
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}, must be at least 1")
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        found: list[Any] = []
+        try:
+            with torch.no_grad():
+                iterator = iter(samples)
+                while chunk := list(itertools.islice(iterator, batch_size)):
+                    prepared = [self.prepare(sample) for sample in chunk]
+                    batch = {key: [sample[key] for sample in prepared] for key in prepared[0]}
+                    outputs = self.infer(self.normalized(self._on_device(batch)))
+                    # Drawn on the images as they were given.
+                    found += self.predictions({**batch, "image": [sample["image"] for sample in chunk]}, outputs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return found
+
+    def _on_device(self, batch: Batch) -> Batch:
+        images = [image.to(self.device) for image in batch["image"]]
+        same = len({image.shape for image in images}) == 1
+        return {**batch, "image": torch.stack(images) if same else images}
+
+    def _samples(self, images: Any) -> tuple[bool, Iterator[tuple[str, Tensor]]]:
+        """Whether one image was given, and names and images (C, H, W) as they are read."""
+        if isinstance(images, str | Path) and Path(images).is_dir():
+            folder = Path(images)
+            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+            if not paths:
+                raise DataError(f"{folder}: there are no images in it ({', '.join(IMAGE_ENDINGS)})")
+            named = ((path.relative_to(folder).with_suffix("").as_posix(), self._read(path)) for path in paths)
+            return False, named
+        if isinstance(images, Tensor) and images.ndim == 4:
+            images = list(images)
+        if isinstance(images, str | Path | Image.Image | Tensor):
+            return True, iter([(self._name(images, 0), self._read(images))])
+        if not isinstance(images, Iterable):
+            raise UsageError(f"images is a {type(images).__name__}, must be paths, PIL images or uint8 tensors")
+        return False, ((self._name(image, index), self._read(image)) for index, image in enumerate(images))
+
+    @staticmethod
+    def _name(image: Any, index: int) -> str:
+        return Path(image).stem if isinstance(image, str | Path) else str(index)
+
+    def _read(self, image: Any) -> Tensor:
+        """One image as uint8 (C, H, W)."""
+        if isinstance(image, str | Path):
+            image = open_image(Path(image))
+        if isinstance(image, Image.Image):
+            if self.in_channels == 3:
+                return torch.Tensor.as_subclass(to_rgb(image, upright=True), Tensor)
+            if self.in_channels == 1:
+                grey: Tensor = transforms.pil_to_tensor(ImageOps.exif_transpose(image).convert("L"))
+                return grey
+            raise UsageError(f"the network takes {self.in_channels} channels: give tensors instead of image files")
+        if not isinstance(image, Tensor):
+            raise UsageError(f"an image is a {type(image).__name__}, must be a path, a PIL image or a uint8 tensor")
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != self.in_channels:
+            raise UsageError(
+                f"an image is a tensor of {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}, "
+                f"must be uint8 ({self.in_channels}, H, W)"
+            )
+        return image
+
+    # Options.
+
+    @property
+    def free_settings(self) -> frozenset[str]:
+        """Options in which a checkpoint may differ from the run that takes it: all that do not change the network."""
+        effects = effects_of(type(self))
+        return frozenset(key.rpartition(".")[2] for key, effect in effects.items() if effect is not Effect.NETWORK)
+
+
+def class_weight_tensor(weights: Sequence[float], num_classes: int) -> Tensor:
+    """Per-class loss weights (K,), float32.
+
+    Raises:
+        UsageError: If there are not as many weights as classes, or one is negative or not finite.
+    """
+    tensor = torch.tensor([float(weight) for weight in weights])
+    if len(tensor) != num_classes or not (torch.isfinite(tensor) & (tensor >= 0)).all() or not tensor.any():
+        raise UsageError(
+            f"class_weights is {list(weights)}, must be {num_classes} numbers of at least 0, one for each class"
+        )
+    return tensor
+
+
+def captioned(images: Sequence[Sequence[tuple[str, Tensor]]], height: float = 3.0) -> Figure:
+    """Draws rows of images with captions.
+
+    Args:
+        images: Rows of captions and images (3, H, W), uint8.
+        height: Height of a row in inches.
+    """
+    rows, columns = len(images), max(map(len, images), default=1)
+    figure = Figure(figsize=(9, height * max(1, rows)), layout="constrained")
+    for axes, row in zip(figure.subplots(max(1, rows), columns, squeeze=False), images, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, (caption, image) in zip(axes, row, strict=False):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set_title(caption, fontsize=8)
+    return figure

@@ -1,108 +1,149 @@
-"""Image classification: global average pool and fully connected layer on the last map, cross-entropy."""
+"""Image classification: global average pooling and a fully connected layer on the backbone's last map."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
+from torchvision.transforms import v2
 
-from sis_lightning.backbones import BackboneConfig
-from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
+from sis_lightning.evaluation import TopKEvaluator
 from sis_lightning.models import Classifier
-from sis_lightning.tasks.base import BaseTask, Outputs
-
-
-class TopKAccuracy(MulticlassAccuracy):
-    """Share of images whose class is among the k likeliest, and the error in percent that papers print."""
-
-    def __init__(self, num_classes: int, k: int) -> None:
-        super().__init__(num_classes, top_k=k, average="micro")
-        self.k = k
-
-    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """`top{k}` in 0…1 and `top{k}_error_percent` in 0…100."""
-        accuracy = super().compute()
-        return {f"top{self.k}": accuracy, f"top{self.k}_error_percent": 100 * (1 - accuracy)}
+from sis_lightning.option_effects import Effect
+from sis_lightning.tasks.arguments import BackboneLike
+from sis_lightning.tasks.base import BaseTask, Batch, Outputs, class_weight_tensor
+from sis_lightning.tasks.predictions import ClassificationPrediction
 
 
 class ClassificationTask(BaseTask):
-    """Classifies whole images: (N, 3, H, W) → logits (N, num_classes); cross-entropy; top-1 and top-5.
+    """Classifies whole images with cross-entropy as the loss; scored by top-1 and top-5 accuracy.
+
+    Batches are those of `BaseTask`, with `image` (N, C, H, W) and the target `label` (N,), 0…K-1. `predict` returns
+    `ClassificationPrediction`.
 
     Args:
-        backbone: A file in `configs/backbones/` by its name (`sis29`), or its fields.
-        num_classes: Of the data set, at least 2.
-        label_smoothing: Share of the target spread over all classes, 0…1.
-        training: How to train: `optimizer` and what else `BaseTask` takes.
+        backbone: Name of a file in `configs/backbones/` such as `"sis29"`, a mapping of `BackboneConfig`'s fields, or a
+            `BackboneConfig`.
+        num_classes: Number of classes K, at least 2.
+        label_smoothing: Share of the target that is spread over all classes, 0…1.
+        class_weights: Weight of each class in the loss (K values); None weights all alike.
+        training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
+            `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
+            `freeze_backbone`, `compile_mode` and `meta`.
+
+    Raises:
+        UsageError: If an argument is invalid. It is also a ValueError.
     """
 
-    monitor = "val/top1"
-    free_settings = BaseTask.free_settings | {"label_smoothing"}
+    primary_metric = "top1"
+    target_keys = ("label",)
+    option_effects: ClassVar[Mapping[str, Effect]] = {"label_smoothing": Effect.RESULT, "class_weights": Effect.RESULT}
+    class_weight: Tensor | None
 
     def __init__(
         self,
-        backbone: BackboneConfig,
+        backbone: BackboneLike,
         num_classes: int,
         label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
         **training: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **training)
         if num_classes < 2:
-            raise UsageError(f"model.num_classes is {num_classes}, a classification needs at least 2")
+            raise UsageError(f"num_classes is {num_classes}, a classification needs at least 2")
+        if not 0 <= label_smoothing <= 1:
+            raise UsageError(f"label_smoothing is {label_smoothing}, must be in 0…1")
         self.label_smoothing = label_smoothing
-        ks = [k for k in (1, 5) if k < num_classes]
-        metrics = MetricCollection({f"top{k}": TopKAccuracy(num_classes, k) for k in ks}, compute_groups=False)
-        self.finish(Classifier(self.backbone_config, num_classes), metrics)
+        weight = None if class_weights is None else class_weight_tensor(class_weights, num_classes)
+        self.register_buffer("class_weight", weight, persistent=False)
+        self.finish(Classifier(self.backbone_config, num_classes, in_channels=self.in_channels))
+
+    def build_evaluator(self) -> Metric:
+        """Top-1 and top-5 accuracy over a split."""
+        return TopKEvaluator(self.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised (N, 3, H, W) → logits (N, num_classes)."""
+        """Maps normalised images (N, C, H, W) to logits (N, num_classes)."""
         logits: Tensor = self.model(images)
         return logits
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy over the batch."""
-        logits = self(batch["image"])
-        return {"cross_entropy": F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)}
+        """Computes the cross-entropy of a batch: `image` (N, C, H, W) and `label` (N,)."""
+        logits, weight = self(batch["image"]), self.class_weight
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if weight is not None:
+            weight = weight.to(logits.dtype)
+        loss = F.cross_entropy(logits, batch["label"], weight, label_smoothing=self.label_smoothing)
+        return {"cross_entropy": loss}
 
-    def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
-        """Top-k over the split."""
-        logits = self(batch["image"]).float()
+    def infer(self, batch: Batch) -> Outputs:
+        """Predicts `probabilities` (num_classes,) of each image."""
+        return self._outputs(self._logits(batch))
+
+    def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
+        """Predicts a batch with `label`, and updates top-1 and top-5 with it."""
+        self._require(batch, "image", "label")
+        logits = self._logits(batch)
         metrics.update(logits, batch["label"])
         return self._outputs(logits)
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Outputs:
-        """`probabilities` (num_classes,) of each image."""
-        return self._outputs(self(batch["image"]).float())
+    def _logits(self, batch: Batch) -> Tensor:
+        images = batch["image"]
+        if isinstance(images, Tensor):
+            logits: Tensor = self(images)
+        else:  # of different sizes
+            logits = torch.cat([self(image[None]) for image in images])
+        return logits.float()
 
     def _outputs(self, logits: Tensor) -> Outputs:
         return [{"probabilities": probabilities} for probabilities in logits.softmax(dim=1)]
 
-    def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """A row with the likeliest class and the probability of every class; no file of its own."""
-        probabilities = output["probabilities"].cpu()
-        names = self.class_names
-        best = int(probabilities.argmax())
-        shares = {f"p({names[i]})": round(float(p), 6) for i, p in enumerate(probabilities)}
-        return {"name": name, "class": names[best], "probability": round(float(probabilities[best]), 6), **shares}
+    def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Brings an image to the size of training, as `meta.image_size` and `meta.resize` say."""
+        size, resize = self.meta.image_size, self.meta.resize
+        if size is None or not resize:
+            return sample
+        if resize == "stretch":
+            image = v2.functional.resize(sample["image"], list(size), antialias=True)
+        else:
+            image = v2.functional.resize(sample["image"], [round(min(size) * 8 / 7)], antialias=True)
+            image = v2.functional.center_crop(image, list(size))
+        return {**sample, "image": image}
+
+    def _resizing(self) -> str:
+        size, resize = self.meta.image_size, self.meta.resize
+        if size is None or not resize:
+            return ""
+        height, width = size
+        if resize == "stretch":
+            return f"resized to {height}×{width} px"
+        return f"shorter side resized to {round(min(size) * 8 / 7)} px, then the centre of {height}×{width} px"
+
+    def predictions(self, batch: Batch, outputs: Outputs) -> list[ClassificationPrediction]:
+        """Makes a `ClassificationPrediction` of each image's probabilities."""
+        return [
+            ClassificationPrediction(
+                self.displayable(image), name, output["probabilities"].detach().float().cpu(), self.class_names
+            )
+            for image, name, output in zip(batch["image"], self.names_of(batch), outputs, strict=True)
+        ]
 
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
-        """Up to 16 images with the true and the predicted class, wrong ones in red."""
+        """Draws up to 16 images with the predicted and the true class; wrong ones have red captions."""
         count = min(16, len(outputs))
         figure = Figure(figsize=(8, 2.2 * -(-count // 4)), layout="constrained")
         axes = figure.subplots(-(-count // 4), 4, squeeze=False).reshape(-1)
-        names = self.class_names
         for axis in axes:
             axis.set_axis_off()
-        for index in range(count):
-            probabilities = outputs[index]["probabilities"].cpu()
-            best, true = int(probabilities.argmax()), int(batch["label"][index])
-            axes[index].imshow(self.displayable(batch["image"][index]).permute(1, 2, 0).numpy())
-            colour = "black" if best == true else "firebrick"
-            title = f"{names[best]} {probabilities[best]:.2f}\ntrue: {names[true]}"
-            axes[index].set_title(title, fontsize=8, color=colour)
+        for axis, prediction, label in zip(axes, self.predictions(batch, outputs), batch["label"], strict=False):
+            axis.imshow(prediction.rgb.permute(1, 2, 0).numpy())
+            color = "black" if prediction.label == int(label) else "firebrick"
+            caption = f"{prediction.class_name} {prediction.probability:.2f}\ntrue: {self.class_names[int(label)]}"
+            axis.set_title(caption, fontsize=8, color=color)
         return figure

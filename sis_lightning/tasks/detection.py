@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from matplotlib import colormaps, get_data_path
+import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchvision.utils import draw_bounding_boxes
+from torchmetrics import Metric
 
-from sis_lightning.backbones import BackboneConfig
-from sis_lightning.datamodules import Batch
+from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
-from sis_lightning.evaluation.gathered import GatheredScores, Row
+from sis_lightning.evaluation import COCOEvaluator, VOCEvaluator
 from sis_lightning.models import Detector
 from sis_lightning.models.detector import Norm
-from sis_lightning.tasks.base import BaseTask, Outputs, enlarge
+from sis_lightning.option_effects import Effect
+from sis_lightning.tasks.arguments import BackboneLike
+from sis_lightning.tasks.base import BaseTask, Batch, Outputs, captioned
+from sis_lightning.tasks.predictions import DetectionPrediction
 
 
 class DetectionTask(BaseTask):
-    """Finds boxes: images (3, H, W) of any size → boxes in px of the image, classes, scores; Faster R-CNN's losses.
+    """Detects objects with Faster R-CNN's losses; scored as the data set is, by COCO's 12 metrics or VOC's AP.
 
-    Scored as the data set is: COCO's twelve figures, or VOC's average precision, over the whole split at once.
+    Batches are those of `BaseTask`, with the targets `boxes`, a list of (n, 4): x1, y1, x2, y2 in px of the image, and
+    `labels`, a list of (n,), 1…K. Evaluation batches may carry `truth`, a list with one mapping an image (see
+    `sis_lightning.evaluation`), which knows crowds, difficult objects and image ids; without it the boxes and labels
+    are the ground truth. `predict` returns `DetectionPrediction`.
 
     Args:
-        backbone: A file in `configs/backbones/` by its name (`sis50`), or its fields; four stages.
-        num_classes: Without background.
-        min_size: Images are resized so that the shorter side has this many px …
-        max_size: … but the longer side at most this.
-        levels: The backbone's maps that the feature pyramid stands on.
-        fpn_channels: Of the feature pyramid.
-        fpn_norm: `bn`, `syncbn`, `gn` or `none`, after each convolution of the pyramid.
-        head_channels: Of the box head.
-        head_norm: `none`: two fully connected layers; else four convolutions with this norm and one such layer.
+        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
+            `BackboneConfig`. It needs four stages.
+        num_classes: Number of classes K, without background.
+        min_size: Length in px to which the shorter side of an image is resized, unless `max_size` limits it.
+        max_size: Upper limit in px of the longer side of a resized image.
+        levels: Names of the backbone's maps under the feature pyramid, finest first.
+        fpn_channels: Number of channels of the feature pyramid.
+        fpn_norm: Norm behind each convolution of the pyramid: `bn`, `syncbn`, `gn` or `none`.
+        head_channels: Number of channels of the fully connected layers of the box head.
+        head_norm: `none` for a box head of two fully connected layers; with a norm, it has four convolutions with this
+            norm and one fully connected layer.
         anchor_sizes: Sides of the anchors in px: one for each level, and one for the level above them.
-        canonical_scale: Side in px of a box that is pooled at stride 16.
-        detector: Further arguments of torchvision's `FasterRCNN`, such as `box_batch_size_per_image: 512`.
-        freeze_norm: Keeps the statistics and scales of the backbone's batch norm as `backbone_weights` have them.
-        shown_score: Least score of what is drawn and of what `predict` lists, 0…1.
-        training: How to train: `optimizer` and what else `BaseTask` takes.
+        canonical_scale: Side in px of a box whose features come from stride 16.
+        detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`.
+        freeze_norm: Whether the backbone's batch norm keeps the statistics and scales of `backbone_weights`.
+        shown_score: Least score of the objects that are drawn and that `sis-lightning predict` lists, 0…1.
+        training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
+            `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
+            `freeze_backbone`, `compile_mode` and `meta`.
 
     Raises:
-        UsageError: For settings that do not fit each other, or frozen norms on random weights.
+        UsageError: If an argument is invalid, or norms with random weights were to be frozen. It is also a ValueError.
     """
 
-    monitor = "val/AP"
-    free_settings = BaseTask.free_settings | {
-        *("min_size", "max_size", "shown_score", "freeze_norm", "box_score_thresh", "box_nms_thresh"),
-        *("box_detections_per_img", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "rpn_score_thresh"),
+    primary_metric = "AP"
+    target_keys = ("boxes", "labels")
+    option_effects: ClassVar[Mapping[str, Effect]] = {
+        "min_size": Effect.RESULT,
+        "max_size": Effect.RESULT,
+        "levels": Effect.NETWORK,
+        "fpn_channels": Effect.NETWORK,
+        "fpn_norm": Effect.NETWORK,
+        "head_channels": Effect.NETWORK,
+        "head_norm": Effect.NETWORK,
+        "anchor_sizes": Effect.NETWORK,
+        "canonical_scale": Effect.NETWORK,
+        "detector": Effect.NETWORK,
+        # Some entries of `detector` change how it is trained or tested, but not the network.
+        "detector.box_score_thresh": Effect.RESULT,
+        "detector.box_nms_thresh": Effect.RESULT,
+        "detector.box_detections_per_img": Effect.RESULT,
+        "detector.rpn_pre_nms_top_n_test": Effect.RESULT,
+        "detector.rpn_post_nms_top_n_test": Effect.RESULT,
+        "detector.rpn_score_thresh": Effect.RESULT,
+        "freeze_norm": Effect.RESULT,
+        "shown_score": Effect.NOTHING,
     }
+    model: Detector
 
     def __init__(
         self,
-        backbone: BackboneConfig,
+        backbone: BackboneLike,
         num_classes: int,
         min_size: int = 800,
         max_size: int = 1333,
@@ -73,12 +99,12 @@ class DetectionTask(BaseTask):
         **training: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **training)
-        if freeze_norm and not self.backbone_weights:
+        if freeze_norm and not self.backbone_weights and not self.weights:
             raise UsageError(
-                "model.freeze_norm keeps the statistics of model.backbone_weights, but none are given:\n"
-                "  on weights drawn at random it would leave the backbone without any norm."
+                "freeze_norm keeps the statistics of backbone_weights or weights, but neither is given:\n"
+                "  with random weights it would leave the backbone without any norm."
             )
-        self.shown_score = shown_score
+        self.shown_score, self.min_size, self.max_size = shown_score, min_size, max_size
         model = Detector(
             self.backbone_config,
             num_classes,
@@ -92,104 +118,87 @@ class DetectionTask(BaseTask):
             anchor_sizes=anchor_sizes,
             canonical_scale=canonical_scale,
             freeze_norm=freeze_norm,
+            in_channels=self.in_channels,
             detector=detector,
         )
-        self.finish(model, GatheredScores())
+        self.finish(model)
+
+    def _default_meta(self) -> DatasetMeta:
+        names = tuple(str(label) for label in range(1, self.num_classes + 1))
+        return dataclasses.replace(super()._default_meta(), class_names=names)
+
+    def build_evaluator(self) -> Metric:
+        """VOC's average precision if `meta.protocol` is `voc`, else COCO's 12 metrics, over a split."""
+        if self.meta.protocol == "voc":
+            return VOCEvaluator(self.class_names)
+        ids = self.meta.category_ids or tuple(range(1, self.num_classes + 1))
+        return COCOEvaluator("bbox", ids, self.meta.backend, class_names=self.class_names)
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Detects objects in normalised images (3, H, W), as `Detector.forward` in evaluation mode."""
+        """Detects objects in normalised images (C, H, W) of any sizes; in evaluation mode.
+
+        Returns:
+            For each image `boxes` (n, 4) in px of the image, `labels` (n,), 1…K, and `scores` (n,), descending.
+        """
         found: list[dict[str, Tensor]] = self.model(images)
         return found
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Region proposals' objectness and boxes, heads' classes and boxes."""
+        """Computes the losses of the region proposals (objectness, boxes) and of the box head (classes, boxes)."""
         targets = [
             {"boxes": boxes, "labels": labels} for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
         ]
-        losses: dict[str, Tensor] = self.model(batch["image"], targets)
+        losses: dict[str, Tensor] = self.model(list(batch["image"]), targets)
         return losses
 
-    def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
-        """Collects the boxes of each image."""
-        outputs = self.predict_step(batch)
-        numbers = self.data.category_ids
-        rows: list[Row] = []
-        ids = [item.item() if isinstance(item, Tensor) else item for item in batch["image_id"]]
-        for image_id, output in zip(ids, outputs, strict=True):
-            boxes = output["boxes"].cpu().double()
-            boxes[:, 2:] -= boxes[:, :2]
-            rows += [
-                {"image_id": image_id, "category_id": numbers[label - 1], "bbox": box, "score": score}
-                for box, label, score in zip(
-                    boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True
-                )
+    def infer(self, batch: Batch) -> Outputs:
+        """Predicts `boxes`, `labels` and `scores` of each image, as `forward`, in float32 or float64."""
+        return [
+            {
+                key: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+                for key, value in output.items()
+            }
+            for output in self(list(batch["image"]))
+        ]
+
+    def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
+        """Predicts a batch with `truth`, or `boxes` and `labels`, and updates the metrics with it."""
+        truth = batch.get("truth")
+        if truth is None:
+            self._require(batch, "image", "boxes", "labels")
+            truth = [
+                {"boxes": boxes.cpu().double().numpy(), "labels": labels.cpu().numpy()}
+                for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
             ]
-        metrics.update(rows, ids)
+        outputs = self.infer(batch)
+        metrics.update(outputs, truth)
         return outputs
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Outputs:
-        """`boxes`, `labels` and `scores` of each image, as `forward`."""
+    def predictions(self, batch: Batch, outputs: Outputs) -> list[DetectionPrediction]:
+        """Makes a `DetectionPrediction` of each image's boxes."""
         return [
-            {key: value.float() if value.is_floating_point() else value for key, value in output.items()}
-            for output in self(batch["image"])
-        ]
-
-    def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """`pictures/NAME.jpg` with boxes, classes and scores; the row lists them as `objects`."""
-        shown = {key: value.cpu() for key, value in self._shown(output).items()}
-        path = folder / "pictures" / f"{name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self._drawn(image, shown).permute(1, 2, 0).numpy()).save(path, quality=90)
-        objects = [
-            {"class": self.class_names[label - 1], "score": round(score, 4), "box": [round(side, 2) for side in box]}
-            for label, score, box in zip(
-                shown["labels"].tolist(), shown["scores"].tolist(), shown["boxes"].tolist(), strict=True
+            DetectionPrediction(
+                self.displayable(image),
+                name,
+                **{key: output[key].detach().cpu() for key in ("boxes", "labels", "scores")},
+                classes=self.class_names,
+                min_score=self.shown_score,
             )
+            for image, name, output in zip(batch["image"], self.names_of(batch), outputs, strict=True)
         ]
-        return {"name": name, "picture": str(path.relative_to(folder)), "found": len(objects), "objects": objects}
 
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
-        """Up to four rows of true and found boxes, with classes and scores."""
-        count = min(4, len(outputs))
-        figure = Figure(figsize=(9, 4 * count), layout="constrained")
-        for index, row in enumerate(figure.subplots(count, 2, squeeze=False)):
-            image = self.displayable(batch["image"][index])
-            truth = {"boxes": batch["boxes"][index].cpu(), "labels": batch["labels"][index].cpu()}
-            found = {key: value.cpu() for key, value in self._shown(outputs[index]).items()}
-            for axis, kind, objects in zip(row, ("truth", "prediction"), (truth, found), strict=True):
-                axis.imshow(self._drawn(image, objects).permute(1, 2, 0).numpy())
-                axis.set_title(f"{kind}: {len(objects['boxes'])}", fontsize=8)
-                axis.set_axis_off()
-        return figure
-
-    def _shown(self, output: dict[str, Tensor]) -> dict[str, Tensor]:
-        keep = output["scores"] >= self.shown_score
-        return {key: value[keep] for key, value in output.items()}
-
-    def _drawn(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
-        """Boxes on an image (3, H, W) of 0…1, as uint8; small images are enlarged so that names can be read."""
-        picture, enlarged, scale = enlarge(image)
-        if "scores" in objects:  # the surest on top
-            order = objects["scores"].argsort()
-            objects = {key: value[order] for key, value in objects.items()}
-        labels = objects["labels"].tolist()
-        if not labels:
-            return picture
-        names = [self.class_names[label - 1] for label in labels]
-        if "scores" in objects:
-            names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
-        palette = colormaps["tab10"]
-        colours = [tuple(int(255 * part) for part in palette(label % 10)[:3]) for label in labels]
-        drawn: Tensor = draw_bounding_boxes(
-            picture,
-            objects["boxes"] * enlarged,
-            names,
-            colours,
-            width=round(3 * scale),
-            font=str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
-            font_size=round(20 * scale),
-            label_colors="white",
-            label_background_colors=colours,
-            fill_labels=True,
-        )
-        return drawn
+        """Draws up to four rows of annotated and detected objects, with classes and scores."""
+        rows = []
+        for index, prediction in enumerate(self.predictions(batch, outputs)[:4]):
+            boxes, labels = batch["boxes"][index].cpu().float(), batch["labels"][index].cpu()
+            scores = torch.full((len(labels),), torch.nan)
+            truth = dataclasses.replace(prediction, boxes=boxes, labels=labels, scores=scores)
+            found = prediction.above(self.shown_score)
+            rows.append(
+                [
+                    (f"ground truth: {len(truth.boxes)}", truth.draw()),
+                    (f"prediction: {len(found.boxes)}", found.draw()),
+                ]
+            )
+        return captioned(rows, height=4)

@@ -1,117 +1,194 @@
-"""Human joints: heatmaps from deconvolutions on our backbones (Simple Baselines, Xiao et al. 2018)."""
+"""Human keypoints: heatmaps from deconvolutions on our backbones (Simple Baselines, Xiao et al. 2018)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchvision.utils import draw_keypoints
+from torchmetrics import Metric
 
-from sis_lightning.backbones import BackboneConfig
-from sis_lightning.datamodules import Batch
-from sis_lightning.datasets.constants import COCO_JOINTS, COCO_SKELETON
+from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, COCO_SKELETON
+from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
-from sis_lightning.evaluation.gathered import GatheredScores
+from sis_lightning.evaluation import COCOEvaluator
 from sis_lightning.models import PoseNet
-from sis_lightning.models.heatmap_codec import HeatmapCodec, mirror, oks_nms, rescore
-from sis_lightning.tasks.base import BaseTask, Outputs, enlarge
-
-_BONES = [(start - 1, end - 1) for start, end in COCO_SKELETON]
+from sis_lightning.models.heatmap_codec import Crop, HeatmapCodec, mirror, oks_nms, rescore
+from sis_lightning.option_effects import Effect
+from sis_lightning.tasks.arguments import BackboneLike
+from sis_lightning.tasks.base import BaseTask, Batch, ImageLike, Outputs, captioned
+from sis_lightning.tasks.predictions import KeypointPrediction
 
 
 class KeypointTask(BaseTask):
-    """Finds the 17 joints of people in given boxes: crops (N, 3, H, W) → heatmaps (N, 17, H/4, W/4).
+    """Finds the keypoints of people in given boxes, by heatmaps of a crop of each; scored by COCO's 10 metrics.
 
-    The loss is the mean square of the heatmaps' differences, of annotated joints. Testing averages a crop and its
-    mirror image, rescores a person by its joints, and leaves out who resembles another (OKS 0.9); scored by COCO's ten
-    figures over the split.
+    The loss is the mean squared error of the heatmaps of annotated keypoints. Evaluation averages a crop and its mirror
+    image, multiplies a person's score by that of the keypoints, and drops people who resemble another (OKS above 0.9).
+
+    Training batches are those of `BaseTask`, with `image` a crop of one person (N, C, H, W), H and W multiples of the
+    backbone's stride, and the target `keypoints` (N, 17, 3): x, y in px of the crop, and visibility (0: not annotated).
+    Evaluation batches hold whole images and, as lists over these, `crops` (P, C, H, W), uint8, `to_image` (P, 2, 3),
+    the affine map from crop to image, `box_scores` (P,), `areas` (P,) in px², and `truth` (see
+    `sis_lightning.evaluation`). `predict` returns `KeypointPrediction`.
 
     Args:
-        backbone: A file in `configs/backbones/` by its name (`sis50`), or its fields.
-        deconv_channels: Of each deconvolution on the backbone's last map; the heatmaps' stride is the backbone's
-            divided by two for each.
-        sigma: Of the heatmaps' Gaussians, in heatmap px.
-        flip_test: Averages with the mirrored crop.
-        shown_score: Least score of people and of joints that are drawn and that `predict` lists, 0…1.
-        num_classes: 1: people.
-        training: How to train: `optimizer` and what else `BaseTask` takes.
+        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
+            `BackboneConfig`.
+        deconv_channels: Number of output channels of each deconvolution on the backbone's last map. The stride of the
+            heatmaps is the backbone's, halved by each.
+        sigma: Standard deviation of the Gaussians in the heatmaps, in heatmap px, above 0.
+        flip_test: Whether evaluation averages the heatmaps of the crop and of its mirror image.
+        shown_score: Least score of the people and keypoints that are drawn and that `sis-lightning predict` lists, 0…1.
+        num_classes: Number of classes, 1: person.
+        num_keypoints: Number of keypoints of a person.
+        training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
+            `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
+            `freeze_backbone`, `compile_mode` and `meta`.
 
     Raises:
-        UsageError: For settings that cannot be.
+        UsageError: If an argument is invalid. It is also a ValueError.
     """
 
-    monitor = "val/AP"
-    free_settings = BaseTask.free_settings | {"sigma", "flip_test", "shown_score"}
+    primary_metric = "AP"
+    target_keys = ("keypoints",)
+    option_effects: ClassVar[Mapping[str, Effect]] = {
+        "deconv_channels": Effect.NETWORK,
+        "sigma": Effect.RESULT,
+        "flip_test": Effect.RESULT,
+        "shown_score": Effect.NOTHING,
+        "num_keypoints": Effect.NETWORK,
+    }
+    model: PoseNet
 
     def __init__(
         self,
-        backbone: BackboneConfig,
+        backbone: BackboneLike,
         deconv_channels: tuple[int, ...] = (256, 256, 256),
         sigma: float = 2.0,
         flip_test: bool = True,
         shown_score: float = 0.2,
         num_classes: int = 1,
+        num_keypoints: int = len(COCO_KEYPOINTS),
         **training: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **training)
         if sigma <= 0:
-            raise UsageError(f"model.sigma is {sigma}, must be above 0")
+            raise UsageError(f"sigma is {sigma}, must be above 0")
+        if num_classes != 1:
+            raise UsageError(f"num_classes is {num_classes}, must be 1: the keypoints of people")
         self.sigma, self.flip_test, self.shown_score = sigma, flip_test, shown_score
-        model = PoseNet(self.backbone_config, len(COCO_JOINTS), tuple(deconv_channels))
+        self.num_keypoints = num_keypoints
+        model = PoseNet(self.backbone_config, num_keypoints, tuple(deconv_channels), in_channels=self.in_channels)
         self.stride = model.stride
-        self.finish(model, GatheredScores())
+        self.finish(model)
 
-    def codec(self, pictures: Tensor) -> HeatmapCodec:
-        """What goes between the joints in such pictures (N, 3, H, W) and heatmaps."""
-        height, width = pictures.shape[-2:]
+    def _default_meta(self) -> DatasetMeta:
+        meta = dataclasses.replace(super()._default_meta(), class_names=("person",), category_ids=(1,), protocol="coco")
+        meta = dataclasses.replace(meta, image_size=(256, 192))
+        if self.num_keypoints != len(COCO_KEYPOINTS):
+            return dataclasses.replace(meta, keypoint_names=tuple(map(str, range(self.num_keypoints))))
+        return dataclasses.replace(
+            meta,
+            keypoint_names=COCO_KEYPOINTS,
+            flip_pairs=COCO_FLIP_PAIRS,
+            skeleton=tuple((start - 1, end - 1) for start, end in COCO_SKELETON),
+            sigmas=COCO_SIGMAS,
+        )
+
+    def set_meta(self, meta: DatasetMeta | Mapping[str, Any]) -> None:
+        """Takes what the task must know of a data set; see `BaseTask.set_meta`.
+
+        Args:
+            meta: Names, numbers and conventions. If it has no keypoints, those that the task knows already are kept.
+
+        Raises:
+            UsageError: If the number of keypoints, classes or channels is not that of the network.
+        """
+        meta = meta if isinstance(meta, DatasetMeta) else DatasetMeta.from_dict(meta)
+        known: DatasetMeta | None = self.__dict__.get("meta")
+        if not meta.keypoint_names and known is not None:
+            keys = ("keypoint_names", "flip_pairs", "skeleton", "sigmas")
+            meta = dataclasses.replace(meta, **{key: getattr(known, key) for key in keys})
+        if meta.keypoint_names and len(meta.keypoint_names) != self.num_keypoints:
+            raise UsageError(
+                f"the data has {len(meta.keypoint_names)} keypoints, but the network {self.num_keypoints}: "
+                f"set num_keypoints to {len(meta.keypoint_names)}"
+            )
+        super().set_meta(meta)
+
+    @property
+    def _knows_nothing(self) -> bool:
+        return self.meta == self._default_meta()
+
+    def build_evaluator(self) -> Metric:
+        """COCO's 10 keypoint metrics over a split."""
+        ids = self.meta.category_ids or (1,)
+        sigmas = self.meta.sigmas or None
+        return COCOEvaluator("keypoints", ids, self.meta.backend, class_names=self.class_names, sigmas=sigmas)
+
+    def codec(self, crops: Tensor) -> HeatmapCodec:
+        """The conversion between keypoints in crops (N, C, H, W) and heatmaps."""
+        height, width = crops.shape[-2:]
         return HeatmapCodec(height, width, self.stride, self.sigma)
 
     def forward(self, crops: Tensor) -> Tensor:
-        """Normalised (N, 3, H, W) → heatmaps (N, 17, H/s, W/s)."""
+        """Maps normalised crops (N, C, H, W) to heatmaps (N, num_keypoints, H/stride, W/stride)."""
         heatmaps: Tensor = self.model(crops)
         return heatmaps
 
+    def normalized(self, batch: Batch) -> Batch:
+        """A batch with normalised crops; whole images of an evaluation stay as they are, since they are only drawn."""
+        if "crops" not in batch:
+            return super().normalized(batch)
+        return {**batch, "crops": [self.normalize(crops) for crops in batch["crops"]]}
+
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Half the mean squared error over all heatmaps, those of joints that are not annotated counting 0."""
-        wanted, weights = self.codec(batch["image"]).encode(batch["joints"])
-        error = (self(batch["image"]).float() - wanted) * weights[..., None, None]
+        """Computes half the mean squared error over all heatmaps; keypoints that are not annotated count as 0.
+
+        Args:
+            batch: `image` (N, C, H, W), normalised, and `keypoints` (N, K, 3) in px of the crop.
+        """
+        wanted, weights = self.codec(batch["image"]).encode(batch["keypoints"])
+        heatmaps = self(batch["image"])
+        heatmaps = heatmaps.to(torch.promote_types(heatmaps.dtype, torch.float32))
+        error = (heatmaps - wanted) * weights[..., None, None]
         return {"heatmaps": 0.5 * error.square().mean()}
 
-    def evaluate(self, batch: Batch, metrics: Metric | MetricCollection) -> Outputs:
-        """Collects the people of each image."""
-        outputs = self.predict_step(batch)
-        rows, category = [], self.data.category_ids[0]
-        ids = [item.item() if isinstance(item, Tensor) else item for item in batch["image_id"]]
-        for image_id, output in zip(ids, outputs, strict=True):
-            for person, score in zip(output["keypoints"].flatten(1).tolist(), output["scores"].tolist(), strict=True):
-                rows.append({"image_id": image_id, "category_id": category, "keypoints": person, "score": score})
-        metrics.update(rows, ids)
-        return outputs
+    def infer(self, batch: Batch) -> Outputs:
+        """Predicts the people of each image.
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0) -> Outputs:
-        """For each image `keypoints` (P, 17, 3) x, y in its px and score, and `scores` (P,) of the people."""
+        Returns:
+            For each image `keypoints` (P, K, 3): x and y in its px and a score, `scores` (P,) and `boxes` (P, 4).
+        """
+        self._require(batch, "image", "crops", "to_image", "box_scores", "areas")
         counts = [len(crops) for crops in batch["crops"]]
-        to_image = torch.cat(list(batch["to_image"])).cpu()
-        crops = torch.cat(list(batch["crops"]))
-        found = torch.zeros(0, len(COCO_JOINTS), 3, dtype=torch.float64)
+        # Positions stay exact, on the CPU, whatever the network computes in.
+        to_image = torch.cat(list(batch["to_image"])).cpu().double()
+        crops = torch.cat(list(batch["crops"])).to(self.device)
+        found = torch.zeros(0, self.num_keypoints, 3, dtype=torch.float64)
+        boxes = torch.zeros(0, 4, dtype=torch.float64)
         if len(crops):
-            parts = [self._heatmaps(part).float().cpu() for part in torch.split(crops, self.data.batch_size)]
+            parts = [self._heatmaps(part).float().cpu() for part in torch.split(crops, _CROPS_AT_ONCE)]
             found = self.codec(crops).decode(torch.cat(parts), to_image)
+            boxes = _boxes_of(to_image, crops.shape[-2:])
         outputs = []
-        for people, boxes, areas in zip(torch.split(found, counts), batch["box_scores"], batch["areas"], strict=True):
-            joints = people.detach().numpy()
+        people = zip(
+            torch.split(found, counts), torch.split(boxes, counts), batch["box_scores"], batch["areas"], strict=True
+        )
+        for keypoints, places, box_scores, areas in people:
+            values = keypoints.detach().numpy()
             scores = np.array(
-                [rescore(float(box), person[:, 2]) for box, person in zip(boxes.cpu(), joints, strict=True)]
+                [rescore(float(score), person[:, 2]) for score, person in zip(box_scores.cpu(), values, strict=True)]
             )
-            kept = oks_nms(joints, scores, areas.cpu().numpy())
-            outputs.append({"keypoints": people[kept], "scores": torch.from_numpy(scores[kept])})
+            kept = oks_nms(values, scores, areas.cpu().double().numpy())
+            outputs.append(
+                {"keypoints": keypoints[kept], "scores": torch.from_numpy(scores[kept]), "boxes": places[kept]}
+            )
         return outputs
 
     def _heatmaps(self, crops: Tensor) -> Tensor:
@@ -119,59 +196,125 @@ class KeypointTask(BaseTask):
         heatmaps: Tensor = self(crops)
         return (heatmaps + mirror(self(crops.flip(-1)))) / 2 if self.flip_test else heatmaps
 
-    def write_prediction(self, image: Tensor, name: str, output: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """`pictures/NAME.jpg` with skeletons; the row lists `people` with their joints by name."""
-        path = folder / "pictures" / f"{name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self._drawn(image, self._shown(output)).permute(1, 2, 0).numpy()).save(path, quality=90)
-        people = [
-            {
-                "score": round(score, 4),
-                "joints": {
-                    joint: [round(x, 2), round(y, 2), round(seen, 4)]
-                    for joint, (x, y, seen) in zip(COCO_JOINTS, person, strict=True)
-                },
-            }
-            for person, score in zip(output["keypoints"].tolist(), output["scores"].tolist(), strict=True)
-            if score >= self.shown_score
+    def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
+        """Predicts an evaluation batch with `truth`, and updates the metrics with it."""
+        self._require(batch, "image", "truth")
+        outputs = self.infer(batch)
+        metrics.update(outputs, batch["truth"])
+        return outputs
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        batch_size: int = 8,
+        boxes: Any = None,
+    ) -> Any:
+        """Predicts the keypoints of people in images, on the device of the task, without a data set.
+
+        Args:
+            images: Path of an image or of a folder of images, PIL image, or uint8 tensor (C, H, W); or a sequence of
+                these, or a tensor (N, C, H, W). Files are rotated as their EXIF orientation says.
+            batch_size: Number of images that are predicted at once.
+            boxes: Boxes of the people in the image: (P, 4) x1, y1, x2, y2 in px, or (P, 5) with scores; for several
+                images a sequence of these. None takes each whole image as one person.
+
+        Returns:
+            One `KeypointPrediction` for one image; a list of them, in order (a folder's by name), for several.
+
+        Raises:
+            DataError: If a file is missing or not an image.
+            UsageError: If an image is of another type, or there are not as many boxes as images.
+        """
+        one, samples = self._samples(images)
+        if boxes is None:
+            named: Iterable[dict[str, Any]] = ({"image": image, "name": name} for name, image in samples)
+        else:
+            known = [boxes] if one else list(boxes)
+            listed = list(samples)
+            if len(known) != len(listed):
+                raise UsageError(f"boxes has {len(known)} entries, but there are {len(listed)} images")
+            named = (
+                {"image": image, "name": name, "people": people}
+                for (name, image), people in zip(listed, known, strict=True)
+            )
+        found = self._predict(named, batch_size)
+        return found[0] if one else found
+
+    def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Cuts the crop of each person, of the size of training (`meta.image_size`)."""
+        height, width = self.meta.image_size or (256, 192)
+        people = sample.pop("people", None)
+        if people is None:
+            people = [[0, 0, sample["image"].shape[2], sample["image"].shape[1]]]
+        boxes = np.asarray(torch.as_tensor(people).cpu(), dtype=np.float64)
+        if boxes.ndim != 2 or boxes.shape[1] not in (4, 5):
+            raise UsageError(f"boxes of an image have the shape {boxes.shape}, must be (P, 4) or (P, 5)")
+        scores = boxes[:, 4] if boxes.shape[1] == 5 else np.ones(len(boxes))
+        crops = [Crop.around(box[:4], (width, height)) for box in boxes]
+        cut = [crop.cut(sample["image"].cpu()) for crop in crops]
+        empty = torch.zeros(0, self.in_channels, height, width, dtype=torch.uint8)
+        return {
+            **sample,
+            "crops": torch.stack(cut) if cut else empty,
+            "to_image": torch.from_numpy(np.array([crop.to_image for crop in crops]).reshape(-1, 2, 3)),
+            "box_scores": torch.from_numpy(scores.copy()),
+            "areas": torch.tensor([crop.size[0] * crop.size[1] for crop in crops], dtype=torch.float64),
+        }
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {**batch, "crops": [crops.to(self.device) for crops in batch["crops"]]}
+
+    def predictions(self, batch: Batch, outputs: Outputs) -> list[KeypointPrediction]:
+        """Makes a `KeypointPrediction` of each image's people."""
+        return [
+            KeypointPrediction(
+                self.displayable(image),
+                name,
+                **{key: output[key].detach().cpu() for key in ("keypoints", "scores", "boxes")},
+                keypoint_names=self.meta.keypoint_names,
+                skeleton=self.meta.skeleton,
+                min_score=self.shown_score,
+            )
+            for image, name, output in zip(batch["image"], self.names_of(batch), outputs, strict=True)
         ]
-        boxes = self.data.notes.get("person boxes", "")
-        picture = str(path.relative_to(folder))
-        return {"name": name, "picture": picture, "found": len(people), "person boxes": boxes, "people": people}
 
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
-        """Up to four rows of true and found skeletons, images with people first."""
-        order = sorted(range(len(outputs)), key=lambda index: not len(batch["true_joints"][index]))[:4]
-        figure = Figure(figsize=(9, 4 * len(order)), layout="constrained")
-        for row, index in zip(figure.subplots(len(order), 2, squeeze=False), order, strict=True):
-            image = self.displayable(batch["image"][index])
-            truth, found = batch["true_joints"][index].cpu(), self._shown(outputs[index])
-            for axis, kind, people in zip(row, ("truth", "prediction"), (truth, found), strict=True):
-                axis.imshow(self._drawn(image, people).permute(1, 2, 0).numpy())
-                axis.set_title(f"{kind}: {len(people)}", fontsize=8)
-                axis.set_axis_off()
-        return figure
-
-    def _shown(self, output: dict[str, Tensor]) -> Tensor:
-        people: Tensor = output["keypoints"][output["scores"] >= self.shown_score]
-        return people
-
-    def _drawn(self, image: Tensor, people: Tensor) -> Tensor:
-        """Skeletons on an image (3, H, W) of 0…1, as uint8, each in a colour of its own, the first on top.
-
-        Joints below `shown_score` are left out.
-        """
-        picture, enlarged, scale = enlarge(image)
-        palette = colormaps["tab10"]
-        for index in reversed(range(len(people))):
-            person = people[index : index + 1]
-            picture = draw_keypoints(
-                picture,
-                person[..., :2] * enlarged,
-                connectivity=_BONES,
-                colors=tuple(int(255 * part) for part in palette(index % 10)[:3]),
-                radius=round(4 * scale),
-                width=round(3 * scale),
-                visibility=person[..., 2] > self.shown_score,
+        """Draws up to four rows of annotated and predicted skeletons, images with people first."""
+        annotated = [_annotated(truth) for truth in batch["truth"]]
+        predictions = self.predictions(batch, outputs)
+        rows = []
+        for index in sorted(range(len(outputs)), key=lambda index: not len(annotated[index]))[:4]:
+            prediction, people = predictions[index], annotated[index]
+            truth = dataclasses.replace(
+                prediction, keypoints=people, scores=torch.ones(len(people)), boxes=torch.zeros(len(people), 4)
             )
-        return picture
+            found = prediction.above(self.shown_score)
+            rows.append(
+                [
+                    (f"ground truth: {len(people)}", truth.draw()),
+                    (f"prediction: {len(found.scores)}", found.draw()),
+                ]
+            )
+        return captioned(rows, height=4)
+
+
+#: Crops of an evaluation that go through the network at once.
+_CROPS_AT_ONCE = 64
+
+
+def _annotated(truth: Mapping[str, Any]) -> Tensor:
+    """Keypoints (P, K, 3) of the people that have any."""
+    keypoints = torch.as_tensor(np.asarray(truth["keypoints"], dtype=np.float64))
+    ignored = torch.as_tensor(np.asarray(truth.get("ignored", np.zeros(len(keypoints), dtype=bool))))
+    people: Tensor = keypoints[(keypoints[..., 2] > 0).any(dim=1) & ~ignored]
+    return people
+
+
+def _boxes_of(to_image: Tensor, size: Sequence[int], margin: float = 1.25) -> Tensor:
+    """The boxes (P, 4) around which crops of a size (H, W) were cut."""
+    height, width = size
+    corners = torch.tensor([[0.0, 0.0, 1.0], [width, height, 1.0]], dtype=to_image.dtype)
+    ends = corners @ to_image.transpose(1, 2)  # (P, 2, 2)
+    centre, half = ends.mean(dim=1), (ends[:, 1] - ends[:, 0]).abs() / 2 / margin
+    return torch.cat([centre - half, centre + half], dim=1)

@@ -1,0 +1,66 @@
+"""Checkpoint files: found by a run's folder, and read only if they are intact."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sis_lightning.errors import DataError, nearest
+
+
+def find_checkpoint(path: Path, which: str = "last") -> Path:
+    """Finds the checkpoint that a path means.
+
+    Args:
+        path: A checkpoint, a run's folder, or the folder of its checkpoints.
+        which: Name of the checkpoint in a folder: `last` or `best`.
+
+    Raises:
+        DataError: If there is none; the message lists what is there, or the nearest names.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = f"; {nearest(path.name, beside)}" if beside else f"; the folder {path.parent} does not exist either"
+        raise DataError(f"{path}: there is no such checkpoint or run folder{hint}")
+    for folder in (path, path / "checkpoints"):
+        if (folder / f"{which}.ckpt").is_file():
+            return folder / f"{which}.ckpt"
+    there = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.ckpt"))
+    hint = f"it holds {', '.join(there[:5])}: name one of these" if there else "there is no .ckpt file in it"
+    raise DataError(f"{path}: no checkpoint {which}.ckpt in this folder; {hint}")
+
+
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint of this package as plain data, and verifies the checksum of every record.
+
+    Args:
+        path: The file.
+        mmap: Whether tensors are read from the file only when they are used.
+
+    Raises:
+        DataError: If the file is missing, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as records:
+            broken = records.testzip()
+        if broken is not None:
+            raise DataError(f"{path}: damaged (checksum of '{broken}')")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes zipfile and torch raise almost anything
+        size = path.stat().st_size
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{path}: damaged, or not a checkpoint ({size:,} bytes; {type(error).__name__}: {reason})"[:300]
+        ) from None
+    if not isinstance(content, dict) or "state_dict" not in content or "global_step" not in content:
+        raise DataError(f"{path}: not a checkpoint of sis-lightning: it has no state_dict or no global_step")
+    return content

@@ -1,0 +1,491 @@
+"""What the tasks predict for one image, as typed objects that draw and save themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps, get_data_path
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
+
+from sis_lightning.datasets.constants import VOID, voc_palette
+from sis_lightning.errors import UsageError
+
+Color = tuple[int, int, int]
+
+#: Names under which data sets have a background class, which overlays leave uncoloured.
+_BACKGROUNDS = frozenset({"background", "_background_", "bg", "0"})
+
+
+def _upscaled(image: Tensor) -> tuple[Tensor, int, float]:
+    """Repeats the pixels of a small image until its longer side has at least 480 px, so that labels can be read.
+
+    Args:
+        image: Image (3, H, W), uint8.
+
+    Returns:
+        The upscaled image, the factor, and the factor for line widths and font sizes (1 for 640 px).
+    """
+    factor = -(-480 // max(image.shape[1:]))
+    image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return image, factor, max(1.0, max(image.shape[1:]) / 640)
+
+
+def _tab10(index: int) -> Color:
+    red, green, blue = (int(255 * part) for part in colormaps["tab10"](index % 10)[:3])
+    return red, green, blue
+
+
+# Not frozen: a Trainer that returns predictions moves their tensors to the CPU, which it refuses to do in frozen ones.
+
+
+@dataclass(eq=False, repr=False)
+class Prediction(ABC):
+    """What a task predicts for one image.
+
+    In a notebook it displays itself. Tensors are on the CPU.
+
+    Attributes:
+        image: The image (C, H, W), uint8.
+        name: File name without its ending, name within the data set, or a running number.
+    """
+
+    image: Tensor
+    name: str
+
+    @abstractmethod
+    def draw(self) -> Tensor:
+        """Draws the prediction on the image.
+
+        Returns:
+            RGB (3, h, w), uint8. Images of less than 480 px are upscaled by a whole factor.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line that says what was found."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The prediction without pixels, as plain data for JSON."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes the files of this prediction into a folder, as `sis-lightning predict` does.
+
+        Args:
+            folder: The folder; subfolders are created.
+
+        Returns:
+            `to_dict()` with the paths of the files, relative to the folder.
+        """
+
+    @property
+    def rgb(self) -> Tensor:
+        """The image as RGB (3, H, W), uint8; of other numbers of channels, the first three or the first."""
+        return self.image[:3] if len(self.image) >= 3 else self.image[:1].expand(3, -1, -1)
+
+    def figure(self) -> Figure:
+        """The drawn prediction as a matplotlib figure with a title."""
+        drawn = self.draw()
+        height, width = drawn.shape[1:]
+        size = 7.0 / max(height, width)
+        figure = Figure(figsize=(max(3.0, width * size), height * size + 0.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(drawn.permute(1, 2, 0).numpy())
+        axes.set_title(self.describe(), fontsize=9, wrap=True)
+        axes.set_axis_off()
+        return figure
+
+    def show(self) -> None:
+        """Displays the figure: in a notebook below the cell, else in a window of matplotlib."""
+        from matplotlib import pyplot
+
+        if "inline" not in pyplot.get_backend() and pyplot.get_backend().lower() in ("agg", "pdf", "ps", "svg"):
+            print(f"{self.describe()} (no display here: save(path) writes an image)")
+            return
+        figure = pyplot.figure(figsize=self.figure().get_size_inches(), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(self.draw().permute(1, 2, 0).numpy())
+        axes.set_title(self.describe(), fontsize=9, wrap=True)
+        axes.set_axis_off()
+        pyplot.show()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the drawn prediction as an image file.
+
+        Args:
+            path: The file; its ending selects the format (`.png`, `.jpg`, …). Folders are created.
+
+        Returns:
+            The path.
+
+        Raises:
+            UsageError: If the format is unknown.
+        """
+        path = Path(path)
+        _require_format(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(self.draw().permute(1, 2, 0).numpy()).save(path)
+        return path
+
+    def _write_drawn(self, folder: Path) -> str:
+        path = folder / "images" / f"{self.name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(self.draw().permute(1, 2, 0).numpy()).save(path, quality=90)
+        return str(path.relative_to(folder))
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png", dpi=80)
+        return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.name!r}: {self.describe()}>"
+
+
+def _require_format(path: Path) -> None:
+    known = Image.registered_extensions()
+    if path.suffix.lower() not in known:
+        raise UsageError(f"path is '{path}': its ending must be that of an image format, such as .png or .jpg")
+
+
+@dataclass(eq=False, repr=False)
+class ClassificationPrediction(Prediction):
+    """The class of an image.
+
+    Attributes:
+        image: The image (C, H, W), uint8.
+        name: File name without its ending, name within the data set, or a running number.
+        probabilities: Probability of each class (K,), float32; their sum is 1.
+        classes: Names of all K classes.
+    """
+
+    probabilities: Tensor
+    classes: Sequence[str]
+
+    @property
+    def label(self) -> int:
+        """Index of the most probable class, 0…K-1."""
+        return int(self.probabilities.argmax())
+
+    @property
+    def class_name(self) -> str:
+        """Name of the most probable class."""
+        return self.classes[self.label]
+
+    @property
+    def probability(self) -> float:
+        """Probability of the most probable class, 0…1."""
+        return float(self.probabilities[self.label])
+
+    @property
+    def top5(self) -> list[tuple[str, float]]:
+        """Names and probabilities of the five most probable classes (fewer if there are fewer), in descending order."""
+        best = self.probabilities.topk(min(5, len(self.classes)))
+        return [(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+    def draw(self) -> Tensor:
+        """The image, upscaled by a whole factor if it has less than 480 px; the class stands in the figure's title."""
+        return _upscaled(self.rgb)[0]
+
+    def describe(self) -> str:
+        """The three most probable classes."""
+        return ", ".join(f"{name} {probability:.2f}" for name, probability in self.top5[:3])
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the figure, with the class as its title, as an image file.
+
+        Args:
+            path: The file; its ending selects the format (`.png`, `.jpg`, …). Folders are created.
+
+        Returns:
+            The path.
+
+        Raises:
+            UsageError: If the format is unknown.
+        """
+        path = Path(path)
+        _require_format(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.figure().savefig(path, dpi=100)
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """`name`, `class`, `probability`, and `p(CLASS)` of every class."""
+        every = {f"p({name})": round(p, 6) for name, p in zip(self.classes, self.probabilities.tolist(), strict=True)}
+        return {"name": self.name, "class": self.class_name, "probability": round(self.probability, 6), **every}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes no file: the row says all.
+
+        Args:
+            folder: Not used.
+
+        Returns:
+            `to_dict()`.
+        """
+        return self.to_dict()
+
+
+@dataclass(eq=False, repr=False)
+class SegmentationPrediction(Prediction):
+    """The class of every pixel of an image.
+
+    Attributes:
+        image: The image (C, H, W), uint8.
+        name: File name without its ending, name within the data set, or a running number.
+        mask: Class id of each pixel (H, W), uint8.
+        class_names: Names of all K classes; a mask id is an index into them.
+    """
+
+    mask: Tensor
+    class_names: Sequence[str]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the pixels of each class that occurs, 0…1, by class name."""
+        counts = np.bincount(self.mask.numpy().reshape(-1), minlength=VOID + 1)
+        return {
+            self.class_names[i]: float(counts[i] / self.mask.numel())
+            for i in np.flatnonzero(counts).tolist()
+            if i < len(self.class_names)
+        }
+
+    def colored(self) -> Image.Image:
+        """The mask as a palette image (mode P) in the colours of Pascal VOC's development kit."""
+        image = Image.fromarray(self.mask.numpy()).convert("P")
+        image.putpalette(voc_palette())
+        return image
+
+    def overlay(self) -> Tensor:
+        """The image with half-transparent class colours, at the image's own size.
+
+        Returns:
+            RGB (3, H, W), uint8. The background, if the first class is one, stays uncoloured.
+        """
+        present = [i for i in torch.unique(self.mask).tolist() if i != VOID]
+        if self.class_names and self.class_names[0].lower() in _BACKGROUNDS:
+            present = [i for i in present if i != 0]
+        if not present:
+            return self.rgb.clone()
+        palette = np.array(voc_palette(), dtype=int).reshape(-1, 3)
+        # A class with the colour black would look like a shadow.
+        colors = [tuple(palette[i].tolist()) if palette[i].any() else (224, 224, 192) for i in present]
+        masks = torch.stack([self.mask == i for i in present])
+        drawn: Tensor = draw_segmentation_masks(self.rgb.contiguous(), masks, alpha=0.5, colors=colors)
+        return drawn
+
+    def draw(self) -> Tensor:
+        """The overlay, upscaled by a whole factor if it has less than 480 px: RGB (3, h, w), uint8."""
+        return _upscaled(self.overlay())[0]
+
+    def describe(self) -> str:
+        """The four classes with the most pixels."""
+        ordered = sorted(self.shares.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {100 * share:.0f} %" for name, share in ordered[:4])
+
+    def to_dict(self) -> dict[str, Any]:
+        """`name`, and `shares` of the pixels by class name."""
+        return {"name": self.name, "shares": {name: round(share, 4) for name, share in self.shares.items()}}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes `masks/NAME.png` (class ids with a palette) and `overlays/NAME.jpg`, at the image's own size.
+
+        Args:
+            folder: The folder; subfolders are created.
+
+        Returns:
+            `to_dict()` with the paths of both files.
+        """
+        paths = {"mask": folder / "masks" / f"{self.name}.png", "overlay": folder / "overlays" / f"{self.name}.jpg"}
+        for path in paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.colored().save(paths["mask"])
+        Image.fromarray(self.overlay().permute(1, 2, 0).numpy()).save(paths["overlay"], quality=90)
+        row = self.to_dict()
+        files = {key: str(path.relative_to(folder)) for key, path in paths.items()}
+        return {"name": row.pop("name"), **files, **row}
+
+
+@dataclass(eq=False, repr=False)
+class DetectionPrediction(Prediction):
+    """The objects in an image, in descending order of their scores.
+
+    Attributes:
+        image: The image (C, H, W), uint8.
+        name: File name without its ending, name within the data set, or a running number.
+        boxes: Boxes (n, 4): x1, y1, x2, y2 in px of the image, float32.
+        labels: Class of each box (n,), 1…K.
+        scores: Score of each box (n,), 0…1; empty scores (NaN) for annotated objects.
+        classes: Names of all K classes.
+        min_score: Least score of the objects that are drawn and listed in `to_dict`.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    classes: Sequence[str]
+    min_score: float = 0.0
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class name of each box."""
+        return [self.classes[label - 1] for label in self.labels.tolist()]
+
+    def above(self, min_score: float) -> DetectionPrediction:
+        """The prediction without the objects of lower scores.
+
+        Args:
+            min_score: Least score that is kept, 0…1.
+        """
+        keep = ~(self.scores < min_score)
+        boxes, labels, scores = self.boxes[keep], self.labels[keep], self.scores[keep]
+        return dataclasses.replace(self, boxes=boxes, labels=labels, scores=scores, min_score=min_score)
+
+    def draw(self) -> Tensor:
+        """The objects of at least `min_score` on the image, upscaled if small: RGB (3, h, w), uint8."""
+        image, factor, scale = _upscaled(self.rgb)
+        shown = self.above(self.min_score)
+        if not len(shown.boxes):
+            return image
+        order = shown.scores.argsort().tolist()  # the highest score is drawn last, and so lies on top
+        names = [
+            name if score != score else f"{name} {score:.2f}"  # NaN: an annotated object
+            for name, score in zip(shown.class_names, shown.scores.tolist(), strict=True)
+        ]
+        colors = [_tab10(label) for label in shown.labels.tolist()]
+        ordered = [colors[i] for i in order]
+        drawn: Tensor = draw_bounding_boxes(
+            image,
+            shown.boxes[order] * factor,
+            [names[i] for i in order],
+            ordered,
+            width=round(3 * scale),
+            font=str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"),
+            font_size=round(20 * scale),
+            label_colors="white",
+            label_background_colors=ordered,
+            fill_labels=True,
+        )
+        return drawn
+
+    def describe(self) -> str:
+        """The number of objects of each class, of those of at least `min_score`."""
+        counts = Counter(self.above(self.min_score).class_names)
+        return ", ".join(f"{count} {name}" for name, count in counts.most_common(6)) or "no objects"
+
+    def to_dict(self) -> dict[str, Any]:
+        """`name`, the number of objects `found`, and `objects` with class, score and box, from `min_score` on."""
+        shown = self.above(self.min_score)
+        objects = [
+            {"class": name, "score": round(score, 4), "box": [round(side, 2) for side in box]}
+            for name, score, box in zip(shown.class_names, shown.scores.tolist(), shown.boxes.tolist(), strict=True)
+        ]
+        return {"name": self.name, "found": len(objects), "objects": objects}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes `images/NAME.jpg`, the image with boxes, classes and scores.
+
+        Args:
+            folder: The folder; subfolders are created.
+
+        Returns:
+            `to_dict()` with the path of the file as `image`.
+        """
+        row = self.to_dict()
+        return {"name": row.pop("name"), "image": self._write_drawn(folder), **row}
+
+
+@dataclass(eq=False, repr=False)
+class KeypointPrediction(Prediction):
+    """The keypoints of the people in an image, in descending order of their scores.
+
+    Attributes:
+        image: The image (C, H, W), uint8.
+        name: File name without its ending, name within the data set, or a running number.
+        keypoints: Keypoints (P, K, 3): x and y in px of the image, and a score in about 0…1, float64.
+        scores: Score of each person (P,), float64.
+        boxes: Box of each person (P, 4): x1, y1, x2, y2 in px of the image, float64.
+        keypoint_names: Names of the K keypoints.
+        skeleton: Pairs of connected keypoints, counted from 0.
+        min_score: Least score of the people and keypoints that are drawn, and of the people in `to_dict`.
+    """
+
+    keypoints: Tensor
+    scores: Tensor
+    boxes: Tensor
+    keypoint_names: Sequence[str]
+    skeleton: Sequence[tuple[int, int]] = field(default=())
+    min_score: float = 0.0
+
+    def above(self, min_score: float) -> KeypointPrediction:
+        """The prediction without the people of lower scores.
+
+        Args:
+            min_score: Least score that is kept, 0…1.
+        """
+        keep = self.scores >= min_score
+        return dataclasses.replace(
+            self, keypoints=self.keypoints[keep], scores=self.scores[keep], boxes=self.boxes[keep], min_score=min_score
+        )
+
+    def draw(self) -> Tensor:
+        """The skeletons of at least `min_score`, each in its own colour, on the image: RGB (3, h, w), uint8."""
+        image, factor, scale = _upscaled(self.rgb)
+        people = self.above(self.min_score).keypoints
+        for index in reversed(range(len(people))):  # the highest score is drawn last, and so lies on top
+            person = people[index : index + 1]
+            image = draw_keypoints(
+                image,
+                person[..., :2] * factor,
+                connectivity=[(start, end) for start, end in self.skeleton],
+                colors=_tab10(index),
+                radius=round(4 * scale),
+                width=round(3 * scale),
+                visibility=person[..., 2] > self.min_score,
+            )
+        return image
+
+    def describe(self) -> str:
+        """The number of people of at least `min_score`."""
+        count = len(self.above(self.min_score).scores)
+        return f"{count} {'person' if count == 1 else 'people'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """`name`, the number of `people` `found`, and each with score and keypoints by name, from `min_score` on."""
+        shown = self.above(self.min_score)
+        people = [
+            {
+                "score": round(score, 4),
+                "keypoints": {
+                    keypoint: [round(x, 2), round(y, 2), round(confidence, 4)]
+                    for keypoint, (x, y, confidence) in zip(self.keypoint_names, person, strict=True)
+                },
+            }
+            for person, score in zip(shown.keypoints.tolist(), shown.scores.tolist(), strict=True)
+        ]
+        return {"name": self.name, "found": len(people), "people": people}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes `images/NAME.jpg`, the image with skeletons.
+
+        Args:
+            folder: The folder; subfolders are created.
+
+        Returns:
+            `to_dict()` with the path of the file as `image`.
+        """
+        row = self.to_dict()
+        return {"name": row.pop("name"), "image": self._write_drawn(folder), **row}
