@@ -98,7 +98,7 @@ def _bare_step(task: BaseTask, data: SISDataModule) -> Any:
     batches = _batches(data)
 
     def step() -> None:
-        batch = data.on_after_batch_transfer(next(batches), 0)
+        batch = task.normalized(next(batches))
         loss = torch.stack(list(task.training_loss(batch).values())).sum()
         optimizer.zero_grad()
         torch.autograd.backward(loss)

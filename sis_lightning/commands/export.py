@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     size = f"{' '.join(str(transform).split())} of torchvision" if transform else network.preprocessing
     step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     metadata = {
-        "preprocessing": f"{size}; then values from 0 to 1, minus {list(data.mean)}, divided by {list(data.std)}",
+        "preprocessing": f"{size}; then values from 0 to 1, minus {list(task.meta.mean)}, divided by {list(task.meta.std)}",
         "checkpoint": {"file": checkpoint.name, "step": step},
     }
     done = export(network, out, metadata=metadata)

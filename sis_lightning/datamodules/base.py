@@ -33,12 +33,10 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler, sample_seed
-from sis_lightning.datasets import images as image_functions
-from sis_lightning.datasets.base import Batch, ImageDataset, Sample, collate
+from sis_lightning.datasets.base import ImageDataset, Sample, collate
 from sis_lightning.datasets.constants import SYNTHETIC_MARKER
 from sis_lightning.datasets.download import Archive, download, extract
 from sis_lightning.datasets.folder import UnlabelledDataset
@@ -260,7 +258,7 @@ class SISDataModule(LightningDataModule, ABC):
             DataError: If data is missing, damaged or empty.
         """
         if not self.root.exists() and not (stage == "predict" and self.predict_path):
-            raise MissingDataError(f"root '{self.root}' does not exist\n  {self.where_to_get()}".rstrip())
+            raise MissingDataError(f"root '{self.root}' does not exist\n  {self.layout()}".rstrip())
         needed: dict[str | None, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         for split in {**needed, None: list(SPLITS)}.get(stage, []):
             if split not in self.datasets:
@@ -279,10 +277,9 @@ class SISDataModule(LightningDataModule, ABC):
         for label, note in dataset.notes.items():
             self.notes[f"{split} {label}" if label == "without" else label] = note
 
-    def where_to_get(self) -> str:
-        """One line: where the data set comes from; empty if nothing is known."""
-        fetched = " (or download it with download=True)" if any(archive.fetched for archive in self.archives) else ""
-        return f"It is published at {self.archives[0].url}{fetched}." if self.archives else ""
+    def layout(self) -> str:
+        """One or two lines: which files are expected in `root`, and where they are published; empty if unknown."""
+        return ""
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Batches of `batch_size` over all devices; a last incomplete batch is left out."""
@@ -352,55 +349,3 @@ class SISDataModule(LightningDataModule, ABC):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    # Until the tasks normalise and score by themselves:
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalises images."""
-        images = batch["image"]
-        if isinstance(images, list):
-            batch["image"] = [self.normalize(image) for image in images]
-        else:
-            batch["image"] = self.normalize(images).contiguous(memory_format=torch.channels_last)
-        return batch
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Normalises images by the data set's mean and standard deviation."""
-        return image_functions.normalize(images, self.mean, self.std)
-
-    def denormalize(self, images: Tensor) -> Tensor:
-        """The inverse of `normalize`."""
-        return image_functions.denormalize(images, self.mean, self.std)
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of the training images."""
-        return next(iter(self.datasets.values())).meta.mean if self.class_names else DatasetMeta().mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Standard deviation of the training images."""
-        return next(iter(self.datasets.values())).meta.std if self.class_names else DatasetMeta().std
-
-    @property
-    def headline(self) -> str:
-        """The primary metric."""
-        return self.primary_metric
-
-    @property
-    def category_ids(self) -> tuple[int, ...]:
-        """The data set's own ids of the classes."""
-        return self.meta.category_ids
-
-    @property
-    def sources(self) -> dict[str, ImageDataset]:
-        """The Datasets."""
-        return self.datasets
-
-    def truth(self, split: Split) -> Any:
-        """What results of a split are scored against."""
-        raise NotImplementedError
-
-    def write_results(self, rows: list[dict[str, Any]], folder: Path) -> Path:
-        """Writes results."""
-        raise NotImplementedError

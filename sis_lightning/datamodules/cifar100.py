@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from sis_lightning.datamodules.base import SISDataModule, Split
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.cifar import CIFAR100Dataset, cifar_home
+from sis_lightning.datasets.cifar import LAYOUT, CIFAR100Dataset, cifar_home
 from sis_lightning.datasets.download import Archive, md5
 from sis_lightning.option_effects import Effect
 
@@ -49,6 +49,10 @@ class CIFAR100DataModule(SISDataModule):
     def dataset(self, split: Split) -> ImageDataset:
         """The file `train`, or `test` for val and test."""
         return CIFAR100Dataset(self.root, "train" if split == "train" else "test")
+
+    def layout(self) -> str:
+        """CIFAR's three files, and where they are published."""
+        return LAYOUT.format(root=self.root)
 
     def train_transform(self, sample: Sample) -> Sample:
         """Crops and flips the image."""

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from sis_lightning.datamodules.annotated import checked_limit, flip_image_and_boxes
 from sis_lightning.datamodules.base import SISDataModule, Split
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.coco import COCODetectionDataset, coco_home
+from sis_lightning.datasets.coco import FILE_NAMES, LAYOUT, COCODetectionDataset, coco_home
+from sis_lightning.datasets.coco_reader import Kind
 from sis_lightning.datasets.download import Archive
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.evaluation.coco import Backend
@@ -34,6 +35,8 @@ class COCODataModule(SISDataModule):
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
     """
 
+    #: What is read of the annotations.
+    kind: ClassVar[Kind] = "bbox"
     # COCO publishes no checksums; PaddleDetection, fast.ai and others check their downloads by these.
     archives = (
         Archive(f"{_COCO}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", fetched=False),
@@ -78,9 +81,9 @@ class COCODataModule(SISDataModule):
         """Adds the library that computes the metrics."""
         return dataclasses.replace(super().describe(meta), backend=self.evaluator)
 
-    def where_to_get(self) -> str:
-        """COCO's page of downloads."""
-        return "It is published at https://cocodataset.org/#download."
+    def layout(self) -> str:
+        """COCO's files, and its page of downloads."""
+        return LAYOUT.format(name=FILE_NAMES[self.kind], root=self.root)
 
 
 class COCODetectionDataModule(COCODataModule):

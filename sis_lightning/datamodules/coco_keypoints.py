@@ -49,6 +49,7 @@ class COCOKeypointsDataModule(COCODataModule):
             unreadable or of another size than its annotation says.
     """
 
+    kind = "keypoints"
     option_effects: ClassVar[Mapping[str, Effect]] = {
         "input_size": Effect.RESULT,
         "rotation": Effect.RESULT,
@@ -163,9 +164,3 @@ class COCOKeypointsDataModule(COCODataModule):
         move = {key: value for key, value in batch.items() if key not in stay}
         moved: Batch = super().transfer_batch_to_device(move, device, dataloader_idx)
         return {**stay, **moved}
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalises the crops."""
-        if "crops" not in batch:
-            return super().on_after_batch_transfer(batch, dataloader_idx)
-        return {**batch, "crops": [self.normalize(crops) for crops in batch["crops"]]}

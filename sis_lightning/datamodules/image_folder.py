@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from sis_lightning.datamodules.base import SISDataModule, Split
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.folder import ImageFolderDataset
+from sis_lightning.datasets.folder import LAYOUT, ImageFolderDataset
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
 from sis_lightning.option_effects import Effect
@@ -63,6 +63,10 @@ class ImageFolderDataModule(SISDataModule):
         """Adds the image size, and how images are brought to it."""
         resize: Literal["stretch", "center_crop"] = "stretch" if self.crop == "pad" else "center_crop"
         return dataclasses.replace(super().describe(meta), image_size=self.image_size, resize=resize)
+
+    def layout(self) -> str:
+        """The folders of the classes."""
+        return LAYOUT.format(root=self.root)
 
     def train_transform(self, sample: Sample) -> Sample:
         """Crops and flips the image."""

@@ -10,7 +10,7 @@ from sis_lightning.datamodules.annotated import checked_limit, flip_image_and_bo
 from sis_lightning.datamodules.base import SISDataModule, Split
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.download import voc_archives
-from sis_lightning.datasets.voc import VOCDetectionDataset, parse_split, voc_home
+from sis_lightning.datasets.voc import DETECTION_LAYOUT, VOCDetectionDataset, parse_split, voc_home
 from sis_lightning.errors import UsageError
 from sis_lightning.option_effects import Effect
 
@@ -78,6 +78,10 @@ class VOCDetectionDataModule(SISDataModule):
         training = split == "train"
         splits = self.train_splits if training else self.test_splits
         return VOCDetectionDataset(self.root, splits, self.classes, evaluation=not training, limit=self.limit)
+
+    def layout(self) -> str:
+        """VOC's folders, and where they are published."""
+        return DETECTION_LAYOUT.format(year=self.train_splits[0].partition("/")[0], root=self.root)
 
     def train_transform(self, sample: Sample) -> Sample:
         """Flips image and boxes, or not."""

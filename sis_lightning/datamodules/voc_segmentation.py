@@ -16,7 +16,7 @@ from sis_lightning.datamodules.base import SISDataModule, Split
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.constants import IMAGENET_MEAN, VOID
 from sis_lightning.datasets.download import voc_archives
-from sis_lightning.datasets.voc import VOCSegmentationDataset, voc_home
+from sis_lightning.datasets.voc import SEGMENTATION_LAYOUT, VOCSegmentationDataset, voc_home
 from sis_lightning.errors import UsageError
 from sis_lightning.option_effects import Effect
 
@@ -113,6 +113,10 @@ class VOCSegmentationDataModule(SISDataModule):
     def dataset(self, split: Split) -> ImageDataset:
         """The images and masks of a split; `val` for val and test."""
         return VOCSegmentationDataset(self.root, self.train_split if split == "train" else "val", self.classes)
+
+    def layout(self) -> str:
+        """VOC's folders, and where they are published."""
+        return SEGMENTATION_LAYOUT.format(root=self.root)
 
     def train_transform(self, sample: Sample) -> Sample:
         """Scales, crops and flips image and mask alike."""

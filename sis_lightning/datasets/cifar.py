@@ -17,7 +17,8 @@ from sis_lightning.datasets.constants import CIFAR100_MEAN, CIFAR100_STD
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 
-LAYOUT = f"Expected: {CIFAR100.base_folder}/{{train,test,meta}}, from {CIFAR100.url}"
+#: Where the files are expected.
+LAYOUT = f"Expected: {CIFAR100.base_folder}/{{{{train,test,meta}}}} in {{root}}, from {CIFAR100.url}"
 
 
 def cifar_home(root: Path) -> Path:
@@ -45,7 +46,7 @@ class CIFAR100Dataset(ImageDataset):
         if split not in ("train", "test"):
             raise UsageError(f"split is {split!r}, must be 'train' or 'test'")
         home = cifar_home(Path(root))
-        names = read_pickle(_existing(home / "meta")).get(b"fine_label_names")
+        names = read_pickle(_existing(home / "meta", root)).get(b"fine_label_names")
         if not isinstance(names, list) or not names:
             raise DataError(f"{home / 'meta'}: it has no list 'fine_label_names'")
         self.meta = DatasetMeta(
@@ -55,7 +56,7 @@ class CIFAR100Dataset(ImageDataset):
             image_size=(32, 32),
             resize="stretch",
         )
-        self.path, self.split = _existing(home / split), split
+        self.path, self.split = _existing(home / split, root), split
         content = read_pickle(self.path)
         data, labels = content.get(b"data"), content.get(b"fine_labels")
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
@@ -84,9 +85,9 @@ class CIFAR100Dataset(ImageDataset):
         return {"image": image, "label": int(self.labels[index]), "name": f"{self.split}_{index:05d}"}
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, root: str | Path) -> Path:
     if not path.is_file():
-        raise MissingDataError(f"{path} does not exist\n  {LAYOUT}")
+        raise MissingDataError(f"{path} does not exist\n  {LAYOUT.format(root=root)}")
     return path
 
 

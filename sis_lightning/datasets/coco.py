@@ -21,6 +21,12 @@ from sis_lightning.errors import DataError, MissingDataError, UsageError
 #: The name of a kind's annotation files, `annotations/NAME_SPLIT.json`.
 FILE_NAMES: dict[Kind, str] = {"bbox": "instances", "segm": "instances", "keypoints": "person_keypoints"}
 
+#: Where the files are expected.
+LAYOUT = (
+    "Expected: annotations/{name}_SPLIT.json and SPLIT/*.jpg in {root} or {root}/coco,\n"
+    "  from https://cocodataset.org/#download"
+)
+
 
 def coco_home(root: Path) -> Path:
     """The folder with `annotations/`: `root/coco`, or `root` itself if it is there."""
@@ -38,11 +44,7 @@ def annotation_file(root: Path, split: str, kind: Kind) -> Path:
     candidates = [folder / f"{FILE_NAMES[kind]}_{split}.json", folder / f"image_info_{split}.json"]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise MissingDataError(
-            f"{candidates[0]} does not exist\n"
-            f"  Expected: annotations/{FILE_NAMES[kind]}_SPLIT.json and SPLIT/*.jpg in {root} or {root / 'coco'},\n"
-            "  from https://cocodataset.org/#download"
-        )
+        raise MissingDataError(f"{candidates[0]} does not exist\n  {LAYOUT.format(name=FILE_NAMES[kind], root=root)}")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Published archives: fetched (resumed where they broke off, checked, never half there), and what they prove."""
+"""Published archives: their download (resumed after interruptions, checked), and comparison of files with them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Archive:
     """An archive as its publisher offers it.
 
     Attributes:
-        url: Where.
-        md5: Its checksum.
-        folder: Of it, that a data set lies in.
-        fetched: Whether `--data.download true` fetches it; of larger ones people have copies.
+        url: Address of the archive.
+        md5: Checksum of the archive.
+        folder: Folder in the archive that holds the data set.
+        fetched: Whether `download` of the DataModules includes it; it does not include very large archives.
     """
 
     url: str
@@ -41,39 +41,43 @@ class Archive:
 
     @property
     def file(self) -> str:
-        """Its name."""
+        """File name of the archive."""
         return self.url.rpartition("/")[2]
 
 
 def voc_archives(*years: str) -> tuple[Archive, ...]:
-    """Pascal VOC's, by torchvision's names of the years: `2007`, `2007-test`, `2012`."""
+    """Pascal VOC's archives.
+
+    Args:
+        years: Torchvision's names of the years: `2007`, `2007-test`, `2012`.
+    """
     entries = [DATASET_YEAR_DICT[year] for year in years]
     return tuple(Archive(entry["url"], entry["md5"], entry["base_dir"]) for entry in entries)
 
 
 def md5(path: Path) -> str:
-    """The MD5 of a file, as publishers give it."""
+    """MD5 of a file in hexadecimal digits, as publishers give it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def download(url: str, target: Path, checksum: str, *, attempts: int = 5) -> Path:
-    """Fetches `url` into `target`; a broken transfer goes on from `target.part`, now or on the next call.
+    """Downloads a file; an interrupted transfer is resumed from `target.part`, in this call or the next one.
 
     Args:
-        url: Where the archive is.
-        target: Where it goes; there already with the right checksum, nothing is fetched.
+        url: Address of the file.
+        target: File to write. If it exists and has the right checksum, nothing is downloaded.
         checksum: MD5, as published.
-        attempts: How often a broken transfer is taken up again, a little later each time.
+        attempts: Number of attempts to complete an interrupted transfer, with growing delays.
 
     Returns:
         `target`.
 
     Raises:
-        DataError: Where the server cannot be reached or what it sends has another checksum.
+        DataError: If the server cannot be reached, or what it sends has another checksum.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(target.name + ".lock")):  # two runs on one shared disk fetch once
+    with FileLock(target.with_name(target.name + ".lock")):  # two runs on one shared disk download once
         return _download(url, target, checksum, attempts)
 
 
@@ -87,12 +91,12 @@ def _download(url: str, target: Path, checksum: str, attempts: int) -> Path:
             break
         except (OSError, urllib.error.URLError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 416:
-                break  # nothing is left to send: the part is whole
+                break  # nothing is left to send: the part is complete
             if attempt == attempts - 1:
                 got = part.stat().st_size if part.exists() else 0
                 raise DataError(
                     f"download of {url} broke off after {got:,} bytes: {error}\n"
-                    f"  Run the command again to go on from there, or fetch it elsewhere and put it at {target}"
+                    f"  Run the command again to resume, or download it elsewhere and put it at {target}"
                 ) from None
             time.sleep(min(0.5 * 2**attempt, 10))
     found = md5(part)
@@ -104,10 +108,18 @@ def _download(url: str, target: Path, checksum: str, attempts: int) -> Path:
 
 
 def extract(archive: Path, folder: Path, member: str) -> Path:
-    """Unpacks a tar archive so that `folder / member` is there whole or not at all.
+    """Unpacks a tar archive so that `folder / member` exists completely or not at all.
+
+    Args:
+        archive: The tar archive.
+        folder: The folder to unpack into.
+        member: Folder in the archive that must exist.
+
+    Returns:
+        `folder / member`.
 
     Raises:
-        DataError: Where the archive is damaged, would write outside of `folder`, or lacks `member`.
+        DataError: If the archive is damaged, would write outside of `folder`, or has no `member`.
     """
     unpacked = folder / f".{archive.name}.unpacking"
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -119,9 +131,9 @@ def extract(archive: Path, folder: Path, member: str) -> Path:
         raise DataError(f"{archive}: cannot be unpacked ({error})") from None
     if not (unpacked / member).exists():
         shutil.rmtree(unpacked, ignore_errors=True)
-        raise DataError(f"{archive}: holds no '{member}'")
+        raise DataError(f"{archive}: has no '{member}'")
     (folder / member).parent.mkdir(parents=True, exist_ok=True)
-    if (folder / member).is_dir():  # of another archive of the same data set, as VOC 2007's two are
+    if (folder / member).is_dir():  # another archive of the same data set was unpacked before: VOC 2007 has two
         for path in sorted((unpacked / member).rglob("*")):
             target = folder / member / path.relative_to(unpacked / member)
             if path.is_dir():
@@ -134,23 +146,23 @@ def extract(archive: Path, folder: Path, member: str) -> Path:
     return folder / member
 
 
-def prove(files: Iterable[Path], home: Path, archives: Sequence[Archive], folder: Path) -> None:
+def verify_files(files: Iterable[Path], home: Path, archives: Sequence[Archive], folder: Path) -> None:
     """Checks that files are, byte by byte, those of published archives.
 
     Args:
-        files: On disk; found in the archives by their own and their folder's name.
-        home: Of the data set.
-        archives: That it is published as.
-        folder: Where these lie.
+        files: Files on disk; they are found in the archives by their own and their folder's name.
+        home: The folder of the data set.
+        archives: The archives in which the data set is published.
+        folder: The folder that holds the archives.
 
     Raises:
-        DataError: For an archive that is missing or is another, and files that are in none or differ.
+        DataError: If an archive is missing or has another checksum, or a file is in none or differs.
     """
     wanted = {_name(path.relative_to(home) if path.is_relative_to(home) else path): path for path in files}
     for archive in archives:
         path = folder / archive.file
         if not path.is_file():
-            raise DataError(f"{path} is not there, by which to prove the data. It comes from\n  {archive.url}")
+            raise DataError(f"{path} is missing, so the data cannot be verified. It is published at\n  {archive.url}")
         if (found := md5(path)) != archive.md5:
             raise DataError(f"{path}: MD5 is {found}, published is {archive.md5}: another archive, or a damaged one")
         for name, member in _members(path):
@@ -164,17 +176,17 @@ def prove(files: Iterable[Path], home: Path, archives: Sequence[Archive], folder
         names = ", ".join(archive.file for archive in archives)
         raise DataError(
             f"{min(wanted.values())} and so on, {len(wanted)} file(s), are in none of {names}.\n"
-            "  Leave out what was added, or train on the published splits alone."
+            "  Leave out the files that were added, or train on the published splits only."
         )
 
 
 def _name(path: Path) -> str:
-    """A file's name with its folder's, by which it is the same wherever an archive was unpacked."""
+    """A file's name with its folder's, which does not depend on where an archive was unpacked."""
     return "/".join(path.parts[-2:])
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The files of an archive in its own order, each to be read before the next."""
+    """The files of an archive in its own order; each must be read before the next one."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -190,7 +202,7 @@ def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Appends what `part` lacks of `url`."""
+    """Appends the rest of `url` to `part`."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as response:

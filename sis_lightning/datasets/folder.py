@@ -14,6 +14,9 @@ from sis_lightning.datasets.images import IMAGE_ENDINGS, UNREADABLE, read_image
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import DataError, MissingDataError
 
+#: Where the files are expected.
+LAYOUT = "Expected: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg) in {root}"
+
 
 class ImageFolderDataset(ImageDataset):
     """Images sorted by class: `root/SPLIT/CLASS/*.jpg`.
@@ -39,10 +42,7 @@ class ImageFolderDataset(ImageDataset):
         if not self.folder.is_dir() and split in ("val", "test"):
             self.folder = root / ("test" if split == "val" else "val")
         if not self.folder.is_dir():
-            raise MissingDataError(
-                f"{root / split} does not exist\n"
-                f"  Expected: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg) in {root}"
-            )
+            raise MissingDataError(f"{root / split} does not exist\n  {LAYOUT.format(root=root)}")
         try:
             listing = ImageFolder(str(self.folder), is_valid_file=lambda path: path.lower().endswith(IMAGE_ENDINGS))
         except FileNotFoundError as error:

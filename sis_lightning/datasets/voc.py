@@ -20,6 +20,16 @@ from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.voc_reader import read_voc
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 
+#: Where the files are expected.
+DETECTION_LAYOUT = (
+    "Expected: VOCdevkit/VOC{year}/{{JPEGImages,Annotations,ImageSets/Main}} in {root},\n"
+    "  from http://host.robots.ox.ac.uk/pascal/VOC/"
+)
+SEGMENTATION_LAYOUT = (
+    "Expected: VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,ImageSets/Segmentation}} in {root},\n"
+    "  from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
+)
+
 
 def voc_home(root: Path, year: str, *, itself: bool = False) -> Path:
     """The folder of a year: `root/VOCdevkit/VOCYEAR` or `root/VOCYEAR`.
@@ -83,9 +93,7 @@ class VOCDetectionDataset(AnnotatedDataset):
             home = voc_home(Path(root), year)
             if not (home / "Annotations").is_dir():
                 raise MissingDataError(
-                    f"{home / 'Annotations'} does not exist\n"
-                    f"  Expected: VOCdevkit/VOC{year}/{{JPEGImages,Annotations,ImageSets/Main}} in {root},\n"
-                    "  from http://host.robots.ox.ac.uk/pascal/VOC/"
+                    f"{home / 'Annotations'} does not exist\n  {DETECTION_LAYOUT.format(year=year, root=root)}"
                 )
             listed = homes.setdefault(home, {})
             for image in read_names(voc_list(home, "Main", name)):
@@ -127,9 +135,7 @@ class VOCSegmentationDataset(ImageDataset):
         self.home = voc_home(Path(root), "2012", itself=True)
         if not (self.home / "JPEGImages").is_dir():
             raise MissingDataError(
-                f"{self.home / 'JPEGImages'} does not exist\n"
-                f"  Expected: VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,ImageSets/Segmentation}} in {root},\n"
-                "  from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
+                f"{self.home / 'JPEGImages'} does not exist\n  {SEGMENTATION_LAYOUT.format(root=root)}"
             )
         self.meta = DatasetMeta(tuple(classes or VOC_CLASSES))
         masks, listed_in, self.names = self._listed(split)

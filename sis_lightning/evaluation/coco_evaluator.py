@@ -61,7 +61,7 @@ class COCOEvaluator(GatheredEvaluator):
             {"image_id": key_of(key, truth), "category_id": self.category_ids[0], "keypoints": person, "score": score}
             for key, truth, prediction in self._scored
             for person, score in zip(
-                prediction["keypoints"].reshape(len(prediction["scores"]), -1).tolist(),
+                [person.ravel().tolist() for person in prediction["keypoints"]],
                 prediction["scores"].tolist(),
                 strict=True,
             )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -210,61 +210,3 @@ def _complete(target: Mapping[str, Any]) -> GroundTruth:
 
 
 _ARRAYS = {"boxes", "labels", "ignored", "areas", "extents", "keypoints", "num_keypoints"}
-
-
-class _GroundTruthOfSplit(Protocol):
-    def score(self, rows: list[dict[str, Any]], image_ids: Collection[Any] | None = None) -> dict[str, float]: ...
-
-
-class GatheredScores(Metric):
-    """The evaluator before `GatheredEvaluator`; removed when no task uses it."""
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)
-        self.truth: Callable[[], _GroundTruthOfSplit] | None = None
-        self.rows: list[dict[str, Any]] = []
-        self._rows_of: dict[Any, list[dict[str, Any]]] = {}
-
-    def update(self, rows: Iterable[dict[str, Any]], image_ids: Iterable[Any]) -> None:
-        """Adds the rows of some images."""
-        for image in image_ids:
-            self._rows_of[image] = []
-        for row in rows:
-            self._rows_of[row["image_id"]].append(row)
-
-    def compute(self) -> dict[str, float]:
-        """Scores the rows of all devices."""
-        if self.truth is None:
-            raise RuntimeError("GatheredScores.truth was not set")
-        shared = dist.is_available() and dist.is_initialized()
-        parts: list[Any] = [self._rows_of]
-        if shared:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self._rows_of)
-        answer: list[Any] = [None]
-        if _rank() == 0:
-            merged = {image: rows for part in parts for image, rows in part.items()}
-            self.rows = [row for image in merged for row in merged[image]]
-            try:
-                answer = [self.truth().score(self.rows, set(merged))]
-            except Exception as error:
-                if not shared:
-                    raise
-                answer = [error]
-        if shared:
-            dist.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        metrics: dict[str, float] = answer[0]
-        return metrics
-
-    def reset(self) -> None:
-        """Forgets all rows."""
-        super().reset()
-        self._rows_of = {}
-
-
-Row = dict[str, Any]
-Truth = _GroundTruthOfSplit

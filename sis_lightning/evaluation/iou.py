@@ -46,6 +46,3 @@ class IoUEvaluator(MulticlassConfusionMatrix):
         accuracy = hits.sum() / confusion.sum()
         named = {f"iou/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
         return {"miou": iou.nanmean(), "pixel_accuracy": accuracy, **named}
-
-
-DatasetIoU = IoUEvaluator  # the older name, until no task uses it

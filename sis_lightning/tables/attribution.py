@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sis_lightning.backbones import create_backbone
 from sis_lightning.datamodules import SISDataModule
+from sis_lightning.datasets.images import normalize
 from sis_lightning.errors import UsageError
 from sis_lightning.models import Classifier
 from sis_lightning.operators import list_operators, operator_class
@@ -220,7 +221,7 @@ def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
             if axis is line[0]:
                 axis.imshow(pixels)
                 continue
-            maps, probabilities = class_activation_map(one.network, one.data.normalize(image)[None])
+            maps, probabilities = class_activation_map(one.network, normalize(image, one.data.meta.mean, one.data.meta.std)[None])
             large = F.interpolate(maps[None], image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
             field = (large / large.max().clamp_min(1e-12)).clamp_min(0).numpy()
             axis.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=1)

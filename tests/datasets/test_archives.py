@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sis_lightning.config.compose import resolve
-from sis_lightning.datasets.download import Archive, extract, md5, prove
+from sis_lightning.datasets.download import Archive, extract, md5, verify_files
 from sis_lightning.errors import DataError
-from sis_lightning.run.lightning_cli import run
+from sis_lightning.run.run import Run
 
 
 @pytest.fixture(params=sorted(path.stem for path in (Path(__file__).parents[2] / "tasks").glob("*.yaml")))
@@ -28,13 +27,12 @@ def published(request, synthetic, tmp_path, publish) -> tuple[str, Path, Path]:
 def test_what_the_archives_hold_is_proved_and_nothing_else(published, command):
     task, copy, folder = published
     line = ["check-data", "--config", f"tasks/{task}.yaml", "--data.root", copy, "--annotations-only"]
-    assert "proved" not in command(*line).out
+    assert "verified" not in command(*line).out
     result = command(*line, "--archives", folder)
     assert result.code == 0, result.err
-    assert re.search(r"proved by .*\n +test: \[[0-9a-f]{64}\]\n +train: \[[0-9a-f]{64}\]\n$", result.out)
+    assert re.search(r"verified by .*\n +test: \[[0-9a-f]{64}\]\n +train: \[[0-9a-f]{64}\]\n$", result.out)
     # One byte of one file.
-    layers, options = resolve(["--config", f"tasks/{task}.yaml", "--data.root", str(copy)])
-    module = run(None, layers, options).datamodule
+    module = Run.from_arguments(["--config", f"tasks/{task}.yaml", "--data.root", str(copy)]).datamodule
     module.setup("fit")
     module.setup("test")
     # Of annotations, another byte is found before, as it makes them unreadable.
@@ -45,7 +43,7 @@ def test_what_the_archives_hold_is_proved_and_nothing_else(published, command):
         assert changed.code == 1
         assert victim.name in changed.err
         assert "is not the published file" in changed.err
-        assert "proved" not in changed.out
+        assert "verified" not in changed.out
         victim.write_bytes(good)
     # Another archive by the same name, and none.
     archive = next(folder.iterdir())
@@ -56,7 +54,7 @@ def test_what_the_archives_hold_is_proved_and_nothing_else(published, command):
     archive.unlink()
     missing = command(*line, "--archives", folder)
     assert missing.code == 1
-    assert f"{archive.name} is not there" in missing.err
+    assert f"{archive.name} is missing" in missing.err
     assert "http" in missing.err
 
 
@@ -67,9 +65,9 @@ def test_files_that_are_in_no_archive_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("a/x.jpg", b"x")
     archive = Archive("https://example.org/a.zip", md5(tmp_path / "a.zip"), "a")
-    prove([tmp_path / "a/x.jpg"], tmp_path, [archive], tmp_path)
+    verify_files([tmp_path / "a/x.jpg"], tmp_path, [archive], tmp_path)
     with pytest.raises(DataError, match=r"y\.jpg and so on, 1 file\(s\), are in none of a\.zip"):
-        prove(sorted((tmp_path / "a").iterdir()), tmp_path, [archive], tmp_path)
+        verify_files(sorted((tmp_path / "a").iterdir()), tmp_path, [archive], tmp_path)
 
 
 def test_data_without_a_publisher_cannot_be_proved(command, tmp_path):
@@ -82,7 +80,7 @@ def test_data_without_a_publisher_cannot_be_proved(command, tmp_path):
     line = ["check-data", "--config", "tasks/cls_cifar100.yaml", "--data", "image_folder", "--data.root", "mine"]
     result = command(*line, "--archives", ".")
     assert result.code == 2
-    assert "no published data set" in result.err
+    assert "not of a published data set" in result.err
 
 
 def test_two_archives_of_one_folder_are_laid_together(tmp_path):

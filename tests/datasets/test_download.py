@@ -71,7 +71,7 @@ def test_a_broken_transfer_goes_on_where_it_broke(server, tmp_path):
 
 def test_it_goes_on_in_a_later_call(server, tmp_path):
     server.limit = 400_000
-    with pytest.raises(DataError, match=r"broke off after 400,000 bytes(.|\n)*again to go on"):
+    with pytest.raises(DataError, match=r"broke off after 400,000 bytes(.|\n)*again to resume"):
         download(server.url, tmp_path / "a.tar", SUM, attempts=1)
     assert not (tmp_path / "a.tar").exists()
     server.limit = 1 << 30

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as masks
 
 from sis_lightning.datasets.annotations import Annotations
-from sis_lightning.errors import UsageError
 from sis_lightning.datasets.coco_reader import read_coco
+from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.coco import COCOGroundTruth
 from sis_lightning.evaluation.voc import VOCGroundTruth, read_comp4, write_comp4
 
@@ -44,6 +44,10 @@ def published(reference: Path, kind: str) -> tuple[Path, Path, dict[str, float]]
     folder = reference / "cocoapi_fake100"
     expected = json.loads((folder / "expected.json").read_text())[kind]
     return folder / "instances_val2014_100.json", folder / f"instances_val2014_fake{kind}100_results.json", expected
+
+
+def ground_truth(content, kind: str, evaluator: str = "pycocotools") -> COCOGroundTruth:
+    return COCOGroundTruth(read_coco(content, kind=kind), kind, evaluator)
 
 
 def scored(command, *arguments: object) -> dict[str, float]:
@@ -75,7 +79,7 @@ def test_evaluators_agree_on_published_cases_and_leave_rows_alone(reference, kin
     truth, results, _ = published(reference, kind)
     content, rows = json.loads(truth.read_bytes()), json.loads(results.read_bytes())
     before = copy.deepcopy((content, rows))
-    known = [COCOGroundTruth(read_coco(content, kind=kind), kind, evaluator) for evaluator in EVALUATORS]
+    known = [ground_truth(content, kind, evaluator) for evaluator in EVALUATORS]
     for image_ids in (None, known[0].image_ids[::2]):
         one, other = (truth.score(rows, image_ids) for truth in known)
         assert one == pytest.approx(other, abs=1e-12, nan_ok=True)
@@ -127,7 +131,7 @@ def random_case(seed: int) -> tuple[dict[str, object], list[dict[str, object]]]:
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(KEY)))
 def test_evaluators_agree_on_random_cases(seed, kind):
     content, rows = random_case(seed)
-    one, other = (COCOGroundTruth(read_coco(content, kind=kind), kind, evaluator).score(rows) for evaluator in EVALUATORS)
+    one, other = (ground_truth(content, kind, evaluator).score(rows) for evaluator in EVALUATORS)
     assert one == pytest.approx(other, abs=1e-12, nan_ok=True)
     assert all(math.isnan(value) or 0 <= value <= 1 for value in one.values())
 
@@ -136,18 +140,22 @@ def test_evaluators_agree_on_random_cases(seed, kind):
 @pytest.mark.parametrize("kind", KEY)
 def test_defined_where_there_is_nothing(kind, evaluator):
     content, rows = random_case(2)
-    truth = COCOGroundTruth(read_coco(content, kind=kind), kind, evaluator)
+    truth = ground_truth(content, kind, evaluator)
     assert rows
     assert len(truth.annotations.labels)
     assert truth.score([])["AP"] == 0
     assert all(math.isnan(value) for value in truth.score(rows, []).values())
     for part in ("annotations", "images"):
         emptied = {**content, "annotations": [], part: []}
-        assert all(math.isnan(value) for value in COCOGroundTruth(read_coco(emptied, kind=kind), kind, evaluator).score([]).values())
-    assert all(math.isnan(v) for v in COCOGroundTruth(read_coco({**content, "annotations": []}, kind=kind), kind, evaluator).score(rows).values())
-    no_category = COCOGroundTruth(read_coco({"images": content["images"], "categories": [], "annotations": []}, kind=kind), kind, evaluator)
+        assert all(math.isnan(value) for value in ground_truth(emptied, kind, evaluator).score([]).values())
+    assert all(
+        math.isnan(v) for v in ground_truth({**content, "annotations": []}, kind, evaluator).score(rows).values()
+    )
+    no_category = ground_truth({"images": content["images"], "categories": [], "annotations": []}, kind, evaluator)
     assert math.isnan(no_category.score([])["AP"])
-    unlabelled = COCOGroundTruth(read_coco({key: content[key] for key in ("images", "categories")}, kind=kind), kind, evaluator)
+    unlabelled = COCOGroundTruth(
+        read_coco({key: content[key] for key in ("images", "categories")}, kind=kind), kind, evaluator
+    )
     assert not unlabelled.annotated
     assert unlabelled.score(rows) == {}
 
@@ -162,10 +170,10 @@ def test_persons_without_a_visible_joint_are_not_to_be_found(evaluator):
         "annotations": [{**hidden, "keypoints": person(rng, visible=False)}],
     }
     seen = {"image_id": 1, "category_id": 1, "score": 0.5, "keypoints": person(rng)}
-    assert all(math.isnan(value) for value in COCOGroundTruth(read_coco(content, kind="keypoints"), "keypoints", evaluator).score([seen]).values())
+    assert all(math.isnan(value) for value in ground_truth(content, "keypoints", evaluator).score([seen]).values())
     content["annotations"].append({**hidden, "id": 2, "keypoints": [50.0, 50.0, 2] * 17})
     right = {**seen, "keypoints": [50.0, 50.0, 1] * 17}
-    assert COCOGroundTruth(read_coco(content, kind="keypoints"), "keypoints", evaluator).score([right])["AP"] == pytest.approx(1)
+    assert ground_truth(content, "keypoints", evaluator).score([right])["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
@@ -177,13 +185,13 @@ def test_an_object_numbered_0_can_be_found(evaluator):
         "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": box, "area": 1600}],
     }
     row = {"image_id": 0, "category_id": 0, "score": 1.0, "bbox": box}
-    assert COCOGroundTruth(read_coco(content, kind="bbox"), "bbox", evaluator).score([row])["AP"] == pytest.approx(1)
+    assert ground_truth(content, "bbox", evaluator).score([row])["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_a_box_beside_a_mask_does_not_decide_its_size(evaluator):
     content, rows = random_case(2)
-    truth = COCOGroundTruth(read_coco(content, kind="segm"), "segm", evaluator)
+    truth = ground_truth(content, "segm", evaluator)
     small, medium = ([{**row, "bbox": [0, 0, side, side]} for row in rows] for side in (1, 50))
     assert truth.score(small) == pytest.approx(truth.score(medium), abs=0, nan_ok=True)
 
@@ -198,7 +206,7 @@ def test_missing_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UsageError, match=r'pip install "sis-lightning\[fast\]"'):
-        COCOGroundTruth(read_coco({"images": [], "categories": []}, kind="bbox"), "bbox", "faster-coco-eval")
+        ground_truth({"images": [], "categories": []}, "bbox", "faster-coco-eval")
 
 
 def coco_files(tmp_path: Path, kind: str, change) -> tuple[str, ...]:
@@ -241,10 +249,14 @@ BAD_COCO = {
     "an entry is a number": ("bbox", lambda c, r: [r[0], 7], ["dt.json: entry 1 is 7"]),
     "no score": ("bbox", put("results", 1, score=None), ["entry 1 has no 'score'", "'bbox'"]),
     "boxes for masks": ("segm", lambda c, r: [{**r[0], "segmentation": [0, 0, 4, 4]}], ["entry 0", "pycocotools.mask"]),
-    "unknown image": ("bbox", put("results", 2, image_id=1), ["entry 2: image_id 1 is not an image of the truth"]),
+    "unknown image": (
+        "bbox",
+        put("results", 2, image_id=1),
+        ["entry 2: image_id 1 is not an image of the ground truth"],
+    ),
     "image as text": ("bbox", put("results", 2, image_id="0"), ["entry 2: image_id '0' is not"]),
     "image as list": ("bbox", put("results", 2, image_id=[0]), ["entry 2: image_id [0] is not"]),
-    "labels from 0": ("bbox", put("results", 0, category_id=0), ["entry 0: category_id 0", "its 4 lie in 1…7"]),
+    "labels from 0": ("bbox", put("results", 0, category_id=0), ["entry 0: category_id 0", "its 4 are in 1…7"]),
     "NaN score": ("bbox", put("results", 3, score=math.nan), ["entry 3: score is nan, not a finite number"]),
     "infinite score": ("keypoints", put("results", 3, score=math.inf), ["entry 3: score is inf"]),
     "score as text": ("bbox", put("results", 3, score="0.5"), ["entry 3: score is '0.5', not a finite number"]),
@@ -273,26 +285,47 @@ BAD_COCO = {
     "truth is a list": ("bbox", lambda c, r: c.clear(), ["gt.json: not an annotation file of COCO"]),
     "no annotations": ("bbox", drop, ["gt.json has no 'annotations'", "server"]),
     "annotations null": ("bbox", lambda c, r: c.update(annotations=None), ["gt.json: 'annotations' is not a list"]),
-    "id twice": ("bbox", put("annotations", 1, id=0), ["gt.json: 'annotations' entry 1: the id 0 is given twice"]),
-    "image twice": ("bbox", lambda c, r: c["images"].append(c["images"][0]), ["'images' entry", "is given twice"]),
-    "image named": ("bbox", put("images", 0, id="a"), ["'images' entry 0: the id is 'a', not a whole number"]),
-    "no area": ("bbox", put("annotations", 1, area=None), ["'annotations' entry 1 has no 'area'"]),
-    "NaN truth": ("bbox", put("annotations", 1, bbox=[math.nan] * 4), ["'annotations' entry 1: bbox is [nan, nan"]),
-    "lost image": ("bbox", put("annotations", 1, image_id=1), ["entry 1: image_id 1 is not listed under 'images'"]),
-    "lost class": ("bbox", put("annotations", 1, category_id=5), ["entry 1: category_id 5 is not listed under"]),
-    "no masks": ("segm", put("annotations", 1, segmentation=[]), ["'annotations' entry 1: segmentation is []"]),
+    "id twice": ("bbox", put("annotations", 1, id=0), ["gt.json, annotation 0 (entry 1): this id is given twice"]),
+    "image twice": (
+        "bbox",
+        lambda c, r: c["images"].append(c["images"][0]),
+        ["gt.json, image 0 (entry ", "this id is given twice"],
+    ),
+    "image named": ("bbox", put("images", 0, id="a"), ["entry 0 of 'images': the id is 'a', not a whole number"]),
+    "no area": ("keypoints", put("annotations", 1, area=None), ["entry 1 of 'annotations'", "it has no 'area'"]),
+    "area as text": ("bbox", put("annotations", 1, area="9"), ["entry 1 of 'annotations'", "area is not a finite"]),
+    "NaN truth": (
+        "bbox",
+        put("annotations", 1, bbox=[math.nan] * 4),
+        ["entry 1 of 'annotations'): the box is not four finite numbers"],
+    ),
+    "lost image": (
+        "bbox",
+        put("annotations", 1, image_id=1),
+        ["entry 1 of 'annotations'): its image 1 is not listed under 'images'"],
+    ),
+    "lost class": (
+        "bbox",
+        put("annotations", 1, category_id=5),
+        ["entry 1 of 'annotations'): unknown category 5: it is not listed under"],
+    ),
+    "no masks": ("segm", put("annotations", 1, segmentation=[]), ["entry 1 of 'annotations'): segmentation is []"]),
     "a line": (
         "segm",
         put("annotations", 1, segmentation=[[0, 0, 1, 1]]),
-        ["entry 1: segmentation's polygon [0, 0, 1"],
+        ["entry 1 of 'annotations'): segmentation's polygon [0, 0, 1"],
     ),
     "short RLE": (
         "segm",
         put("annotations", 1, segmentation={"size": [60, 80], "counts": [3, 4]}),
-        ["entry 1: segmentation's RLE is not of an image of 60×80"],
+        ["entry 1 of 'annotations'): segmentation's RLE is not of an image of 60×80"],
     ),
-    "no sizes": ("segm", put("images", 0, height=None), ["gt.json: image 0 has no height and width"]),
-    "no joints": ("keypoints", put("annotations", 0, keypoints=None), ["'annotations' entry 0 has no 'keypoints'"]),
+    "no sizes": ("segm", put("images", 0, height=None), ["gt.json, image 0: width or height is missing"]),
+    "no joints": (
+        "keypoints",
+        put("annotations", 0, keypoints=None),
+        ["entry 0 of 'annotations'): keypoints are not 17 × (x, y, v)"],
+    ),
 }
 
 
@@ -328,14 +361,14 @@ def test_json_has_null_where_nothing_is_to_find(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--type", "bbox", "--voc-rule", "devkit"], "--voc-rule is of VOC, not of --type bbox"),
-        (["--type", "segm", "--iou", "0.5"], "--iou is of VOC"),
-        (["--type", "keypoints", "--classes", "person"], "--classes is of VOC"),
-        (["--type", "bbox", "--split", "val"], "--split is of VOC"),
-        (["--type", "voc07", "--evaluator", "pycocotools"], "--evaluator is of COCO, not of --type voc07"),
-        (["--type", "voc12", "--iou", "0"], "--iou 0: it lies above 0"),
-        (["--type", "voc12", "--iou", "nan"], "--iou nan: it lies above 0"),
-        (["--type", "voc12", "--classes", "cat", "cat"], "--classes names one twice"),
+        (["--type", "bbox", "--voc-rule", "devkit"], "--voc-rule belongs to Pascal VOC, and --type is bbox"),
+        (["--type", "segm", "--iou", "0.5"], "--iou belongs to Pascal VOC"),
+        (["--type", "keypoints", "--classes", "person"], "--classes belongs to Pascal VOC"),
+        (["--type", "bbox", "--split", "val"], "--split belongs to Pascal VOC"),
+        (["--type", "voc07", "--evaluator", "pycocotools"], "--evaluator belongs to COCO, and --type is voc07"),
+        (["--type", "voc12", "--iou", "0"], "iou is 0, must be above 0"),
+        (["--type", "voc12", "--iou", "nan"], "iou is nan, must be above 0"),
+        (["--type", "voc12", "--classes", "cat", "cat"], "classes names one twice"),
         (["--type", "boxes"], "invalid choice: 'boxes'"),
         ([], "--type"),
     ],
@@ -358,8 +391,7 @@ def test_missing_files(command, tmp_path):
 def test_neither_torch_nor_the_other_library_is_imported():
     script = (
         "import sys, sis_lightning.commands.main, sis_lightning.evaluation.files, sis_lightning.bench.evaluators;"
-        "from sis_lightning.datasets.coco_reader import read_coco; from sis_lightning.evaluation.coco import COCOGroundTruth;"
-        "COCOGroundTruth(read_coco({'images': [], 'categories': []}), 'bbox');"
+        "sis_lightning.evaluation.files.evaluate({'images': [], 'categories': [], 'annotations': []}, [], 'bbox');"
         "print(*{'torch', 'matplotlib', 'faster_coco_eval'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -614,7 +646,7 @@ def test_voc_through_the_command(command, voc_folders):
 
 BAD_VOC = {
     "no folder": (lambda h, r: r.rename(r.with_name("x")), [], ["dets is not a folder"]),
-    "no files": (lambda h, r: [path.unlink() for path in r.iterdir()], [], ["dets has no file of detections"]),
+    "no files": (lambda h, r: [path.unlink() for path in r.iterdir()], [], ["dets has no detection files"]),
     "unknown class": (lambda h, r: (r / "catt.txt").write_text(""), [], ["catt.txt: not named", "did you mean 'cat'"]),
     "two of a class": (
         lambda h, r: (r / "comp4_det_train_cat.txt").write_text(""),
@@ -624,7 +656,11 @@ BAD_VOC = {
     "five words": (lambda h, r: (r / "cow.txt").write_text("\na .9 1 1 5\n"), [], ["cow.txt, line 2: not 'name score"]),
     "a word": (lambda h, r: (r / "cow.txt").write_text("a .9 1 1 5 x\n"), [], ["cow.txt, line 1: not 'name score"]),
     "NaN": (lambda h, r: (r / "cow.txt").write_text("a nan 1 1 5 5\n"), [], ["cow.txt, line 1: not finite"]),
-    "corners": (lambda h, r: (r / "cow.txt").write_text("a .9 9 9 5 12\n"), [], ["cow.txt, line 1: xmax or ymax lies"]),
+    "corners": (
+        lambda h, r: (r / "cow.txt").write_text("a .9 9 9 5 12\n"),
+        [],
+        ["cow.txt, line 1: xmax or ymax is before"],
+    ),
     "unknown image": (lambda h, r: (r / "cow.txt").write_text("c .9 1 1 5 5"), [], ["line 1: image 'c' is not one of"]),
     "binary": (lambda h, r: (r / "cow.txt").write_bytes(b"\xff\xfe\x00"), [], ["cow.txt: not a text file"]),
     "no Annotations": (lambda h, r: (h / "Annotations").rename(h / "x"), [], ["VOC has no folder Annotations"]),
@@ -639,7 +675,7 @@ BAD_VOC = {
         [],
         ["b.xml, object 1, dog: the box is not four finite numbers"],
     ),
-    "other classes": (lambda h, r: None, ["--classes", "cat"], ["a.xml, object 2: unknown class 'dog'", "--classes"]),
+    "other classes": (lambda h, r: None, ["--classes", "cat"], ["a.xml, object 2: unknown class 'dog'", "classes"]),
     "no split": (lambda h, r: None, ["--split", "vall"], ["vall.txt does not exist; there are: val"]),
     "empty split": (
         lambda h, r: (h / "ImageSets" / "Main" / "none.txt").write_text(""),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from sis_lightning.evaluation.iou import DatasetIoU
+from sis_lightning.evaluation.iou import IoUEvaluator
 
 
 @settings(max_examples=40, deadline=None)
@@ -18,7 +18,7 @@ def test_iou_is_intersection_over_union_of_the_whole_set(classes, seed, images, 
     truth = rng.integers(0, classes, (images, 7, 5))
     predicted = np.where(rng.random(truth.shape) < 0.5, truth, rng.integers(0, max(classes - 1, 1), truth.shape))
     truth = np.where(rng.random(truth.shape) < void, 255, truth)
-    metric = DatasetIoU([f"c{i}" for i in range(classes)])
+    metric = IoUEvaluator([f"c{i}" for i in range(classes)])
     for one, other in zip(predicted, truth, strict=True):
         metric.update(torch.tensor(one), torch.tensor(other))
     got = metric.compute()
@@ -34,7 +34,7 @@ def test_iou_is_intersection_over_union_of_the_whole_set(classes, seed, images, 
         np.testing.assert_allclose(got["miou"], np.nanmean(ious), rtol=1e-12)
         np.testing.assert_allclose(got["pixel_accuracy"], (predicted == truth)[known].mean(), rtol=1e-12)
 
-    whole = DatasetIoU([f"c{i}" for i in range(classes)])
+    whole = IoUEvaluator([f"c{i}" for i in range(classes)])
     whole.update(torch.tensor(predicted), torch.tensor(truth))
     assert all(torch.equal(whole.compute()[key].nan_to_num(-1), value.nan_to_num(-1)) for key, value in got.items())
 
@@ -43,7 +43,7 @@ def test_agrees_with_torchmetrics_where_every_class_occurs():
     torch.manual_seed(0)
     predicted, truth = torch.randint(0, 4, (2, 50, 50)), torch.randint(0, 4, (2, 50, 50))
     truth[:, :5] = 255
-    ours = DatasetIoU(list("abcd"))
+    ours = IoUEvaluator(list("abcd"))
     ours.update(predicted, truth)
     theirs = MulticlassJaccardIndex(4, ignore_index=255)
     theirs.update(predicted, truth)
