@@ -1,38 +1,50 @@
-"""Finds the project's YAML from any directory and lays several of them over each other, without importing torch.
+"""Finds the project's YAML files from any directory and merges them, without importing torch.
 
-One run is described by layers, later ones winning: `--config tasks/seg_voc.yaml --config configs/demo.yaml`, then
-the options of the command line. A layer may
+A run is described by layers: `--config tasks/seg_voc.yaml --config configs/demo.yaml`, then the options of the command
+line. Later files override earlier ones, and command-line options override all files. A layer may
 
 - name a backbone, a data set or a trainer by its file instead of writing it out: `backbone: sis50` inside a model's
-  `init_args` stands for all of `configs/backbones/sis50.yaml`, `data: voc` for `datamodules/voc.yaml`, `trainer: gpu`
-  for `configs/trainers/gpu.yaml`. A name replaces whatever the layers below said of it, so that nothing of one
-  backbone leaks into another;
-- say something only where it applies: below `for:`, keys are class names, and what stands under the class of the
-  run's model or data is laid over the rest of that layer.
+  `init_args` stands for all of `configs/backbones/sis50.yaml`, `data: voc_segmentation` for
+  `datamodules/voc_segmentation.yaml`, `trainer: gpu` for `configs/trainers/gpu.yaml`. A name replaces whatever earlier
+  layers said about it, so that nothing of one backbone is left in another;
+- hold options for some runs only: below `for:`, keys are class names, and the options under the class of the run's
+  model or data override the rest of that layer.
+
+An object that is given another class loses the arguments of its old class, whether a file or an option gives it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sis_lightning.config_files import PACKAGED, find_config, read_yaml
 from sis_lightning.errors import UsageError
 
-# Where the files that a key may name live.
+# The folders of the files that a key may name.
 REFERENCES = {"backbone": "configs/backbones", "data": "datamodules", "trainer": "configs/trainers"}
 
 Layer = dict[str, Any]
 
+
 def load_layer(path: Path) -> Layer:
-    """Reads one YAML file, with dotted keys nested and named files put in place.
+    """Reads one YAML file, nests its dotted keys, and inserts the files that it names.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Nested plain data.
 
     Raises:
-        UsageError: For YAML that does not parse (with line and column), a key given twice, or a file named beside
-            further keys of the same object (`backbone: sis50` and `backbone.depth: 101`: which one should hold?).
+        UsageError: If the YAML is not valid (with line and column), a key is given twice, or an object is both named
+            by a file and given further keys (`backbone: sis50` and `backbone.depth: 101`).
     """
     layer: Layer = {}
     for key, value in read_yaml(path).items():
@@ -41,47 +53,53 @@ def load_layer(path: Path) -> Layer:
 
 
 def merge(below: Layer, above: Layer) -> Layer:
-    """Lays one layer over another: mappings key by key, anything else as a whole.
+    """Merges two layers: mappings key by key, anything else as a whole.
 
-    Where `above` gives an object another class, or names another file for it, nothing of `below`'s object stays:
-    one class's arguments mean nothing to another.
+    If `above` gives an object another class, or names another file for it, nothing of the object in `below` is kept:
+    the arguments of one class mean nothing to another.
+
+    Args:
+        below: The earlier layer.
+        above: The later layer, which overrides it.
+
+    Returns:
+        A new layer.
     """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and not value.get(_WHOLE):
-            same_class = value.get("class_path") in (None, old.get("class_path"))
-            merged[key] = merge(old, value) if same_class else value
+            merged[key] = merge(old, value) if _same_class(old, value.get("class_path")) else value
         else:
             merged[key] = value
     return merged
 
 
 def compose(paths: list[str], named: Layer | None = None) -> Layer:
-    """Lays the named files over `configs/defaults.yaml` and each other, the last on top.
+    """Merges `configs/defaults.yaml` and the named files, the last of which overrides all others.
 
     Args:
-        paths: As the user typed them.
-        named: Another data set in place of the first file's, to which overlays apply too; a trainer, which lies over
-            all files.
+        paths: The files, as the user typed them.
+        named: Contents of the files that `--data NAME` and `--trainer NAME` name. The data set replaces that of the
+            first file, so that overlays apply to it too; the trainer overrides all files.
 
     Returns:
-        Plain nested data without references, dotted keys or `for:` sections.
+        Nested plain data without file names, dotted keys or `for:` sections.
 
     Raises:
-        UsageError: As `find_config` and `load_layer`.
+        UsageError: If a file does not exist or is invalid, as `find_config` and `load_layer` say it.
     """
     composed: Layer = {}
     files = [PACKAGED / "configs" / "defaults.yaml", *map(find_config, paths)]
     layers = [(path, load_layer(path)) for path in files]
     named = named or {}
-    # Another data set is part of what the overlays lie over; a trainer is what the run is given, over all files.
+    # Overlays apply to another data set; a trainer is for this run alone, whatever the files say.
     layers.insert(2, (PACKAGED, {key: {**value, _WHOLE: True} for key, value in named.items() if key != "trainer"}))
     layers.append((PACKAGED, {key: value for key, value in named.items() if key == "trainer"}))
     for path, layer in layers:
         sections = layer.pop("for", {})
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-            raise UsageError(f"{path}: below 'for:' stand class names, each with the keys for runs of that class")
+            raise UsageError(f"{path}: 'for:' must map class names to the options for runs of that class")
         composed = merge(composed, layer)
         for class_name in _classes(composed):
             if class_name in sections:
@@ -91,13 +109,17 @@ def compose(paths: list[str], named: Layer | None = None) -> Layer:
 
 
 def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Composes the files named by `--config`, `--data NAME` and `--trainer NAME`, and puts names of backbones in place.
+    """Merges the files that arguments name (`--config`, `--data NAME`, `--trainer NAME`, `--model.backbone NAME`).
+
+    Args:
+        arguments: As on the command line.
 
     Returns:
-        The composed YAML and the remaining options, ready for Lightning's parser.
+        The merged files, and the remaining options, ready for `Run`. An option that gives an object another class drops
+        the arguments of the old class, as a file does.
 
     Raises:
-        UsageError: For files that do not exist or parse.
+        UsageError: If a file does not exist or is invalid.
     """
     files: list[str] = []
     options: list[str] = []
@@ -120,6 +142,7 @@ def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             options += [f"{key}={value}"] if key in ("--data", "--trainer") else [argument]
     composed = compose(files, named)
+    options = _drop_replaced_classes(composed, options)
     if files and "task" not in composed:
         composed["task"] = files[0].rpartition("/")[2].partition(".")[0]
     return composed, options
@@ -130,7 +153,94 @@ def load_named(kind: str, name: str) -> Layer:
     return load_layer(find_config(name, REFERENCES[kind]))
 
 
-# Marks an object that came from a file of its own: it replaces what lay below.
+def _same_class(old: Mapping[str, Any], class_path: Any) -> bool:
+    """Whether a class path, or a class name alone, is that of an object; also if none is given."""
+    known = old.get("class_path")
+    if class_path is None or known is None or class_path == known:
+        return class_path is None or class_path == known
+    return "." not in class_path and str(known).rpartition(".")[2] == class_path
+
+
+def _drop_replaced_classes(composed: Layer, options: list[str]) -> list[str]:
+    """Removes arguments of classes that a later option replaces.
+
+    Args:
+        composed: The merged files, changed in place.
+        options: `--KEY=VALUE` or `--KEY VALUE`, in their order.
+
+    Returns:
+        The options without those that set arguments of a class that a later one replaces.
+    """
+    kept: list[str] = []
+    chosen: dict[str, dict[str, Any]] = {}
+    for index, option in enumerate(options):
+        key, equals, value = option.partition("=")
+        kept.append(option)
+        if not key.startswith("--"):
+            continue
+        if not equals:
+            value = options[index + 1] if index + 1 < len(options) else ""
+        key = key[2:].removesuffix(".class_path")
+        class_path = _class_of(value)
+        holder = _object_at(composed, key.split("."))
+        if class_path is None or (holder is None and key not in chosen):
+            continue
+        before = chosen.get(key) or holder or {}
+        if before.get("class_path") is not None and not _same_class(before, class_path):
+            if holder is not None:
+                holder.clear()
+                holder["class_path"] = class_path
+            earlier = kept[:-1]
+            kept = [*_without(earlier, key), option] if key in chosen else kept
+        chosen[key] = {"class_path": class_path}
+    return kept
+
+
+def _class_of(value: str) -> str | None:
+    """The class that an option's value names: a dotted path, a bare name, or JSON with a `class_path`."""
+    if re.fullmatch(r"[A-Za-z_][\w.]*", value):
+        return None if value in ("null", "true", "false", "None", "True", "False") else value
+    if value.lstrip().startswith("{"):
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:  # the parser says what is wrong
+            return None
+        class_path = content.get("class_path") if isinstance(content, dict) else None
+        return class_path if isinstance(class_path, str) else None
+    return None
+
+
+def _object_at(layer: Layer, keys: list[str]) -> dict[str, Any] | None:
+    """The object with a `class_path` to which keys lead, with or without `init_args` between them."""
+    current: Any = layer
+    for key in keys:
+        if not isinstance(current, dict):
+            return None
+        if key not in current and "class_path" in current:
+            current = current.get("init_args")
+        current = current.get(key) if isinstance(current, dict) else None
+    return current if isinstance(current, dict) and "class_path" in current else None
+
+
+def _without(options: list[str], key: str) -> list[str]:
+    """The options but for those that set the object at `key` or its arguments."""
+    kept: list[str] = []
+    skip_value = False
+    for option in options:
+        if not option.startswith("--"):
+            if not skip_value:
+                kept.append(option)
+            skip_value = False
+            continue
+        name, equals, _ = option[2:].partition("=")
+        mine = name == key or name.startswith(f"{key}.")
+        skip_value = mine and not equals
+        if not mine:
+            kept.append(option)
+    return kept
+
+
+# Marks an object that came from a file of its own, which replaces what earlier layers said.
 _WHOLE = "__whole__"
 
 
@@ -144,7 +254,7 @@ def _nested(value: Any, path: Path) -> Any:
 
 
 def _put(layer: Layer, keys: list[str], value: Any, path: Path) -> None:
-    """Sets a dotted key, refusing to write into an object that is a file's name, or over one that has keys."""
+    """Sets a dotted key; refuses to write into an object that a file names, or to replace one that has keys."""
     for depth, key in enumerate(keys[:-1]):
         inner = layer.setdefault(key, {})
         if not isinstance(inner, dict) or inner.get(_WHOLE):
@@ -164,7 +274,7 @@ def _put(layer: Layer, keys: list[str], value: Any, path: Path) -> None:
 
 def _refuse_both(path: Path, key: str, other: str) -> None:
     raise UsageError(
-        f"{path}: '{key}' names a file or a value, and '{other}' writes into it: one of the two would be lost.\n"
+        f"{path}: '{key}' is a file's name or a value, and '{other}' writes into it: one of the two would be lost.\n"
         f"  Write it out in full, or put '{other}' into a second file after this one, or on the command line."
     )
 

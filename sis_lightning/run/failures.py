@@ -1,36 +1,120 @@
-"""Makes sentences of what Lightning, jsonargparse and torch raise while a run is built."""
+"""Makes short messages of what Lightning, jsonargparse and torch raise for a mistake of the user.
+
+A library's exception becomes a UsageError with one to five lines that names the option, if it was raised in the
+library's own code. Everything else is a defect of this package, and keeps its traceback.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import jsonargparse
+import lightning
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from sis_lightning.errors import UsageError, UserError
+from sis_lightning.errors import DataError, UsageError, UserError
+
+_LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (jsonargparse, lightning))
+_MISTAKES = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError)
+#: The characters by which `run.parser` marks an inner parser's message.
+MARKS = "\x02{}\x03"
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Raises UsageError or DataError in place of what a library raises for a mistake of the user.
+
+    Args:
+        config: The run's resolved configuration, by which the message names the option; None while it is parsed.
 
     Raises:
         UsageError: For options and combinations that a library refuses.
-        DataError: As it was raised inside.
+        DataError: If the memory of the device does not suffice.
     """
-    from sis_lightning.run.parser import without_marks
-
     try:
         yield
-    except MisconfigurationException as error:
-        raise UsageError(str(error)) from error
-    except UsageError as error:
-        raise without_marks(error) from error
-    except ValueError as error:
-        # jsonargparse wraps what a class's constructor raises.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is None:
+    except UserError as error:
+        text = re.sub("[\x02\x03]", "", str(error))
+        if text == str(error):
             raise
-        raise cause from error
+        raise type(error)(text) from error
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"the device's memory does not suffice: {_shortened(str(error).partition('. ')[0])}\n"
+            "  Choose a smaller --data.batch_size and --trainer.accumulate_grad_batches, or --trainer.precision bf16-mixed"
+        ) from error
+    except Exception as error:
+        if cause := _our_own(error):  # jsonargparse wraps what the constructor of a class raises
+            raise cause from error
+        if not isinstance(error, MisconfigurationException) and not (
+            isinstance(error, _MISTAKES) and _raised_in_library(error)
+        ):
+            raise
+        raise UsageError(_named(_reason(error), config or {})) from error
+
+
+def _our_own(error: BaseException) -> UserError | None:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return cause
+
+
+def _raised_in_library(error: BaseException) -> bool:
+    """Whether the code that raised it, or the code that loads a missing package for it, is a library's."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    frames = [name for name in frames if not name.startswith("<")]
+    return bool(frames) and frames[-1].startswith(_LIBRARIES)
+
+
+def _reason(error: BaseException) -> str:
+    """The message without the class path and the advice that jsonargparse and Lightning put around it."""
+    if isinstance(error, MisconfigurationException | ImportError):
+        return str(error)
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return str(cause)
+
+
+def _named(text: str, config: Mapping[str, Any]) -> str:
+    """Puts the option in front of a message that is about it."""
+    missing = re.search(r"Requirement '?`?([\w-]+)|No module named '([\w-]+)", text)
+    package = (missing[1] or missing[2]) if missing else ""
+    if package:
+        text = f"the package {package} is not installed: pip install {package}"
+    text = _shortened(text)
+    given: dict[str, list[str]] = {}
+    for key, value in config.get("trainer", {}).items():
+        for item in value if isinstance(value, list) else [value]:
+            name = str(item.get("class_path", "")).rpartition(".")[2] if isinstance(item, dict) else item
+            if name not in (None, False, "", "auto"):
+                given.setdefault(key, []).append(str(name))
+    tests: list[Callable[[str, list[str]], object]] = [
+        lambda _, names: package and any(package.lower() in name.lower() for name in names),
+        lambda key, _: re.search(rf"\b{key}\b", text),
+        lambda _, names: any(re.search(rf"\b{re.escape(name)}\b", text) for name in names if name.isidentifier()),
+    ]
+    for test in tests:
+        for key, names in given.items():
+            if test(key, names):
+                return f"trainer.{key} is {', '.join(names)}: {text}"
+    return text
+
+
+def _shortened(text: str, lines: int = 4, width: int = 160) -> str:
+    """A message in few lines, cut after a whole sentence if possible."""
+    plain = " ".join(text.replace("`", "'").split())
+    wrapped = textwrap.wrap(plain, width)
+    if len(wrapped) <= lines:
+        return "\n  ".join(wrapped)
+    kept = " ".join(wrapped[:lines])
+    sentence = kept.rpartition(". ")[0]
+    return "\n  ".join(textwrap.wrap(f"{sentence}." if len(sentence) > width else f"{kept} …", width))

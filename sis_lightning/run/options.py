@@ -29,14 +29,14 @@ class RunOptions:
         verbose: validate, test: whether all metrics are printed as a table.
     """
 
-    seed_everything: NonNegativeInt = 0  # type: ignore[valid-type]
+    seed_everything: NonNegativeInt = 0
     task: str = "run"
     run_dir: str | None = None
     overwrite: bool = False
     resume: str = "never"
     resume_changed: bool = False
-    checkpoint_every: PositiveInt = 500  # type: ignore[valid-type]
-    max_restarts: NonNegativeInt = 100  # type: ignore[valid-type]
+    checkpoint_every: PositiveInt = 500
+    max_restarts: NonNegativeInt = 100
     ckpt_path: str | None = None
     deploy: bool = False
     verbose: bool = True

@@ -1,7 +1,7 @@
-"""Lightning's argument parser, with errors that a person can act on.
+"""Lightning's argument parser for the options of a run, with short errors that name the option.
 
-jsonargparse nests a parser in a parser for every class, and wraps an inner one's message into ten lines of its own.
-Each of ours therefore boils its message down and marks it, so that the outer ones find it again and add their key.
+jsonargparse nests a parser for every class, and wraps the message of an inner parser into ten lines of its own. Each
+parser here therefore shortens its message and marks it, so that the outer ones find it and add their key.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterator
 from importlib import import_module
+from inspect import isabstract
 from typing import Any
 
 # Lightning's own calls of jsonargparse's older names are not the user's to mend. Read when jsonargparse is imported.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
-from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser
 
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import UsageError, nearest
+from sis_lightning.run.failures import MARKS
 from sis_lightning.run.options import RunOptions
 from sis_lightning.tasks import BaseTask
 
-_MARKS = "\x02{}\x03"
 _MARKED = re.compile("\x02([^\x02\x03]*)\x03")
 
 
@@ -36,7 +37,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises UsageError instead of printing the usage and leaving."""
-        raise UsageError(_MARKS.format(explain(message, self))) from ex
+        raise UsageError(MARKS.format(explain(message, self))) from ex
 
 
 @functools.cache
@@ -81,42 +82,74 @@ def _add_part(parser: Parser, part: str) -> None:
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
-    """Boils jsonargparse's message down to what is wrong and the nearest right word."""
+    """Shortens a message of jsonargparse to what is wrong and the nearest valid name.
+
+    Args:
+        message: As jsonargparse gives it to `error`.
+        parser: The parser that gives it.
+    """
     key_match = re.match(r'Parser key "([\w.]+)":\s*', message)
-    key = key_match.group(1) if key_match else ""
+    key = key_match.group(1).removeprefix("config.") if key_match else ""
     inner = _MARKED.search(message)
     if inner:
-        return f"{key}.{inner.group(1)}" if key else inner.group(1)
+        return f"{key}.{inner.group(1)}" if key and key != "config" else inner.group(1)
     text = " ".join(message[key_match.end() if key_match else 0 :].split())
     if unknown := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", text, re.I):
         name = unknown.group(1) or unknown.group(2)
         return f"{name}: there is no such key; {nearest(name, _keys(parser))}"
-    if literal := re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", text):
-        known = [choice.strip(" '") for choice in literal.group(1).split(",")]
-        value = literal.group(2)
+    if literals := re.findall(r"Literal\[(.*?)\]", text):
+        known = list(dict.fromkeys(choice.strip(" '") for part in literals for choice in part.split(",")))
+        value = text.rpartition("value: ")[2]
         hint = nearest(value, known)
         return f"{key} is {value}, must be one of {', '.join(known)}" + (f"; {hint}" if hint.startswith("did") else "")
     if attribute := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
         module, name = attribute.groups()
-        return f"{key}: {module} has no '{name}'; {nearest(name, dir(import_module(module)))}"
+        return f"{key}: {module} has no '{name}'; {nearest(name, _classes_of(key) or dir(import_module(module)))}"
     if path := re.search(r"Expected a dot import path string: (\S+)", text):
-        classes = [cls.__name__ for base in (BaseTask, SISDataModule) for cls in base.__subclasses__()]
-        return f"{key}: there is no class '{path.group(1)}'; {nearest(path.group(1), classes)}"
+        return f"{key}: there is no class '{path.group(1)}'; {nearest(path.group(1), _classes_of(key))}"
     if mismatch := re.search(r"Expected a (?:<class '([\w.]+)'>|(\S+)).*?(?:Got|Given) value: (.*)", text):
         return f"{key} is {mismatch.group(3)}, must be {mismatch.group(1) or mismatch.group(2)}"
     return f"{key}: {text}" if key else text
 
 
 def _keys(parser: LightningArgumentParser) -> list[str]:
-    """The keys of a parser and of its subcommands."""
-    keys = []
-    for action in parser._actions:
-        keys.append(action.dest)
-        if isinstance(action.choices, dict):
-            keys += [inner.dest for sub in action.choices.values() for inner in sub._actions]
-    return keys
+    """The options of a parser."""
+    keys = parser.get_defaults(skip_validation=True).keys(branches=True)
+    return [key for key in keys if not key.endswith(".help") and key != "config"]
 
 
-def without_marks(error: UsageError) -> UsageError:
-    """The error as the outermost parser shows it."""
-    return UsageError(re.sub("[\x02\x03]", "", str(error)))
+#: The classes that an option takes, by the last part of its key: where they are found, and their base.
+_KINDS = {
+    "optimizer": ("torch.optim", "Optimizer"),
+    "lr_scheduler": ("torch.optim.lr_scheduler", "LRScheduler"),
+    "callbacks": ("lightning.pytorch.callbacks", "Callback"),
+    "logger": ("lightning.pytorch.loggers", "Logger"),
+    "profiler": ("lightning.pytorch.profilers", "Profiler"),
+    "strategy": ("lightning.pytorch.strategies", "Strategy"),
+    "accelerator": ("lightning.pytorch.accelerators", "Accelerator"),
+    "plugins": ("lightning.pytorch.plugins", ""),
+}
+
+
+def _classes_of(key: str) -> list[str]:
+    """Names of the classes that an option takes."""
+    last = key.rpartition(".")[2]
+    if last in ("model", "data"):
+        return sorted(cls.__name__ for cls in _subclasses(BaseTask if last == "model" else SISDataModule))
+    if last not in _KINDS:
+        return []
+    module, base_name = _KINDS[last]
+    found = vars(import_module(module))
+    base = found.get(base_name, object)
+    return sorted(
+        name
+        for name, value in found.items()
+        if isinstance(value, type) and issubclass(value, base) and value is not base and not name.startswith("_")
+    )
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    for cls in base.__subclasses__():
+        if not isabstract(cls) and not cls.__name__.startswith("_"):
+            yield cls
+        yield from _subclasses(cls)

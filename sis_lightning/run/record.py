@@ -143,7 +143,7 @@ class TestRecord(_Plain):
         checksum: SHA-256 of all of the above.
     """
 
-    version: Literal[2] = VERSION
+    version: Literal[2] = 2
     task: str
     backbone: str
     primary_metric: str

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Timer
 from sis_lightning.datamodules.samplers import sample_seed
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.run import lightning_internals as internals
-from sis_lightning.run.checkpoints import RUN, Checkpoint, ResumePoint, sync_folder
+from sis_lightning.run.checkpoints import RUN, Checkpoint, ResumePoint, resume_point, sync_folder
 from sis_lightning.run.effects import effective_changes
 from sis_lightning.run.loggers import MetricsCSV
 from sis_lightning.run.record import Code
@@ -96,7 +96,9 @@ class ExactResume(Callback):
         """Prepares the return to the very point at which the checkpoint was written."""
         if trainer.state.fn != "fit":
             return
-        point = ResumePoint.model_validate(checkpoint[RUN])
+        point = resume_point(checkpoint)
+        if point is None:  # such as the one that LearningRateFinder writes and restores
+            return
         if point.point == "end":
             trainer.datamodule.position = (point.epoch, 0)  # type: ignore[attr-defined]
         else:
