@@ -469,7 +469,7 @@ class BaseTask(LightningModule, ABC):
         Raises:
             UsageError: If the training loader does not say how many images a batch has.
         """
-        self.trainer.estimated_stepping_batches  # noqa: B018 - builds the loader
+        self.trainer.fit_loop.setup_data()  # builds the loader, unless there is one
         loader: Any = self.trainer.train_dataloader
         size = getattr(loader, "batch_size", None) or getattr(
             getattr(loader, "batch_sampler", None), "batch_size", None
