@@ -1,25 +1,26 @@
-"""The inference form of a trained network: the same outputs from fewer passes over memory.
+"""The deployed (fused) form of a trained network: the same outputs from fewer passes over memory.
 
-Batch norms are folded into the convolutions before them, an operator's kernels are prepared once, and what is
-concatenated is written where it belongs at once. Folding is not as simple as for a plain convolution: Y1 is a part of
-an operator's output, which the norm scales and shifts, and the input of K2 and K3, which see it as it is (eqs. 2-24).
-So the norm is folded into the last convolution alone, and applied to the other parts as they are written.
+Batch norm is folded into the convolutions before it, the kernels of an operator are prepared once, and the outputs of
+the splits are written directly into the tensor that concatenates them. Folding is not as simple as for a plain
+convolution: Y1 is a part of an operator's output, which the norm scales and shifts, and also the input of K2 and K3,
+which see it without the norm (eqs. 2-24). Therefore the norm is folded into the last convolution only, and applied to
+the other parts as they are written.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from sis_lightning.backbones.resnet import Bottleneck, Split, Stem
-from sis_lightning.backbones.torch_internals import is_traced
+from sis_lightning.backbones.resnet import Bottleneck, Split, Stem, hierarchical_split
+from sis_lightning.backbones.torch_internals import fused_convolution, fuses_convolutions, is_traced
 from sis_lightning.operators import SISOperator
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -27,13 +28,18 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def deploy(model: _Model, *, inplace: bool = False) -> _Model:
-    """The inference form of any network with our backbones or operators, equal to 1e-5 of the outputs in float32.
+    """Returns the deployed (fused) form of a network with our backbones or operators.
 
-    It maps what `model.eval()` does, to the same shapes; it cannot be trained, and its state dict is another.
+    It maps the same shapes to the same outputs as `model.eval()`, to 1e-5 of the outputs in float32. It cannot be
+    trained, and its state dict has other keys.
 
     Args:
-        model: A backbone, a classifier, a task, or any network after `replace_convs`.
-        inplace: Changes `model` instead of a copy (an operator or block by itself is not changed but replaced).
+        model: A backbone, one of the four networks, a task, or any network after `replace_convs`.
+        inplace: Whether to change `model` instead of a copy. An operator or a block as such is replaced even then: use
+            the return value.
+
+    Returns:
+        The deployed network, in evaluation mode and without gradients of its weights.
     """
     model = (model if inplace else copy.deepcopy(model)).eval().requires_grad_(False)
     deployed: _Model = _deployed(model)
@@ -41,7 +47,7 @@ def deploy(model: _Model, *, inplace: bool = False) -> _Model:
 
 
 def _deployed(module: nn.Module) -> Any:
-    """A module's inference form: another one, or itself with those of its parts."""
+    """Returns the deployed form of a module: another module, or the same one with deployed children."""
     if isinstance(module, Bottleneck):
         return DeployedBottleneck(module)
     if isinstance(module, SISOperator):
@@ -54,20 +60,20 @@ def _deployed(module: nn.Module) -> Any:
     if isinstance(module, nn.Sequential):
         for (before, _), (after, _) in itertools.pairwise(list(module.named_children())):
             _fold(module, before, after)
-    if not isinstance(module, DeployedBottleneck | DeployedOperator):  # these are done
+    if not isinstance(module, DeployedBottleneck | DeployedOperator):
         for name, child in list(module.named_children()):
             setattr(module, name, _deployed(child))
     return module
 
 
 def _fold(parent: nn.Module, conv: str, norm: str) -> None:
-    """Folds a batch norm into the convolution before it, if these two are that."""
+    """Folds a batch norm into the convolution before it, if two children of a module are such a pair."""
     one, other = parent.get_submodule(conv), parent.get_submodule(norm)
-    # A separable convolution is a sequence itself: the norm belongs to its last one.
+    # A separable convolution is a sequence itself; the norm belongs to its last convolution.
     holder, key = parent, conv
     while isinstance(one, nn.Sequential) and len(one):
-        holder, key = one, list(one._modules)[-1]
-        one = holder.get_submodule(key)
+        holder = one
+        key, one = list(one.named_children())[-1]
     if isinstance(one, nn.Conv2d) and isinstance(other, _BATCH_NORMS) and other.running_mean is not None:
         setattr(holder, key, fuse_conv_bn_eval(one, other))
         setattr(parent, norm, nn.Identity())
@@ -82,60 +88,32 @@ def convolve(
     add: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """A convolution, what is added to it, and ReLU: on a CPU in one pass by oneDNN, with weights in its own layout.
-
-    The operators that do so are those that `torch.compile` emits; where they are missing or do not suit (another device
-    or type, autocast, gradients, a compiler at work), it is passes of plain torch.
+    """Computes relu(weight * x + bias + add): in one pass by oneDNN on a CPU, and by plain operations otherwise.
 
     Args:
-        x: (N, C_in, H, W).
-        weight: (C, C_in / groups, k, k).
-        bias: (C,).
-        place: Padding, stride, dilation and groups.
-        add: (N, C, H', W'), which may be overwritten.
-        relu: Whether what is below 0 becomes 0.
+        x: Input (N, C_in, H, W).
+        weight: Kernel (C, C_in / groups, k, k).
+        bias: Bias (C,), or None.
+        place: Padding, stride, dilation and number of groups.
+        add: Tensor (N, C, H', W') to add, or None. It may be overwritten.
+        relu: Whether to apply ReLU to the result.
+
+    Returns:
+        The result (N, C, H', W').
     """
+    if fuses_convolutions(x) and (add is None or not add.requires_grad):
+        return fused_convolution(x, weight, bias, place, add=add, relu=relu)
     padding, stride, dilation, groups = place
-    if not _fuses(x) or (add is not None and add.requires_grad):
-        plain = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        plain = plain if add is None else plain.add_(add)
-        return plain.relu_() if relu else plain
-    known, packed = _packed.get(weight, (None, None))
-    version = -1 if weight.is_inference() else weight._version
-    if known != version:
-        pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        packed = pack(weight.to_mkldnn(), *place, x.shape)
-        _packed[weight] = (version, packed)
-    last = "relu" if relu else "none"
-    if add is None:
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *place, last, [], "")
-    else:
-        fused = torch.ops.mkldnn._convolution_pointwise_.binary
-        y = fused(add, x, packed, bias, *place, "add", 1.0, last if relu else None, [], "")
-    return y
-
-
-#: Of each weight its state (torch counts changes in place) and oneDNN's copy.
-_packed: Any = WeakTensorKeyDictionary()
-
-
-def _fuses(x: Tensor) -> bool:
-    if is_traced(x) or x.requires_grad or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    backend: Any = torch.backends.mkldnn
-    return bool(
-        backend.is_available()
-        and backend.enabled
-        and not torch.is_autocast_enabled("cpu")
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )
+    plain = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    plain = plain if add is None else plain.add_(add)
+    return plain.relu_() if relu else plain
 
 
 class FusedConv(nn.Module):
-    """`convolve` with a convolution's weights.
+    """A convolution that is followed by an optional sum and an optional ReLU, see `convolve`.
 
     Args:
-        conv: With everything folded in.
+        conv: The convolution, with its norm folded in.
         relu: Whether ReLU follows.
     """
 
@@ -144,14 +122,18 @@ class FusedConv(nn.Module):
         self.conv, self.relu = conv, relu
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """conv(x) + add, where that is given; it may be overwritten."""
+        """Computes conv(x) + add, if `add` is given, which may be overwritten."""
         conv = self.conv
         place = (conv.padding, conv.stride, conv.dilation, conv.groups)
         return convolve(x, conv.weight, conv.bias, place, add=add, relu=self.relu)
 
 
 class DeployedBottleneck(nn.Module):
-    """`Bottleneck` with its batch norms folded, its ReLUs and its sum within its convolutions."""
+    """A `Bottleneck` whose batch norm is folded, and whose ReLUs and sum are parts of its convolutions.
+
+    Args:
+        block: The trained block; it is changed.
+    """
 
     def __init__(self, block: Bottleneck) -> None:
         super().__init__()
@@ -168,7 +150,7 @@ class DeployedBottleneck(nn.Module):
             self.shortcut[0] = FusedConv(conv, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) → (N, outputs, …), as `Bottleneck`; x is overwritten where it is the shortcut."""
+        """Maps the shapes of `Bottleneck`; x is overwritten if the shortcut is the identity."""
         if self.folded:
             y: Tensor = self.expand(self.split(self.reduce(x)), self.shortcut(x))
             return y
@@ -178,11 +160,11 @@ class DeployedBottleneck(nn.Module):
 
 
 class DeployedOperator(nn.Module):
-    """An operator and the batch norm behind it, with constants that are computed once.
+    """An operator with the batch norm behind it, with constants that are computed once.
 
     Args:
-        operator: Any; it is copied.
-        norm: Behind it. Other than a batch norm, it is left to who calls.
+        operator: The trained operator; it is copied.
+        norm: The layer behind it. A batch norm is included; any other layer stays with the caller.
     """
 
     _operator: SISOperator
@@ -203,7 +185,7 @@ class DeployedOperator(nn.Module):
             shift = shift if norm.bias is None else shift + norm.bias.detach()
         if operator.bias is not None:
             shift = shift + operator.bias.detach() * scale
-        #: Channels of the parts that `last` does not make, to which scale and shift are applied as they are written.
+        #: Number of channels that the kernel `last` does not compute; scale and shift are applied to them when written.
         self.rest = channels
         self.bias: Tensor | None
         self.register_buffer("bias", None)
@@ -211,7 +193,7 @@ class DeployedOperator(nn.Module):
             self.rest -= len(kernels["last"])
             kernels["last"] *= scale[self.rest :, None, None, None]
             self.bias = shift[self.rest :].clone()
-            for name in operator.kernel_shapes():  # `parts` of such an operator needs those of `prepare` alone
+            for name in operator.kernel_shapes():  # `parts` needs the prepared kernels only
                 self._operator.register_parameter(name, None)
         self._operator.register_parameter("bias", None)
         self._operator.convolve = self._convolve  # type: ignore[method-assign]
@@ -232,20 +214,20 @@ class DeployedOperator(nn.Module):
         return convolve(x, kernel, bias, place)
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """The output in pieces; those of the first `rest` channels still to be scaled and shifted."""
+        """Computes the parts of the output; the first `rest` channels still need scale and shift."""
         return self._operator.parts(x, {name: self.get_buffer(name) for name in self.names}, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) → (N, C, H', W'), through the norm."""
+        """Maps (N, C_in, H, W) to (N, C, H', W'), the output of the norm."""
         parts = self.parts(x)
         if self.scale is None or self.shift is None or self.rest == 0:
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         done, first = [], 0
         for part in parts:
             last = first + part.shape[1]
-            # Also where `last` is None and a literal form gives the whole in one piece.
+            # An operator without a kernel `last` may compute its whole output as one part.
             if first < self.rest:
-                # The constants are of full precision under autocast too; what is written is not.
+                # Under autocast the constants keep full precision, but the output does not.
                 scaled = torch.addcmul(self.shift[:, first:last], part, self.scale[:, first:last])
                 part = scaled.to(part.dtype)
             done.append(part)
@@ -253,7 +235,7 @@ class DeployedOperator(nn.Module):
         return done[0] if len(done) == 1 else torch.cat(done, dim=1)
 
     def write_relu(self, parts: list[Tensor], out: Tensor) -> None:
-        """Writes max(0, norm(parts)) into `out` (N, C, H', W'), which may be channels of a larger tensor."""
+        """Writes max(0, norm(parts)) into a tensor (N, C, H', W'), which may be some channels of a larger one."""
         first = 0
         for part in parts:
             last = first + part.shape[1]
@@ -267,7 +249,11 @@ class DeployedOperator(nn.Module):
 
 
 class DeployedSplit(nn.Module):
-    """`Split` whose convolutions write their channels of the block's output where they belong."""
+    """A `Split` whose operators write their outputs directly into the concatenation.
+
+    Args:
+        split: The trained split; its operators are copied.
+    """
 
     def __init__(self, split: Split) -> None:
         super().__init__()
@@ -283,42 +269,68 @@ class DeployedSplit(nn.Module):
         self.writes = all(folded)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, scale · width, H, W) → (N, scale · width, ⌈H/stride⌉, ⌈W/stride⌉), in place of x where they are alike."""
-        if not self.writes or is_traced(x) or x.requires_grad:
-            # A compiler fuses the writes itself, and other norms than batch norm see an operator's whole output.
-            return self._concatenate(x)
+        """Maps the shapes of `Split`; the output overwrites x if it has the same shape."""
         splits = torch.split(x, self.width, dim=1)
-        out, y = None, splits[0]
-        for index, conv in enumerate(self.convs):
-            assert isinstance(conv, DeployedOperator)
-            parts = conv.parts(y)
-            if out is None:
-                if len(parts) == 1 == self.scale and conv.rest == 0:
-                    return parts[0].relu_()
-                same = parts[0].shape[2:] == x.shape[2:] and parts[0].dtype == x.dtype
-                out = x if same else _empty(parts[0], self.scale * self.width)
-            mine = out[:, index * self.width : (index + 1) * self.width]
-            conv.write_relu(parts, mine)
-            if index + 1 < len(self.convs):
-                y = splits[index + 1] if self.first else mine + splits[index + 1]
+        # A compiler fuses the writes itself, and norms other than batch norm need the whole output of an operator.
+        if not self.writes or is_traced(x) or x.requires_grad:
+            branches = [_branch(conv, norm) for conv, norm in zip(self.convs, self.norms, strict=True)]
+            outputs = hierarchical_split(splits, branches, hierarchical=not self.first)
+            if len(outputs) < self.scale:
+                outputs.append(self.pool(splits[-1]))
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        writer = _Writer(x, self.width, self.scale)
+        hierarchical_split(splits, [writer.branch(conv) for conv in self.convs], hierarchical=not self.first)
+        out = writer.out
         assert out is not None
         if len(self.convs) < self.scale and (self.first or out is not x):
             out[:, -self.width :].copy_(self.pool(splits[-1]))
         return out
 
-    def _concatenate(self, x: Tensor) -> Tensor:
-        splits = torch.split(x, self.width, dim=1)
-        outputs: list[Tensor] = []
-        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = splits[index] if index == 0 or self.first else outputs[-1] + splits[index]
-            outputs.append(torch.relu(norm(conv(y))))
-        if len(outputs) < self.scale:
-            outputs.append(self.pool(splits[-1]))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+def _branch(conv: nn.Module, norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.relu(norm(conv(x)))
+
+
+class _Writer:
+    """Branches of `hierarchical_split` that write their outputs, one after the other, into one tensor.
+
+    Attributes:
+        out: The tensor (N, scale · width, H', W'): the input if that has the same shape, or else a new one; None until
+            the first branch has run.
+
+    Args:
+        x: Input of the split. The branches may overwrite the splits that they have read.
+        width: Number of channels of each output.
+        scale: Number of splits.
+    """
+
+    def __init__(self, x: Tensor, width: int, scale: int) -> None:
+        self.x, self.width, self.scale = x, width, scale
+        self.out: Tensor | None = None
+        self._channel = 0
+
+    def branch(self, conv: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Returns the branch that a deployed operator and ReLU make."""
+        assert isinstance(conv, DeployedOperator)
+
+        def write(y: Tensor) -> Tensor:
+            parts = conv.parts(y)
+            if len(parts) == 1 == self.scale and conv.rest == 0:
+                self.out = parts[0].relu_()
+                return self.out
+            if self.out is None:
+                same = parts[0].shape[2:] == self.x.shape[2:] and parts[0].dtype == self.x.dtype
+                self.out = self.x if same else _empty(parts[0], self.scale * self.width)
+            mine = self.out[:, self._channel : self._channel + self.width]
+            self._channel += self.width
+            conv.write_relu(parts, mine)
+            return mine
+
+        return write
 
 
 def _empty(like: Tensor, channels: int) -> Tensor:
-    """An uninitialised (N, channels, H, W) in the layout, type and place of `like`."""
+    """Returns an uninitialised tensor (N, channels, H, W) with the memory format, type and device of another one."""
     shape = (like.shape[0], channels, *like.shape[2:])
     channels_last = like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format

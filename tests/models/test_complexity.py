@@ -1,4 +1,4 @@
-"""Parameters and MACs against closed forms and published figures."""
+"""Parameters and MACs against closed forms and published numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import torch
 from torch import nn
 
 from sis_lightning import create_operator
-from sis_lightning.backbones import backbone_config
-from sis_lightning.config_files import config_names
-from sis_lightning.models import create_segmenter
-from sis_lightning.models.complexity import UncountableError, count_macs, count_parameters
-from sis_lightning.operators import operator_names
+from sis_lightning.errors import UsageError
+from sis_lightning.models import Detector, Segmenter
+from sis_lightning.models.complexity import (
+    UncountableError,
+    count_macs,
+    count_parameters,
+    measure,
+    measure_backbones,
+    to_json,
+    to_table,
+)
+from sis_lightning.operators import list_operators
 
 
-@pytest.mark.parametrize("name", operator_names())
+@pytest.mark.parametrize("name", list_operators())
 @pytest.mark.parametrize("groups", [1, 2])
 def test_operators_cost_what_the_paper_says(name, groups):
     channels, size = 32, 16
@@ -37,59 +44,48 @@ def test_each_step_of_a_recurrence_costs_two_sixteenths(steps, sixteenths):
     ("name", "gmac"),
     [("resnet50", 4.09), ("resnext29_8x64d", 5.39), ("res2next29_8c25w4s", 5.51), ("res2net50", 4.26)],
 )
-def test_published_macs(command, name, gmac):
-    result = command("complexity", name, "--json")
-    assert result.code == 0, result.err
-    (row,) = json.loads(result.out)
-    assert row["model_macs"] / 1e9 == pytest.approx(gmac, abs=0.006)
-    assert row["model_parameters"] > row["backbone_parameters"]
+def test_published_macs(name, gmac):
+    (row,) = measure_backbones([name])
+    assert row.model_macs / 1e9 == pytest.approx(gmac, abs=0.006)
+    assert row.model_parameters > row.backbone_parameters
 
 
-def test_the_table_labels_macs_and_takes_an_operator(command):
-    result = command("complexity", "sis50", "--operator", "recurrent2", "--size", "64")
-    assert result.code == 0
-    assert "MACs, not FLOPs" in result.out
-    assert "recurrent2" in result.out
-    assert "64×64" in result.out
+def test_results_are_a_table_and_json():
+    rows = measure_backbones(["sis50"], "recurrent2", (64, 48))
+    assert json.loads(to_json(rows))[0]["config"] == "res2net50-26w4s-recurrent2"
+    assert "MACs, not FLOPs" in str(rows[0])
+    assert "64×48" in to_table(rows)
 
 
-SIZES = {"cls": (32, 32), "seg": (96, 96), "det": (96, 96), "kpt": (128, 96)}
+def test_the_cost_of_the_detector_is_that_of_fvcore():
+    # torchvision documents 134.38 GFLOPs (multiply-accumulates, by fvcore) for fasterrcnn_resnet50_fpn at 800×800.
+    with torch.device("meta"):
+        model = Detector("resnet50", 90, fpn_norm="none")
+    assert measure(model, (800, 800)).model_macs / 1e9 == pytest.approx(134.38, rel=0.01)
 
 
-@pytest.mark.parametrize("task", config_names("tasks"))
-def test_the_model_of_a_run_is_counted_whole(command, task):
-    result = command("complexity", "--config", f"tasks/{task}.yaml", "--config", "configs/demo.yaml", "--json")
-    assert result.code == 0, result.err
-    (row,) = json.loads(result.out)
-    assert (row["name"], row["height"], row["width"]) == (task, *SIZES[task[:3]])
-    assert 0 < row["backbone_macs"] < row["model_macs"]
-
-
-def test_the_detectors_cost_is_fvcores(command):
-    # torchvision documents 134.38 GFLOPs (multiply-accumulates, fvcore) for fasterrcnn_resnet50_fpn at 800×800.
-    options = ["--config", "tasks/det_coco.yaml", "--model.backbone", "resnet50", "--model.num_classes", 90]
-    result = command("complexity", *options, "--size", 800, "--json")
-    assert result.code == 0, result.err
-    (row,) = json.loads(result.out)
-    assert row["model_macs"] / 1e9 == pytest.approx(134.38, rel=0.01)
+def test_a_network_is_measured_with_its_backbone():
+    model = Segmenter("sis_demo", 5, in_channels=4).train()
+    weight = model.encoder.backbone.stem.conv.weight
+    row = measure(model, (64, 96), name="mine", kind="segmentation")
+    assert (row.name, row.model, row.height, row.width) == ("mine", "segmentation", 64, 96)
+    assert row.model_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert 0 < row.backbone_macs < row.model_macs
+    assert model.training
+    assert not weight.is_meta
+    with pytest.raises(UsageError, match="contains no backbone"):
+        measure(nn.Conv2d(3, 3, 1), (8, 8))
+    with pytest.raises(UsageError, match="image_size"):
+        measure(model, (0, 8))
 
 
 @pytest.mark.parametrize("architecture", [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"])
 def test_every_decoder_is_countable(architecture):
     stride = 16 if architecture in ("deeplabv3", "deeplabv3plus", "pan") else 32
     with torch.device("meta"):
-        model = create_segmenter(architecture, backbone_config("sis_demo"), 5, stride)
+        model = Segmenter("sis_demo", 5, architecture, output_stride=stride)
         image = torch.empty(1, 3, 128, 128)
     assert count_macs(model, image) > count_macs(model.encoder, image) > 0
-
-
-def test_options_of_a_run_are_heeded(command):
-    options = ["--config", "tasks/cls_cifar100.yaml", "--model.backbone", "resnet29", "--json"]
-    (row,) = json.loads(command("complexity", *options).out)
-    assert row["config"].startswith("resnet29")
-    result = command("complexity", *options, "--operator", "basic")
-    assert result.code == 2
-    assert "--model.backbone.operator" in result.err
 
 
 def test_an_operation_that_cannot_be_counted_fails():
@@ -107,14 +103,3 @@ def test_counting_leaves_the_model_as_it_was():
     assert model.training
     assert count_parameters(model) == 4 * 3 * 9 + 4 + 8
     assert torch.equal(model[1].running_mean, torch.zeros(4))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [(["sis5O"], ["sis50"]), (["--operater", "basic"], ["--operater"]), (["sis50", "--operator", "basik"], ["basic"])],
-)
-def test_bad_arguments(command, arguments, words):
-    result = command("complexity", *arguments)
-    assert result.code == 2
-    assert all(word in result.err for word in words)
-    assert len(result.err.splitlines()) <= 5

@@ -1,0 +1,49 @@
+"""`sis-lightning complexity`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sis_lightning.config_files import config_names
+
+
+def test_the_table_labels_macs_and_takes_an_operator(command):
+    result = command("complexity", "sis50", "--operator", "recurrent2", "--size", "64")
+    assert result.code == 0
+    assert "MACs, not FLOPs" in result.out
+    assert "recurrent2" in result.out
+    assert "64×64" in result.out
+
+
+SIZES = {"cls": (32, 32), "seg": (96, 96), "det": (96, 96), "kpt": (128, 96)}
+
+
+@pytest.mark.parametrize("task", config_names("tasks"))
+def test_the_model_of_a_run_is_counted_whole(command, task):
+    result = command("complexity", "--config", f"tasks/{task}.yaml", "--config", "configs/demo.yaml", "--json")
+    assert result.code == 0, result.err
+    (row,) = json.loads(result.out)
+    assert (row["name"], row["height"], row["width"]) == (task, *SIZES[task[:3]])
+    assert 0 < row["backbone_macs"] < row["model_macs"]
+
+
+def test_options_of_a_run_are_respected(command):
+    options = ["--config", "tasks/cls_cifar100.yaml", "--model.backbone", "resnet29", "--json"]
+    (row,) = json.loads(command("complexity", *options).out)
+    assert row["config"].startswith("resnet29")
+    result = command("complexity", *options, "--operator", "basic")
+    assert result.code == 2
+    assert "--model.backbone.operator" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["sis5O"], ["sis50"]), (["--operater", "basic"], ["--operater"]), (["sis50", "--operator", "basik"], ["basic"])],
+)
+def test_bad_arguments(command, arguments, words):
+    result = command("complexity", *arguments)
+    assert result.code == 2
+    assert all(word in result.err for word in words)
+    assert len(result.err.splitlines()) <= 5
