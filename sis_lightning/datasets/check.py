@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -80,12 +81,12 @@ def summarize(dataset: ImageDataset, split: str, *, decode: bool = True) -> Data
 
 
 def summarize_splits(
-    splits: Mapping[str, Callable[[], ImageDataset]], *, decode: bool = True
+    splits: Mapping[Any, Callable[[], ImageDataset]], *, decode: bool = True
 ) -> Iterator[DatasetSummary]:
     """Summarises the splits of a data set, one after the other; two names of one split once.
 
     Args:
-        splits: Makes the Dataset of each split; a DataError becomes the split's only defect.
+        splits: Functions that make the Dataset of each split, by its name; a DataError becomes the split's only defect.
         decode: Whether all images (and masks) are read too, on all cores.
     """
     seen = set()

@@ -111,10 +111,10 @@ def read_coco(
     if kind == "keypoints":
         count = len(COCO_KEYPOINTS)
         keypoints = rows_of_numbers([row.get("keypoints") for row in rows], 3 * count).reshape(-1, count, 3)
-        fine: NDArray[np.bool_] = np.isfinite(keypoints).all(axis=(1, 2)) & np.isin(keypoints[..., 2], (0, 1, 2)).all(
-            axis=1
+        fine = np.logical_and(
+            np.isfinite(keypoints).all(axis=(1, 2)), np.isin(keypoints[..., 2], (0, 1, 2)).all(axis=1)
         )
-        check(fine, f"keypoints are not {count} × (x, y, v) with v 0, 1 or 2")
+        check(np.asarray(fine), f"keypoints are not {count} × (x, y, v) with v 0, 1 or 2")
         visible = np.count_nonzero(keypoints[..., 2] > 0, axis=1)
         stated = rows_of_numbers(
             [row.get("num_keypoints", found) for row, found in zip(rows, visible.tolist(), strict=True)], 0

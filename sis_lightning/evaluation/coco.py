@@ -97,7 +97,9 @@ class COCOGroundTruth:
         self._coco, self._evaluation = _tools(backend)
         annotations.require_sound()
         self.annotations, self.kind, self.backend = annotations, kind, backend
-        self.sigmas = None if sigmas is None or np.allclose(sigmas, COCO_SIGMAS) else np.array(sigmas)
+        # COCO's tools have COCO's own in themselves, which differ in the last bit from decimal ones.
+        usual = sigmas is None or (len(sigmas) == len(COCO_SIGMAS) and np.allclose(sigmas, COCO_SIGMAS))
+        self.sigmas = None if usual else np.array(sigmas)
         # Images are numbered from 1 in the order of their own ids, which may be larger than 64 bits or no numbers.
         order = _in_order(annotations.image_ids)
         self._number_of = {image: number for number, image in enumerate(order, start=1)}
