@@ -22,7 +22,8 @@ def is_traced(x: Tensor) -> bool:
     All of these need plain operations without hooks or writes into other tensors. torch has no public function that
     tells whether a transform of torch.func is active.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):  # torch.fx passes a proxy
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or tracing or not isinstance(x, Tensor):  # torch.fx passes a proxy
         return True
     return torch._C._are_functorch_transforms_active()
 

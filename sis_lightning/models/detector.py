@@ -213,15 +213,16 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         )
         self.max_size = max_size
         self.proposals: int = self.rpn._post_nms_top_n["testing"]
-        self.frozen = [norm for norm in body.backbone.modules() if freeze_norm and isinstance(norm, _BATCH_NORMS)]
-        for norm in self.frozen:
-            norm.requires_grad_(False)
+        parts = body.backbone.modules() if freeze_norm else ()
+        self.frozen = [part for part in parts if isinstance(part, _BATCH_NORMS)]
+        for part in self.frozen:
+            part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Detector:
         """Switches to training or evaluation mode; frozen norm layers stay in evaluation mode."""
         super().train(mode)
-        for norm in self.frozen:
-            norm.eval()
+        for part in self.frozen:
+            part.eval()
         return self
 
     def forward(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_args
 
 import segmentation_models_pytorch as smp
 from segmentation_models_pytorch.encoders import encoders
-from segmentation_models_pytorch.encoders._base import EncoderMixin
+from segmentation_models_pytorch.encoders._base import EncoderMixin  # SMP has no public name for it
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -189,7 +189,7 @@ class Segmenter(nn.Module):
     @property
     def divisor(self) -> int:
         """The number of which both sides of a padded image are multiples."""
-        return int(self.encoder.output_stride)
+        return int(self.encoder.output_stride)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) to (N, num_classes, H, W)."""

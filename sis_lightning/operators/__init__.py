@@ -4,8 +4,8 @@ from sis_lightning.operators import sis  # registers the paper's operators
 from sis_lightning.operators.base import (
     SISOperator,
     create_operator,
-    operator_class,
     list_operators,
+    operator_class,
     register_operator,
 )
 from sis_lightning.operators.replace import ReplacementReport, replace_convs
@@ -14,8 +14,8 @@ __all__ = [
     "ReplacementReport",
     "SISOperator",
     "create_operator",
-    "operator_class",
     "list_operators",
+    "operator_class",
     "register_operator",
     "replace_convs",
     "sis",

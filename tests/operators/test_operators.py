@@ -13,8 +13,8 @@ from sis_lightning import create_operator, replace_convs
 from sis_lightning.operators.base import (
     _OPERATORS,
     SISOperator,
-    operator_class,
     list_operators,
+    operator_class,
     register_operator,
 )
 
