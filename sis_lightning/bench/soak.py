@@ -1,4 +1,4 @@
-"""Kills runs at random moments, several times each, and compares what comes out with a run that nobody touched.
+"""Kills runs at random moments, several times each, and compares their results with those of an uninterrupted run.
 
     python -m sis_lightning.bench.soak --kills 200 --out results/resume
 
@@ -27,18 +27,20 @@ from typing import Any
 
 import torch
 
-import sis_lightning.run.lightning_cli  # noqa: F401 - what every fork needs
-from sis_lightning.commands.main import main as command_line
+from sis_lightning.config.compose import resolve
+from sis_lightning.datasets.synthetic import write_synthetic
+from sis_lightning.errors import UserError
+from sis_lightning.run.start import start as start_run
 
 TASKS = ("seg_voc", "cls_cifar100", "det_voc", "kpt_coco")
-#: What makes a run of each task one of seconds.
+#: Options that make a run of each task short.
 SMALLER = {
     "seg_voc": ["--data.crop_size", "32"],
     "cls_cifar100": [],
     "det_voc": ["--model.min_size", "64", "--model.max_size", "64"],
     "kpt_coco": ["--data.input_size", "[64,32]"],
 }
-#: Validation in mid-epoch, and an epoch that the batch does not divide.
+#: Validation in the middle of an epoch, and an epoch that the batch size does not divide.
 HARDER = {
     "cls_cifar100": ["--trainer.limit_val_batches=3", "--trainer.val_check_interval=7"],
     "det_voc": ["--data.limit=20"],
@@ -46,9 +48,9 @@ HARDER = {
 
 
 def options(task: str, root: Path, run: Path, steps: int = 16) -> list[str]:
-    """A run of seconds with everything that makes resuming hard: workers, augmentation, validation, accumulation."""
+    """Options of a short run with all that makes resuming hard: workers, augmentation, validation, accumulation."""
     return [
-        *("fit", f"--config=tasks/{task}.yaml", "--config=configs/demo.yaml", "--config=configs/cluster.yaml"),
+        *(f"--config=tasks/{task}.yaml", "--config=configs/demo.yaml", "--config=configs/cluster.yaml"),
         *(f"--data.root={root}", f"--run_dir={run}", "--data.batch_size=3", "--data.num_workers=1", *SMALLER[task]),
         *HARDER.get(task, []),
         *("--model.backbone.channels=8", "--model.backbone.width=4", "--checkpoint_every=1"),
@@ -72,7 +74,11 @@ def start(arguments: Sequence[str], log: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
-        code = command_line(list(arguments))
+        start_run("fit", *resolve(list(arguments)))
+        code = 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -82,8 +88,8 @@ def start(arguments: Sequence[str], log: Path) -> int:
 
 
 def wait(child: int, seconds: float | None = None) -> int | None:
-    """The exit status of a run, negative for a signal; None where it still goes on after so many seconds."""
-    end = time.monotonic() + (seconds if seconds is not None else 600)
+    """The exit status of a run, negative for a signal; None if it still runs after so many seconds."""
+    end = time.monotonic() + (seconds if seconds is not None else float("inf"))
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -123,7 +129,7 @@ def digest(value: Any) -> str:
 
 
 def outcome(run: Path) -> dict[str, str]:
-    """What must be the same: weights, optimizer, schedulers, metrics, what TensorBoard shows."""
+    """Hashes of what must be the same: weights, optimizer, schedulers, loops, logged metrics."""
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     rows = list(csv.DictReader((run / "csv" / "fit" / "metrics.csv").open()))
     return {
@@ -139,7 +145,7 @@ def outcome(run: Path) -> dict[str, str]:
 
 
 def undisturbed(task: str, root: Path, folder: Path, steps: int = 16) -> tuple[dict[str, str], float]:
-    """A run that nobody kills: what comes out, and how long it takes."""
+    """The outcome of a run that is not killed, and the seconds that it takes."""
     run, began = folder / f"{task}-undisturbed", time.monotonic()
     code = wait(start(options(task, root, run, steps), folder / f"{task}.log"))
     if code != 0:
@@ -157,7 +163,7 @@ def tormented(
     signals: Sequence[int] = (signal.SIGKILL,),
     steps: int = 16,
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """A run that is killed again and again until it has had its share, and then left to finish."""
+    """The outcome of a run that is killed several times and then left to finish, and how often each thing happened."""
     run, log = folder / f"{task}-{rng.randrange(10**9)}", folder / f"{task}-killed.log"
     counts = {"kills": 0, "starts": 0, "finished early": 0}
     while True:
@@ -189,11 +195,11 @@ def tormented(
 
 
 def main() -> int:
-    """Soaks; writes a report."""
+    """Runs the test, and writes a report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--each", type=int, default=5, help="kills of one run")
-    parser.add_argument("--steps", type=int, default=16, help="of one run")
+    parser.add_argument("--each", type=int, default=5, help="Kills of one run.")
+    parser.add_argument("--steps", type=int, default=16, help="Optimizer steps of one run.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/resume"))
     chosen = parser.parse_args()
@@ -203,7 +209,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with contextlib.redirect_stdout(io.StringIO()):
-            command_line(["synth", str(folder / "data"), "--images", "24", "--size", "64", "--min-object", "12"])
+            write_synthetic(folder / "data", images=24, size=64, min_object=12)
         usual = {task: undisturbed(task, folder / "data", folder, chosen.steps) for task in TASKS}
         while total["kills"] < chosen.kills:
             for task in TASKS:

@@ -48,7 +48,7 @@ def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"the device's memory does not suffice: {_shortened(str(error).partition('. ')[0])}\n"
-            "  Choose a smaller --data.batch_size and --trainer.accumulate_grad_batches, or --trainer.precision bf16-mixed"
+            "  Choose a smaller --data.batch_size with more --trainer.accumulate_grad_batches, or bf16-mixed precision"
         ) from error
     except Exception as error:
         if cause := _our_own(error):  # jsonargparse wraps what the constructor of a class raises

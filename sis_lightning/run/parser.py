@@ -17,8 +17,9 @@ from typing import Any
 # Lightning's own calls of jsonargparse's older names are not the user's to mend. Read when jsonargparse is imported.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # its __all__ is computed
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import UsageError, nearest
@@ -26,6 +27,8 @@ from sis_lightning.run.failures import MARKS
 from sis_lightning.run.options import RunOptions
 from sis_lightning.tasks import BaseTask
 
+#: Arguments of tasks that are for Python alone: a run has `model.backbone.operator`, and the DataModule's meta data.
+NOT_OPTIONS = ("operator", "meta")
 _MARKED = re.compile("\x02([^\x02\x03]*)\x03")
 
 
@@ -77,8 +80,10 @@ def _add_part(parser: Parser, part: str) -> None:
     if part == "trainer":
         # For its signature alone: names, types and defaults.
         parser.add_class_arguments(Trainer, part, instantiate=False, fail_untyped=False, sub_configs=True)
+    elif part == "model":
+        parser.add_subclass_arguments(BaseTask, part, fail_untyped=False, skip=set(NOT_OPTIONS))
     else:
-        parser.add_subclass_arguments(BaseTask if part == "model" else SISDataModule, part, fail_untyped=False)
+        parser.add_subclass_arguments(SISDataModule, part, fail_untyped=False)
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
@@ -135,12 +140,13 @@ def _classes_of(key: str) -> list[str]:
     """Names of the classes that an option takes."""
     last = key.rpartition(".")[2]
     if last in ("model", "data"):
-        return sorted(cls.__name__ for cls in _subclasses(BaseTask if last == "model" else SISDataModule))
+        base: type = BaseTask if last == "model" else SISDataModule
+        return sorted(cls.__name__ for cls in _subclasses(base))
     if last not in _KINDS:
         return []
     module, base_name = _KINDS[last]
     found = vars(import_module(module))
-    base = found.get(base_name, object)
+    base: type = dict(found).get(base_name, object)
     return sorted(
         name
         for name, value in found.items()

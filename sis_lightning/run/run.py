@@ -111,10 +111,8 @@ class Run:
     @property
     def slug(self) -> str:
         """A short name of the backbone, such as `res2net50-26w4s-basic`."""
-        arguments = self.config["model"]["init_args"]
-        operator = arguments.get("operator")
         with explained(self.config):
-            return backbone_config(arguments["backbone"], **({"operator": operator} if operator else {})).slug
+            return backbone_config(self.config["model"]["init_args"]["backbone"]).slug
 
     @functools.cached_property
     def task(self) -> BaseTask:
@@ -123,7 +121,7 @@ class Run:
         Raises:
             UsageError: If its arguments are invalid.
         """
-        with isolate_rng(), explained(), weights_deferred():
+        with isolate_rng(), explained(self.config), weights_deferred():
             seed = self.options.seed_everything
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
@@ -151,7 +149,7 @@ class Run:
         """
         size: tuple[int, int] | None = getattr(self.datamodule, "image_size", None)
         if size is None:
-            sides = (getattr(self.task, name, None) for name in ("min_size", "max_size"))
+            sides = (self.task.hparams.get(name) for name in ("min_size", "max_size"))
             # Detectors pad images to multiples of 32.
             low, high = (-(-side // 32) * 32 if isinstance(side, int) else None for side in sides)
             if low is None or high is None:

@@ -267,7 +267,7 @@ def _duration(seconds: float) -> str:
 def _print_profile(trainer: Trainer) -> None:
     """Prints the report of a profiler that Lightning would only log."""
     profiler = trainer.profiler  # type: ignore[attr-defined]
-    if isinstance(profiler, SimpleProfiler | AdvancedProfiler) and profiler.dirpath is None and first_rank():
+    if isinstance(profiler, SimpleProfiler | AdvancedProfiler) and profiler.filename is None and first_rank():
         console.print(profiler.summary(), markup=False)
 
 

@@ -1,0 +1,101 @@
+"""A contract with Lightning: what `run.lightning_internals` relies on, which another release may change."""
+
+from __future__ import annotations
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from torch.utils.data import DataLoader
+
+from sis_lightning.run import lightning_internals as internals
+
+RELEASE = f"Lightning {lightning.__version__} has this otherwise: adapt sis_lightning/run/lightning_internals.py"
+
+
+class Linear(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.layer(batch).mean()
+
+    def validation_step(self, batch: torch.Tensor) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture
+def trainer(tmp_path) -> Trainer:
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(torch.ones(6, 2), batch_size=2)
+    trainer.fit(Linear(), loader, loader)
+    return trainer
+
+
+def test_the_loops_are_all_that_there_are(trainer):
+    def below(loop: _Loop) -> set[_Loop]:
+        inner = [value for value in vars(loop).values() if isinstance(value, _Loop)]
+        return {loop}.union(*(below(value) for value in inner))
+
+    assert set(internals.loops(trainer)) == below(trainer.fit_loop), RELEASE
+
+
+def test_counts(trainer):
+    progress = internals.batch_progress(trainer)
+    assert (progress.total.completed, progress.total.ready, progress.current.ready) == (6, 6, 3), RELEASE
+    assert internals.epochs_completed(trainer) == 2, RELEASE
+    assert trainer.global_step == 4
+    assert not internals.accumulates(trainer), "the last batch of an epoch makes a step"
+    progress.current.ready = 1
+    assert internals.accumulates(trainer)
+
+
+def test_progress_is_restored_without_a_restart(trainer):
+    state = trainer.fit_loop.state_dict()
+    internals.batch_progress(trainer).total.completed = 0
+    internals.loops(trainer)[-1].restarting = True
+    internals.restore_progress(trainer, state)
+    assert internals.batch_progress(trainer).total.completed == 6, RELEASE
+    assert [loop.restarting for loop in internals.loops(trainer)] == [False, False, False, False, True], RELEASE
+
+
+@pytest.mark.parametrize("point", ["batch", "validation", "end"])
+def test_the_saved_position(trainer, point):
+    checkpoint = {"loops": {"fit_loop": trainer.fit_loop.state_dict()}}
+    before = {key: dict(value) for key, value in checkpoint["loops"]["fit_loop"].items()}
+    internals.keep_saved_position(checkpoint, point)
+    state = checkpoint["loops"]["fit_loop"]
+    assert set(state) == set(before), RELEASE
+    batches = state["epoch_loop.batch_progress"]
+    assert set(batches["total"]) == {"ready", "started", "processed", "completed"}, RELEASE
+    if point == "batch":
+        assert batches["is_last_batch"] is False
+        assert set(batches["current"].values()) == {3}
+    if point == "validation":
+        assert state["epoch_loop.val_loop.batch_progress"]["current"]["ready"] == 1
+
+
+def test_the_number_of_steps_can_be_lifted(trainer):
+    assert internals.set_max_steps(trainer, 7) == -1, RELEASE
+    assert internals.set_max_steps(trainer, -1) == 7
+    assert trainer.fit_loop.epoch_loop.max_steps == -1
+
+
+def test_other_ranks_can_be_killed(trainer):
+    assert callable(_Launcher.kill), RELEASE
+    internals.kill_other_ranks(trainer)  # of which there are none
