@@ -21,15 +21,15 @@ from pycocotools.coco import COCO
 
 from sis_lightning.datasets.constants import COCO_CATEGORIES, SYNTHETIC_MARKER, VOC_CLASSES
 from sis_lightning.datasets.synthetic import write_synthetic
-from sis_lightning.datasets.synthetic.drawing import BACKGROUNDS, SHAPES, TEXTURES, Layer, Stage, compose, small_picture
-from sis_lightning.datasets.synthetic.formats import COCO_SHAPES, polygons, run_lengths
+from sis_lightning.datasets.synthetic.drawing import BACKGROUNDS, SHAPES, TEXTURES, Layer, Stage, compose, small_image
+from sis_lightning.datasets.synthetic.formats import COCO_SHAPES, encode_mask, polygons
 from sis_lightning.errors import UsageError
 
 # pycocotools 2.0.11 predates the keyword that numpy 2 passes to __array__.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 IMAGES, SIZE, LEAST = 40, 96, 12
-EDGE = 1  # pixels by which the void border of pictures of this size shrinks an object
+EDGE = 1  # px by which the void border of images of this size shrinks an object
 
 
 def write(root: Path, **changes: object) -> Path:
@@ -57,12 +57,12 @@ def test_nothing_but_the_arguments_decides(drawn, tmp_path):
     assert tree(tmp_path / "again") == tree(drawn)
     write(tmp_path / "other", seed=4)
     ours, theirs = tree(drawn), tree(tmp_path / "other")
-    pictures = [name for name in ours if name.endswith(".jpg")]
-    assert len(pictures) == IMAGES + IMAGES // 2 + IMAGES
-    assert all(ours[name] != theirs[name] for name in pictures)
+    images = [name for name in ours if name.endswith(".jpg")]
+    assert len(images) == IMAGES + IMAGES // 2 + IMAGES
+    assert all(ours[name] != theirs[name] for name in images)
 
 
-def test_a_picture_does_not_depend_on_how_many_there_are(drawn, tmp_path):
+def test_an_image_does_not_depend_on_how_many_there_are(drawn, tmp_path):
     write(tmp_path / "few", images=10, kinds=["voc"])
     for name in ("JPEGImages/2012_000007.jpg", "SegmentationObject/2012_000007.png", "Annotations/2012_000007.xml"):
         part = Path("VOCdevkit", "VOC2012", name)
@@ -113,7 +113,7 @@ def test_wrong_arguments_are_named(tmp_path, changes, words):
     assert not list(tmp_path.iterdir())
 
 
-# What lies in the folder already
+# A folder that exists already
 
 
 def test_the_same_data_is_left_as_it_is(drawn):
@@ -147,7 +147,7 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         write(tmp_path / "new")
 
 
-def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -167,7 +167,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
 # Drawing
 
 
-def test_nearer_things_hide_farther_ones():
+def test_nearer_objects_hide_farther_ones():
     def block(left: int, top: int, side: int) -> Layer:
         ones = np.ones((side, side), dtype=np.float32)
         return Layer(0, left, top, ones[..., None] * np.float32([1, 0.5, 0]), ones)
@@ -180,11 +180,11 @@ def test_nearer_things_hide_farther_ones():
     assert (back.occluded, front.occluded, cut.occluded) == (True, False, False)
     assert (back.truncated, front.truncated, cut.truncated) == (False, False, True)
     assert np.array_equal(np.bincount(scene.owners.ravel()), [600 - 125, 51, 49, 25])
-    assert scene.picture[5, 5].tolist() == [255, 128, 0]
-    assert scene.picture[0, 0].tolist() == [0, 0, 0]
+    assert scene.image[5, 5].tolist() == [255, 128, 0]
+    assert scene.image[0, 0].tolist() == [0, 0, 0]
 
 
-def test_shapes_differ_in_silhouette_whatever_their_turn():
+def test_shapes_differ_in_silhouette_whatever_their_rotation():
     """Moments that rotation and reflection leave alone tell mean silhouettes apart."""
 
     def signature(shape: int) -> np.ndarray:
@@ -205,12 +205,12 @@ def test_shapes_differ_in_silhouette_whatever_their_turn():
     assert apart[~np.eye(len(SHAPES), dtype=bool)].min() > 0.025
 
 
-def test_small_pictures_are_bright_enough_to_see_something():
+def test_small_images_are_bright_enough_to_see_something():
     rng = np.random.default_rng(0)
     for shape in range(len(SHAPES)):
-        picture = small_picture(rng, shape, shape % len(TEXTURES))
-        assert picture.shape == (32, 32, 3)
-        assert picture.std() > 10
+        image = small_image(rng, shape, shape % len(TEXTURES))
+        assert image.shape == (32, 32, 3)
+        assert image.std() > 10
     assert len(set(BACKGROUNDS)) == len(BACKGROUNDS)
 
 
@@ -269,15 +269,15 @@ def test_each_class_of_cifar_is_split_four_to_one(tmp_path, monkeypatch, images)
 
 def test_cifar_rows_are_channels_of_rows(drawn):
     batch = unpickle(drawn / "cifar-100-python" / "train")
-    pictures = batch[b"data"].reshape(-1, 3, 32, 32).astype(float)
-    channels = np.abs(pictures[:, 0] - pictures[:, 1]).mean()
-    beside = np.abs(np.diff(pictures, axis=3)).mean()
+    images = batch[b"data"].reshape(-1, 3, 32, 32).astype(float)
+    channels = np.abs(images[:, 0] - images[:, 1]).mean()
+    beside = np.abs(np.diff(images, axis=3)).mean()
     scrambled = np.abs(np.diff(batch[b"data"].reshape(-1, 32, 32, 3).astype(float), axis=2)).mean()
     assert beside < scrambled
     assert channels > 0
 
 
-# PASCAL VOC
+# Pascal VOC
 
 
 def devkit_colour(label: int) -> tuple[int, int, int]:
@@ -319,14 +319,14 @@ def year(drawn, request) -> Path:
 def test_voc_masks_agree_with_the_annotations(year):
     kinds = Counter()
     for path in sorted((year / "JPEGImages").iterdir()):
-        picture = opened(path)
+        image = opened(path)
         root = ElementTree.parse(year / "Annotations" / f"{path.stem}.xml").getroot()
         classes = opened(year / "SegmentationClass" / f"{path.stem}.png")
         instances = opened(year / "SegmentationObject" / f"{path.stem}.png")
         assert root.findtext("folder") == year.name
         assert root.findtext("filename") == path.name
         size = tuple(int(root.findtext(f"size/{side}")) for side in ("width", "height", "depth"))
-        assert size == (*picture.size, 3) == (*classes.size, 3) == (*instances.size, 3)
+        assert size == (*image.size, 3) == (*classes.size, 3) == (*instances.size, 3)
         assert max(size) == SIZE
         for mask in (classes, instances):
             assert mask.mode == "P"
@@ -423,8 +423,8 @@ def test_coco_names_and_numbers_are_the_official_ones(drawn, coco):
         assert len(names) == count
         for image in coco[f"instances_{split}"].imgs.values():
             assert image["file_name"] == f"{image['id']:012d}.jpg"
-            with Image.open(drawn / "coco" / split / image["file_name"]) as picture:
-                assert picture.size == (image["width"], image["height"])
+            with Image.open(drawn / "coco" / split / image["file_name"]) as opened_image:
+                assert opened_image.size == (image["width"], image["height"])
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
@@ -441,7 +441,7 @@ def test_coco_masks_agree_with_areas_and_boxes(coco, split):
         assert isinstance(row["segmentation"], dict if row["iscrowd"] else list)
 
 
-def test_coco_has_crowds_and_empty_pictures(coco):
+def test_coco_has_crowds_and_empty_images(coco):
     rows = both(coco, "instances")
     crowds = [row for row in rows if row["iscrowd"]]
     assert len(crowds) == 2
@@ -450,31 +450,31 @@ def test_coco_has_crowds_and_empty_pictures(coco):
     assert set(range(1, IMAGES + 1)) - filled == {18}
 
 
-def test_coco_people(coco):
-    people = both(coco, "person_keypoints")
+def test_coco_persons(coco):
+    persons = both(coco, "person_keypoints")
     objects = {row["id"]: row for row in both(coco, "instances")}
-    assert len(objects) == len({row["id"] for row in people}) + sum(r["category_id"] != 1 for r in objects.values())
-    assert len({row["image_id"] for row in people}) >= 0.4 * IMAGES
+    assert len(objects) == len({row["id"] for row in persons}) + sum(r["category_id"] != 1 for r in objects.values())
+    assert len({row["image_id"] for row in persons}) >= 0.4 * IMAGES
     seen, front = Counter(), Counter()
-    for row in people:
+    for row in persons:
         other = objects[row["id"]]
         assert all(row[key] == other[key] for key in other)
         assert "keypoints" not in other
-        joints = np.array(row["keypoints"]).reshape(17, 3)
-        assert row["num_keypoints"] == np.count_nonzero(joints[:, 2])
-        assert np.all(joints[joints[:, 2] == 0] == 0)
-        seen.update(joints[:, 2].tolist())
+        keypoints = np.array(row["keypoints"]).reshape(17, 3)
+        assert row["num_keypoints"] == np.count_nonzero(keypoints[:, 2])
+        assert np.all(keypoints[keypoints[:, 2] == 0] == 0)
+        seen.update(keypoints[:, 2].tolist())
         left, top, width, height = row["bbox"]
-        shown = joints[joints[:, 2] == 2, :2]
+        shown = keypoints[keypoints[:, 2] == 2, :2]
         assert np.all(shown >= (left - 2, top - 2))
         assert np.all(shown <= (left + width + 2, top + height + 2))
-        if np.all(joints[[5, 6], 2] == 2):
-            towards = joints[0, 2] > 0
+        if np.all(keypoints[[5, 6], 2] == 2):
+            towards = keypoints[0, 2] > 0
             front[bool(towards)] += 1
             if towards:
-                assert joints[5, 0] > joints[6, 0]  # facing us, the left shoulder is on the right
+                assert keypoints[5, 0] > keypoints[6, 0]  # facing us, the left shoulder is on the right
             else:
-                assert joints[5, 0] < joints[6, 0]
+                assert keypoints[5, 0] < keypoints[6, 0]
     assert set(seen) == {0, 1, 2}
     assert seen[2] > 0.6 * sum(seen.values())
     assert min(front[True], front[False]) >= 5
@@ -494,8 +494,9 @@ def test_polygons_and_run_lengths_are_exact():
         height, width = mask.shape
         again = rle.decode(rle.merge(rle.frPyObjects(polygons(mask), height, width)))
         assert np.array_equal(again, mask)
-        counts = run_lengths(mask)
-        assert np.array_equal(rle.decode(rle.frPyObjects(counts, height, width)), mask)
-        assert sum(counts["counts"]) == mask.size
+        encoded = encode_mask(mask)
+        assert np.array_equal(rle.decode(encoded), mask)
+        assert encoded["size"] == [height, width]
+        assert json.loads(json.dumps(encoded)) == encoded
     assert polygons(np.zeros((3, 3), dtype=bool)) == []
     assert polygons(np.ones((2, 3), dtype=bool)) == [[0, 0, 3, 0, 3, 2, 0, 2]]

@@ -1,4 +1,4 @@
-"""Data sets of drawn shapes and figures in the layouts of CIFAR-100, PASCAL VOC and COCO."""
+"""Data sets of drawn shapes and persons in the layouts of CIFAR-100, Pascal VOC and COCO."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 from sis_lightning import __version__
 from sis_lightning.datasets.constants import SYNTHETIC_MARKER
+from sis_lightning.datasets.synthetic.contact_sheet import write_contact_sheet
 from sis_lightning.datasets.synthetic.drawing import Stage
-from sis_lightning.datasets.synthetic.formats import write_cifar, write_coco, write_contact_sheet, write_voc
+from sis_lightning.datasets.synthetic.formats import write_cifar, write_coco, write_voc
 from sis_lightning.errors import UsageError, nearest
 
 __all__ = ["KINDS", "SYNTHETIC_MARKER", "write_synthetic"]
@@ -19,7 +20,7 @@ KINDS = ("cifar", "voc", "coco")
 
 
 def write_synthetic(
-    root: Path,
+    root: str | Path,
     *,
     images: int = 1000,
     size: int = 256,
@@ -28,28 +29,28 @@ def write_synthetic(
     min_object: int = 8,
     rotation: float = 180.0,
 ) -> Path:
-    """Draws labelled pictures and writes them the way the real data sets are downloaded.
+    """Draws images with labels and writes them in the layouts in which the real data sets are published.
 
-    Nothing but the arguments decides what is written, byte for byte. A folder that already holds the same
-    data is left as it is.
+    What is written follows from the arguments, byte for byte. A folder that already holds the same data is not
+    changed.
 
     Args:
-        root: The new folder; ``cifar-100-python``, ``VOCdevkit`` and ``coco`` go into it.
-        images: Pictures of VOC2012 and of COCO; half as many of VOC2007, ten times as many of CIFAR.
-        size: Longer side of the pictures of VOC and COCO in pixels; the other is as long or 3/4 of it.
-        seed: Of everything random.
+        root: The folder to make; it gets ``cifar-100-python``, ``VOCdevkit`` and ``coco``.
+        images: Number of images of VOC2012 and of COCO; VOC2007 has half as many, CIFAR ten times as many.
+        size: Longer side of the images of VOC and COCO in px; the other is as long or 3/4 of it.
+        seed: Seed of everything random.
         kinds: Which of `KINDS` to write.
-        min_object: Least larger extent of the visible part of an object in VOC and COCO, in pixels.
-        rotation: Shapes of VOC and COCO are turned by at most so many degrees either way.
+        min_object: Least size (longer side of the box) of the visible part of an object in VOC and COCO, in px.
+        rotation: Greatest rotation of the shapes of VOC and COCO in degrees, either way.
 
     Returns:
-        The path of a sheet that shows some pictures of each kind.
+        The path of a contact sheet, an image that shows some images of each kind.
 
     Raises:
-        UsageError: An argument is out of range, or `root` holds something else.
+        UsageError: If an argument is out of range, or `root` holds something else.
     """
     _check(images, size, seed, kinds, min_object, rotation)
-    root = root.absolute()
+    root = Path(root).absolute()
     kinds = [kind for kind in KINDS if kind in kinds]
     marker = {
         "synthetic": True,
@@ -98,13 +99,13 @@ def _check(images: int, size: int, seed: int, kinds: Sequence[str], min_object: 
 
 
 def _is_free(root: Path, marker: dict[str, object]) -> bool:
-    """Says whether `root` is still to be written; False if it holds the very same data."""
+    """Whether `root` is still to be written; False if it holds the same data already."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return True
     found = root / SYNTHETIC_MARKER
     if not found.is_file():
         raise UsageError(f"{root} holds something that is not synthetic data; choose another folder")
-    # Another release of ours draws the same pictures, or its changelog says so.
+    # Another release draws the same images, or its changelog says so.
     if {**json.loads(found.read_text(encoding="utf-8")), "version": marker["version"]} != marker:
         raise UsageError(
             f"{root} holds synthetic data of other arguments (see {SYNTHETIC_MARKER} there); choose another folder"
@@ -113,7 +114,7 @@ def _is_free(root: Path, marker: dict[str, object]) -> bool:
 
 
 def _empty_sibling(root: Path) -> Path:
-    """Makes the folder that becomes `root` at the end, so that a killed run leaves nothing that looks whole."""
+    """Makes the folder that becomes `root` at the end, so that a killed run leaves nothing that looks complete."""
     partial = root.with_name(root.name + ".partial")
     if partial.exists():
         if any(partial.iterdir()) and not (partial / SYNTHETIC_MARKER).is_file():

@@ -1,8 +1,8 @@
-"""Pictures of twenty shapes and of human figures, with the exact masks of what remains visible.
+"""Draws images of twenty shapes and of persons, with the exact masks of what remains visible.
 
-Every thing is a `Layer`: its coverage of each pixel, drawn larger and averaged, and its colour. `compose` paints
+Every object is a `Layer`: its coverage of each pixel, drawn larger and averaged, and its colour. `compose` paints
 layers from back to front; a pixel belongs to the front-most layer that covers at least half of it.
-Shapes keep their identity under rotation and reflection, because training mirrors the pictures.
+Shapes keep their identity under rotation and reflection, because training flips the images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from sis_lightning.datasets.constants import COCO_JOINTS
+from sis_lightning.datasets.constants import COCO_KEYPOINTS
 
 Floats = NDArray[np.float32]
 Points = NDArray[np.float64]
@@ -31,25 +31,25 @@ SHAPES = (
 TEXTURES = ("plain", "stripes", "checks", "dots", "grain")
 BACKGROUNDS = ("gradient", "blobs", "stripes", "checks", "grain")
 PERSON = len(SHAPES)
-"""The label of a human figure; smaller labels index `SHAPES`."""
+"""The label of a person; smaller labels index `SHAPES`."""
 
 _OVERSAMPLING = 3
 _LEAST_VISIBLE = 0.05
-_FACE_JOINTS = 3  # nose and eyes, which nobody sees from behind
+_FACE_KEYPOINTS = 3  # nose and eyes, which are not visible from behind
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One drawn thing before others hide parts of it.
+    """One drawn object before others hide parts of it.
 
     Attributes:
         label: Index into `SHAPES`, or `PERSON`.
-        left: Column of the picture where the layer's own pixels begin (negative: cut off by the border).
-        top: Row of the picture where they begin.
+        left: Column of the image where the layer begins; negative if the border cuts it off.
+        top: Row of the image where the layer begins.
         colour: (h, w, 3) in 0..1, multiplied by the coverage.
         coverage: (h, w), the share of each pixel that is covered.
-        crowd: Whether the layer is a group of things that nobody outlined one by one.
-        joints: (17, 3) of a figure: x, y in the picture, and 1 where the joint faces the viewer, else 0.
+        crowd: Whether the layer is a group of objects that are not outlined one by one.
+        keypoints: Keypoints of a person (17, 3): x, y in the image, and 1 if it faces the viewer, else 0.
     """
 
     label: int
@@ -58,10 +58,10 @@ class Layer:
     colour: Floats
     coverage: Floats
     crowd: bool = False
-    joints: Points | None = None
+    keypoints: Points | None = None
 
     def overlap(self, height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """Says which pixels of a picture and which of the layer are the same ones."""
+        """The range of an image that the layer covers, and the same range of the layer."""
         rows, columns = self.coverage.shape
         top, left = max(0, self.top), max(0, self.left)
         bottom = max(top, min(height, self.top + rows))
@@ -72,16 +72,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Instance:
-    """What can be said of one thing in a finished picture.
+    """What can be said of one object in a finished image.
 
     Attributes:
         label: Index into `SHAPES`, or `PERSON`.
         box: Left, top, right, bottom of the visible pixels, the last two exclusive.
-        visible: Visible share of the whole silhouette, with what lies outside of the picture.
-        truncated: Whether the border of the picture cuts it.
-        occluded: Whether other things hide more than 5 % of what lies inside of the picture.
+        visible: Visible share of the whole silhouette, including the part outside of the image.
+        truncated: Whether the border of the image cuts it.
+        occluded: Whether other objects hide more than 5 % of the part inside of the image.
         crowd: Whether it is a group.
-        keypoints: x, y, v of the 17 joints one after the other; empty for shapes.
+        keypoints: The 17 keypoints x, y, v, one after the other; empty for shapes.
     """
 
     label: int
@@ -100,15 +100,15 @@ class Instance:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A finished picture.
+    """A finished image.
 
     Attributes:
-        picture: (h, w, 3) bytes.
-        owners: (h, w), 0 for the background, k for ``instances[k - 1]``.
-        instances: From back to front.
+        image: RGB (h, w, 3), uint8.
+        owners: The object of each pixel (h, w): 0 for the background, k for ``instances[k - 1]``.
+        instances: The objects, from back to front.
     """
 
-    picture: Bytes
+    image: Bytes
     owners: Bytes
     instances: tuple[Instance, ...]
 
@@ -117,13 +117,13 @@ def compose(background: Floats, layers: Sequence[Layer], min_object: int) -> Sce
     """Paints layers from back to front and measures what remains visible of each.
 
     Args:
-        background: (h, w, 3) in 0..1; painted over.
-        layers: From back to front. Those of which less than 5 % or less than `min_object` pixels in their
-            larger extent would remain visible are left out altogether.
-        min_object: See `layers`.
+        background: RGB (h, w, 3) in 0…1, which is painted over.
+        layers: The layers, from back to front. A layer is left out if less than 5 % of it would remain visible, or less
+            than `min_object`.
+        min_object: Least size (longer side of the box) of the visible part of a layer, in px.
 
     Returns:
-        The picture with its instances.
+        The image with its instances.
     """
     height, width = background.shape[:2]
     kept: list[Layer] = []
@@ -151,8 +151,8 @@ def _extent(mask: Bools) -> int:
     return int(max(rows[-1] - rows[0], columns[-1] - columns[0])) + 1 if len(rows) else 0
 
 
-def _to_bytes(picture: Floats) -> Bytes:
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+def _to_bytes(image: Floats) -> Bytes:
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _from_bytes(image: Image.Image) -> Floats:
@@ -174,18 +174,18 @@ def _measure(layer: Layer, number: int, owners: Bytes) -> Instance:
         truncated=bool(inside < full),
         occluded=bool(visible < 0.95 * inside),
         crowd=layer.crowd,
-        keypoints=() if layer.joints is None else _keypoints(layer.joints, number, owners),
+        keypoints=() if layer.keypoints is None else _keypoints(layer.keypoints, number, owners),
     )
 
 
-def _keypoints(joints: Points, number: int, owners: Bytes) -> tuple[int, ...]:
+def _keypoints(points: Points, number: int, owners: Bytes) -> tuple[int, ...]:
     height, width = owners.shape
     keypoints: list[int] = []
-    for x, y, shown in np.floor(joints).astype(int).tolist():
+    for x, y, shown in np.floor(points).astype(int).tolist():
         if not (shown and 0 <= x < width and 0 <= y < height):
             keypoints += (0, 0, 0)
         else:
-            keypoints += (x, y, 1 if owners[y, x] > number else 2)  # greater numbers lie in front
+            keypoints += (x, y, 1 if owners[y, x] > number else 2)  # greater numbers are in front
     return tuple(keypoints)
 
 
@@ -202,7 +202,7 @@ def _disc(radius: float, centre: tuple[float, float] = (0, 0)) -> Points:
 
 
 def _polar(radii: Sequence[float], repeats: int) -> Points:
-    """Goes round once through `radii`, equally spaced, `repeats` times over."""
+    """A closed curve around 0 through `radii`, `repeats` times, at equal angles."""
     radius = np.tile(radii, repeats)
     angle = 2 * np.pi * np.arange(len(radius)) / len(radius)
     points: Points = radius[:, None] * np.stack([np.sin(angle), -np.cos(angle)], axis=1)
@@ -262,7 +262,7 @@ _OUTLINES: dict[str, Outline] = {
 
 
 def _pose(rng: np.random.Generator, shape: str, extent: float, rotation: float) -> Outline:
-    """Turns, mirrors and squeezes a shape; its box is then centred on 0 with `extent` as its larger side."""
+    """Rotates, reflects and squeezes a shape; its box is then centred on 0 with `extent` as its longer side."""
     angle = np.radians(rng.uniform(-rotation, rotation))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     squeeze = (rng.uniform(0.88, 1.13) * rng.choice((-1, 1)), 1)
@@ -280,14 +280,14 @@ def _bounds(outline: Outline) -> tuple[Points, Points]:
 
 
 def _raster(outline: Outline) -> tuple[int, int, Floats]:
-    """Returns left, top and the coverage of the pixels around an outline."""
+    """Left, top and the coverage of the pixels around an outline."""
     low, high = _bounds(outline)
     left, top = (int(v) for v in np.floor(low))
     width, height = (int(v) for v in np.ceil(high) - (left, top))
     image = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING))
     draw = ImageDraw.Draw(image)
     for ring, fill in outline:
-        # Pillow's coordinates are centres of pixels, ours are their edges.
+        # Pillow's coordinates are pixel centres, these are pixel edges.
         corners = (ring - (left, top)) * _OVERSAMPLING - 0.5
         draw.polygon(corners.ravel().tolist(), fill=255 if fill else 0)
     return left, top, _from_bytes(image.reduce(_OVERSAMPLING))
@@ -308,10 +308,10 @@ def shape_layer(
     Args:
         rng: Source of the colours and of the texture's direction.
         label: Index into `SHAPES`.
-        outline: Rings in coordinates of the picture.
+        outline: Rings in coordinates of the image.
         texture: One of `TEXTURES`.
         period: Pixels after which the texture repeats.
-        contrast: Of the texture's two tones, 0…1.
+        contrast: Contrast of the texture's two tones, 0…1.
         crowd: Whether the outline is a group.
 
     Returns:
@@ -331,13 +331,13 @@ def _hsv(hue: float, saturation: float, value: float) -> Colour:
 
 
 def _blend(weight: Floats, low: Colour, high: Colour) -> Floats:
-    """Mixes two colours: `low` where the weight is -1, `high` where it is 1."""
+    """Mixes two colours: `low` for a weight of -1, `high` for 1."""
     first, last = np.array(low, dtype=np.float32), np.array(high, dtype=np.float32)
     return (weight[..., None] + 1) * (0.5 * (last - first)) + first
 
 
 def _texture(rng: np.random.Generator, name: str, shape: tuple[int, ...], period: float) -> Floats:
-    """Returns weights in -1..1."""
+    """Weights in -1…1 of a texture's two colours."""
     if name == "plain":
         return np.full(shape, -1, dtype=np.float32)
     if name == "grain":
@@ -378,7 +378,7 @@ def _smooth(rng: np.random.Generator, cells: int, height: int, width: int) -> Fl
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-# Figures -----------------------------------------------------------------------------------------------------
+# Persons -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -408,14 +408,14 @@ _LIMB = {"arm": 0.034, "leg": 0.046, "torso": 0.05}
 
 
 def _skeleton(rng: np.random.Generator, facing: int) -> Points:
-    """Poses a body of height 1 with the neck at 0: (17, 2), y downwards.
+    """Poses a body of height 1 with the neck at 0; y points downwards.
 
     Args:
         rng: Source of the pose.
-        facing: 1 towards the viewer, so that the left hand is on the right of the picture; -1 away.
+        facing: 1 towards the viewer, so that the left hand is on the right of the image; -1 away.
 
     Returns:
-        The joints in COCO's order.
+        The keypoints (17, 2) in COCO's order.
     """
     poses = [_POSES[rng.integers(len(_POSES))]] * 2
     if rng.random() < 0.35:  # the arms do different things
@@ -423,7 +423,7 @@ def _skeleton(rng: np.random.Generator, facing: int) -> Points:
     legs = poses[0]
     shoulder, hip, torso = rng.uniform(0.105, 0.13), rng.uniform(0.06, 0.08), rng.uniform(0.29, 0.32)
     look = rng.uniform(-0.02, 0.02)
-    body = np.zeros((len(COCO_JOINTS), 2))
+    body = np.zeros((len(COCO_KEYPOINTS), 2))
     body[0] = (look * 1.5, -0.085)
     for side, (sign, pose) in enumerate(zip((facing, -facing), poses, strict=True)):
         body[1 + side] = (look + 0.036 * sign, -0.115)
@@ -445,7 +445,7 @@ def _limb(degrees: float, length: float, sign: int) -> Points:
 
 
 class _Easel:
-    """Draws the parts of a body onto a transparent sheet, in units of the body."""
+    """Draws the parts of a body onto a transparent image, in units of the body."""
 
     def __init__(self, body: Points, tilt: float, height: float) -> None:
         turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
@@ -459,7 +459,7 @@ class _Easel:
         self._draw = ImageDraw.Draw(self._image)
 
     def place(self, points: Points) -> Points:
-        """Returns where points of the body lie on the finished sheet, in its pixels."""
+        """Points of the body in pixels of the finished image."""
         placed: Points = (points @ self._turn - self._low) * self.scale
         return placed
 
@@ -488,16 +488,16 @@ def _ink(colour: Colour) -> tuple[int, int, int, int]:
     return red, green, blue, 255
 
 
-def figure_layer(rng: np.random.Generator, height: float, centre: tuple[float, float]) -> Layer:
-    """Draws a human figure from the front or from behind.
+def person_layer(rng: np.random.Generator, height: float, centre: tuple[float, float]) -> Layer:
+    """Draws a person from the front or from behind.
 
     Args:
         rng: Source of pose, clothes and facing.
-        height: Of the figure as it is posed, in pixels.
-        centre: Middle of the figure in the picture.
+        height: Height of the person in the pose, in px.
+        centre: Middle of the person in the image.
 
     Returns:
-        The layer with its joints; nose and eyes are unlabelled from behind.
+        The layer with its keypoints; nose and eyes are not annotated from behind.
     """
     facing = int(rng.choice((1, -1)))
     body = _skeleton(rng, facing)
@@ -506,10 +506,10 @@ def figure_layer(rng: np.random.Generator, height: float, centre: tuple[float, f
     colour, coverage = easel.finish()
     grain = 1 + 0.06 * rng.standard_normal(coverage.shape, dtype=np.float32)
     left, top = round(centre[0] - coverage.shape[1] / 2), round(centre[1] - coverage.shape[0] / 2)
-    shown = np.ones((len(COCO_JOINTS), 1))
-    shown[:_FACE_JOINTS] = facing > 0
-    joints = np.concatenate([easel.place(body) + np.array([left, top]), shown], axis=1)
-    return Layer(PERSON, left, top, colour * grain[..., None], coverage, joints=joints)
+    shown = np.ones((len(COCO_KEYPOINTS), 1))
+    shown[:_FACE_KEYPOINTS] = facing > 0
+    keypoints = np.concatenate([easel.place(body) + np.array([left, top]), shown], axis=1)
+    return Layer(PERSON, left, top, colour * grain[..., None], coverage, keypoints=keypoints)
 
 
 def _dress(rng: np.random.Generator, easel: _Easel, body: Points, facing: int) -> None:
@@ -583,16 +583,16 @@ def _draw_head(
 # Scenes ------------------------------------------------------------------------------------------------------
 
 
-def small_picture(rng: np.random.Generator, shape: int, texture: int, side: int = 32) -> Bytes:
-    """Draws one shape of one texture large in a small square picture, turned by at most 25 degrees."""
+def small_image(rng: np.random.Generator, shape: int, texture: int, side: int = 32) -> Bytes:
+    """Draws one large shape of one texture in a small square image, rotated by at most 25 degrees."""
     outline = _pose(rng, SHAPES[shape], rng.uniform(0.62, 0.94) * side, 25)
     outline = _move(rng, outline, side, side, free=False)
     layer = shape_layer(rng, shape, outline, TEXTURES[texture], rng.uniform(0.17, 0.25) * side)
-    return compose(background(rng, side, side), [layer], 0).picture
+    return compose(background(rng, side, side), [layer], 0).image
 
 
 def _move(rng: np.random.Generator, outline: Outline, height: int, width: int, free: bool) -> Outline:
-    """Puts an outline that is centred on 0 into a picture: anywhere if `free`, else uncut where it fits."""
+    """Moves an outline that is centred on 0 into an image: anywhere if `free`, else inside if it fits."""
     margin = np.zeros(2) if free else (_bounds(outline)[1] - _bounds(outline)[0]) / 2
     room = np.array([width, height])
     margin = np.minimum(margin, room / 2)
@@ -606,12 +606,12 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """What all pictures of one data set share.
+    """What all images of one data set share.
 
     Attributes:
-        size: Longer side of the pictures in pixels; the other is as long or 3/4 of it.
-        min_object: Least larger extent of a visible object in pixels.
-        rotation: Shapes are turned by at most so many degrees either way.
+        size: Longer side of the images in px; the other is as long or 3/4 of it.
+        min_object: Least size (longer side of the box) of the visible part of an object, in px.
+        rotation: Greatest rotation of shapes in degrees, either way.
     """
 
     size: int
@@ -623,11 +623,11 @@ class Stage:
 
         Args:
             rng: Source of everything.
-            first: Class of the rearmost, which callers cycle through to balance the classes.
+            first: Class of the rearmost shape, which callers cycle through to balance the classes.
             crowd: Whether to add a group of small shapes.
 
         Returns:
-            A picture with at least one instance.
+            An image with at least one instance.
         """
         canvas = self._background(rng)
         large = max(1.3 * self.min_object, 0.42 * self.size)
@@ -640,8 +640,8 @@ class Stage:
         scene = compose(canvas, layers, self.min_object)
         return scene if scene.instances else self.shapes(rng, first, crowd)
 
-    def people(self, rng: np.random.Generator) -> Scene:
-        """Draws one to three figures side by side, with up to two shapes before or behind them."""
+    def persons(self, rng: np.random.Generator) -> Scene:
+        """Draws one to three persons side by side, with up to two shapes before or behind them."""
         canvas = self._background(rng)
         height, width = canvas.shape[:2]
         count = int(rng.choice((1, 2, 3), p=(0.5, 0.35, 0.15)))
@@ -651,7 +651,7 @@ class Stage:
             tall = max(1.3 * self.min_object, height * _log_uniform(rng, low, 1))
             middle = height - tall / 2 if tall > 0.9 * height else rng.uniform(tall / 2, height - tall / 2)
             across = width * (place + rng.uniform(0.3, 0.7)) / count
-            layers.append(figure_layer(rng, tall, (across, middle + rng.normal(0, 0.03) * height)))
+            layers.append(person_layer(rng, tall, (across, middle + rng.normal(0, 0.03) * height)))
         for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):
             extent = _log_uniform(rng, self.min_object + 1, 0.4 * self.size)
             shape = self._shape(rng, canvas, int(rng.integers(len(SHAPES))), extent, free=0.2)
@@ -659,7 +659,7 @@ class Stage:
         return compose(canvas, layers, self.min_object)
 
     def empty(self, rng: np.random.Generator) -> Scene:
-        """Draws a background with nothing before it."""
+        """Draws a background without objects."""
         return compose(self._background(rng), [], self.min_object)
 
     def _background(self, rng: np.random.Generator) -> Floats:
