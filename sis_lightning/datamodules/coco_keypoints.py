@@ -121,9 +121,9 @@ class COCOKeypointsDataModule(COCODataModule):
             (crop.size[0] * factor, crop.size[1] * factor),
             self._output,
             rotation=angle if np.random.rand() < 0.6 else 0.0,
-            mirrored=bool(np.random.rand() < 0.5),
+            flipped=bool(np.random.rand() < 0.5),
         )
-        keypoints = crop.joints(sample["keypoints"])
+        keypoints = crop.move_keypoints(sample["keypoints"], self.meta.flip_order)
         keypoints[keypoints[:, 2] == 0] = 0  # keypoints that are not annotated have no place
         return {
             "image": crop.cut(sample["image"]),

@@ -1,15 +1,16 @@
-"""From a person in an image to heatmaps of a crop, and back: the geometry of Simple Baselines (Xiao et al. 2018).
+"""The geometry of Simple Baselines (Xiao et al. 2018): from a person in an image to heatmaps of a crop, and back.
 
-It differs from the authors' code in two things: a crop is mirrored in itself, not in the image, which moves it by a
-pixel; and ground-truth boxes are not shortened by a pixel first.
+It differs from the authors' code in two things. A crop is flipped within itself, whereas flipping the image moves the
+crop by a pixel. And ground-truth boxes are not shortened by a pixel first.
 
-Coordinates of joints are pixel indices, as in COCO's files. Every change of coordinates is one affine matrix (2, 3),
-so that what was done to a crop, mirroring included, is undone by its inverse.
+Coordinates of keypoints are pixel indices, as in COCO's files: the centre of the first pixel is at 0. Every change of
+coordinates is one affine matrix (2, 3), so that its inverse undoes everything that was done to a crop.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,35 +19,36 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sis_lightning.datasets.constants import COCO_MIRROR
-
 Matrix = NDArray[np.float64]
-
-# COCO's falloff of each joint (cocoeval.py): k = 2 · sigma.
-OKS_SIGMAS = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89], dtype=np.float64) / 1000
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of an image, turned and mirrored, as a picture of a fixed size.
+    """A rectangle of an image, possibly rotated, that is resampled to an image of a fixed size, possibly flipped.
 
     Attributes:
-        centre: x, y in the image.
-        size: Width and height in the image.
-        output: Width and height of the picture.
-        rotation: Degrees, clockwise as seen.
-        mirrored: Left and right exchanged, in the picture.
+        centre: x and y of the centre in the image, in pixels.
+        size: Width and height in the image, in pixels.
+        output: Width and height of the resampled crop, in pixels.
+        rotation: Angle in degrees by which the content turns clockwise.
+        flipped: Whether left and right of the resampled crop are exchanged.
     """
 
     centre: tuple[float, float]
     size: tuple[float, float]
     output: tuple[int, int]
     rotation: float = 0.0
-    mirrored: bool = False
+    flipped: bool = False
 
     @classmethod
     def around(cls, box: NDArray[np.float64], output: tuple[int, int], margin: float = 1.25) -> Crop:
-        """The crop of a box x1, y1, x2, y2: its shorter side extended to the picture's proportions, × `margin`."""
+        """Creates the crop of a box, whose shorter side is extended to the proportions of the output.
+
+        Args:
+            box: x1, y1, x2, y2 in pixels of the image.
+            output: Width and height of the resampled crop, in pixels.
+            margin: Factor by which the crop is larger than the extended box.
+        """
         x1, y1, x2, y2 = (float(value) for value in box)
         width, height = max(x2 - x1, 1.0), max(y2 - y1, 1.0)
         aspect = output[0] / output[1]
@@ -54,60 +56,80 @@ class Crop:
         return cls(((x1 + x2) / 2, (y1 + y2) / 2), (width * margin, height * margin), output)
 
     @property
-    def to_picture(self) -> Matrix:
-        """(2, 3): image → picture."""
+    def to_crop(self) -> Matrix:
+        """The affine matrix (2, 3) from the image to the resampled crop."""
         scale = self.output[0] / self.size[0]
         angle = math.radians(self.rotation)
         turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         shift = np.array(self.output) / 2 - turn @ np.array(self.centre)
         matrix = np.column_stack([turn, shift])
-        if self.mirrored:
+        if self.flipped:
             matrix[0] = -matrix[0]
             matrix[0, 2] += self.output[0] - 1
         return matrix
 
     @property
     def to_image(self) -> Matrix:
-        """(2, 3): picture → image."""
-        return invert(self.to_picture)
+        """The affine matrix (2, 3) from the resampled crop to the image."""
+        return invert(self.to_crop)
 
     def cut(self, image: Tensor) -> Tensor:
-        """Bilinear: uint8 (3, H, W) → uint8 (3, output height, output width); black outside of the image."""
-        (a, b, c), (d, e, f) = self.to_image.tolist()
-        # PIL asks at the middle of each pixel, half a pixel from its index.
-        data = (a, b, c + 0.5 - (a + b) / 2, d, e, f + 0.5 - (d + e) / 2)
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        cut = picture.transform(self.output, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
+        """Resamples the crop bilinearly, with 0 outside of the image.
 
-    def joints(self, keypoints: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(…, 17, 3) x, y, v in the image → in the picture; left and right change names where it is mirrored."""
+        Args:
+            image: uint8 (C, H, W).
+
+        Returns:
+            uint8 (C, output height, output width).
+        """
+        (a, b, c), (d, e, f) = self.to_image.tolist()
+        # PIL samples at the centre of each pixel, which is half a pixel from its index.
+        data = (a, b, c + 0.5 - (a + b) / 2, d, e, f + 0.5 - (d + e) / 2)
+
+        def resample(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            source = Image.fromarray(pixels)
+            return np.array(source.transform(self.output, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
+
+        if len(image) == 3:
+            return torch.from_numpy(resample(image.permute(1, 2, 0).contiguous().numpy())).permute(2, 0, 1).contiguous()
+        return torch.stack([torch.from_numpy(resample(channel.contiguous().numpy())) for channel in image])
+
+    def move_keypoints(self, keypoints: NDArray[np.float64], flip_order: Sequence[int]) -> NDArray[np.float64]:
+        """Moves keypoints from the image to the resampled crop.
+
+        Args:
+            keypoints: (…, K, 3) with x, y in pixels of the image, and visibility.
+            flip_order: For each keypoint, the index of the keypoint whose place it takes in a flipped crop.
+
+        Returns:
+            (…, K, 3) with x, y in pixels of the crop, and visibility.
+        """
         moved = keypoints.copy()
-        moved[..., :2] = apply(self.to_picture, keypoints[..., :2])
-        return moved[..., list(COCO_MIRROR), :] if self.mirrored else moved
+        moved[..., :2] = apply(self.to_crop, keypoints[..., :2])
+        return moved[..., list(flip_order), :] if self.flipped else moved
 
 
 def invert(matrix: Matrix) -> Matrix:
-    """The inverse of an affine map (2, 3)."""
+    """Returns the inverse of an affine matrix (2, 3)."""
     inverse = np.linalg.inv(matrix[:, :2])
     return np.column_stack([inverse, -inverse @ matrix[:, 2]])
 
 
 def apply(matrix: Matrix, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Moves points (…, 2)."""
+    """Maps points (…, 2) by an affine matrix (2, 3)."""
     moved: NDArray[np.float64] = points @ matrix[:, :2].T + matrix[:, 2]
     return moved
 
 
 @dataclass(frozen=True)
 class HeatmapCodec:
-    """Joints of a picture as heatmaps, and back (Simple Baselines).
+    """Encodes the keypoints of a crop as heatmaps, and decodes heatmaps (Simple Baselines).
 
     Attributes:
-        height: Of the picture, in px.
-        width: Of the picture, in px.
-        stride: Picture px a heatmap px.
-        sigma: Of the Gaussians, in heatmap px.
+        height: Height of the crop in pixels.
+        width: Width of the crop in pixels.
+        stride: Number of pixels of the crop in a pixel of a heatmap, along each side.
+        sigma: Standard deviation of the Gaussians, in pixels of a heatmap.
     """
 
     height: int = 256
@@ -117,25 +139,27 @@ class HeatmapCodec:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of the heatmaps."""
+        """Height and width of the heatmaps in pixels."""
         return self.height // self.stride, self.width // self.stride
 
-    def encode(self, joints: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws a Gaussian of height 1, cut at 3 sigma, around the heatmap pixel nearest to each joint.
+    def encode(self, keypoints: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws a Gaussian of height 1, cut off at 3 sigma, around the heatmap pixel nearest to each keypoint.
 
         Args:
-            joints: (N, 17, 3) x, y, v in the picture.
+            keypoints: (N, K, 3) with x, y in pixels of the crop, and visibility.
 
         Returns:
-            Heatmaps (N, 17, h, w) and weights (N, 17): 1 where v > 0 and any of the Gaussian lies in the heatmap.
+            Heatmaps (N, K, h, w), and weights (N, K): 1 if the keypoint is annotated (visibility above 0) and its
+            Gaussian reaches into the heatmap, else 0.
         """
         height, width = self.shape
-        centre = torch.floor(joints[..., :2] / self.stride + 0.5)
+        centre = torch.floor(keypoints[..., :2] / self.stride + 0.5)
         reach = 3 * self.sigma
-        inside = (centre >= -reach) & (centre <= torch.tensor([width - 1, height - 1], device=joints.device) + reach)
-        weights = ((joints[..., 2] > 0) & inside.all(dim=-1)).to(torch.float32)
-        x = torch.arange(width, device=joints.device) - centre[..., :1]  # (N, 17, w)
-        y = torch.arange(height, device=joints.device) - centre[..., 1:2]
+        limit = torch.tensor([width - 1, height - 1], device=keypoints.device) + reach
+        inside = (centre >= -reach) & (centre <= limit)
+        weights = ((keypoints[..., 2] > 0) & inside.all(dim=-1)).to(torch.float32)
+        x = torch.arange(width, device=keypoints.device) - centre[..., :1]  # (N, K, w)
+        y = torch.arange(height, device=keypoints.device) - centre[..., 1:2]
 
         def bell(distance: Tensor) -> Tensor:
             return torch.exp(-(distance**2) / (2 * self.sigma**2)) * (distance.abs() <= reach)
@@ -144,20 +168,21 @@ class HeatmapCodec:
         return heatmaps * weights[..., None, None], weights
 
     def decode(self, heatmaps: Tensor, to_image: Tensor) -> Tensor:
-        """Finds each heatmap's maximum, and goes a quarter of a pixel towards the larger neighbour (none: 0, 0).
+        """Finds the maximum of each heatmap, and moves it by a quarter of a pixel towards the larger neighbours.
 
         Args:
-            heatmaps: (N, 17, h, w).
-            to_image: (N, 2, 3) from the picture to the image.
+            heatmaps: (N, K, h, w).
+            to_image: Affine matrices (N, 2, 3) from the crop to the image.
 
         Returns:
-            (N, 17, 3): x, y in the image, and the maximum as score.
+            (N, K, 3) with x, y in pixels of the image, and the maximum as score. A heatmap without values above 0 gives
+            the first pixel of the crop.
         """
-        count, joints, height, width = heatmaps.shape
-        scores, places = heatmaps.reshape(count, joints, -1).max(dim=-1)
+        count, keypoints, height, width = heatmaps.shape
+        flat = heatmaps.reshape(count, keypoints, -1)
+        scores, places = flat.max(dim=-1)
         column, row = places % width, places // width
         inner = (column > 1) & (column < width - 1) & (row > 1) & (row < height - 1)
-        flat = heatmaps.reshape(count, joints, -1)
 
         def slope(step: int) -> Tensor:
             last = height * width - 1
@@ -171,48 +196,85 @@ class HeatmapCodec:
         return torch.cat([points, scores[..., None].to(points.dtype)], dim=-1)
 
 
-def mirror(heatmaps: Tensor) -> Tensor:
-    """The heatmaps of a mirrored picture as those of the picture: mirrored back, left and right exchanged, shifted.
+def flip_back(heatmaps: Tensor, flip_order: Sequence[int]) -> Tensor:
+    """Converts the heatmaps of a flipped crop to those of the crop itself.
 
-    The shift of one px to the right is Simple Baselines' own (`SHIFT_HEATMAP`): pixel i of a heatmap stands for
-    stride · i, whose mirror image lies between pixels.
+    They are flipped, left and right keypoints are exchanged, and they are shifted by one pixel to the right, as in
+    Simple Baselines (`SHIFT_HEATMAP`): pixel i of a heatmap stands for pixel stride · i of the crop, whose flipped
+    place is between two pixels of the heatmap.
+
+    Args:
+        heatmaps: (N, K, h, w).
+        flip_order: For each keypoint, the index of the keypoint whose place it takes in a flipped crop.
+
+    Returns:
+        (N, K, h, w).
     """
-    turned = heatmaps.flip(-1)[:, list(COCO_MIRROR)]
+    turned = heatmaps.flip(-1)[:, list(flip_order)]
     return torch.cat([turned[..., :1], turned[..., :-1]], dim=-1)
 
 
-def oks(one: NDArray[np.float64], others: NDArray[np.float64], area: float, areas: NDArray[np.float64]) -> Matrix:
-    """Similarity 0…1 of a person's joints (17, ≥2) and others' (M, 17, ≥2), by the mean of both areas in px²."""
+def oks(
+    one: NDArray[np.float64],
+    others: NDArray[np.float64],
+    area: float,
+    areas: NDArray[np.float64],
+    sigmas: Sequence[float],
+) -> NDArray[np.float64]:
+    """Computes the object keypoint similarity (OKS) between a person and others, with the mean of both areas.
+
+    Args:
+        one: Keypoints (K, ≥ 2) of the person.
+        others: Keypoints (M, K, ≥ 2) of the others.
+        area: Area of the person in square pixels.
+        areas: Areas (M,) of the others in square pixels.
+        sigmas: Standard deviation of each keypoint, as in COCO's evaluation.
+
+    Returns:
+        Similarities (M,) from 0 to 1.
+    """
     squared = ((others[..., :2] - one[..., :2]) ** 2).sum(axis=-1)
-    spread = (2 * OKS_SIGMAS) ** 2 * (((area + areas) / 2)[:, None] + np.spacing(1)) * 2
-    similarity: Matrix = np.exp(-squared / spread).mean(axis=-1)
+    variances = (2 * np.asarray(sigmas, dtype=np.float64)) ** 2
+    spread = variances * (((area + areas) / 2)[:, None] + np.spacing(1)) * 2
+    similarity: NDArray[np.float64] = np.exp(-squared / spread).mean(axis=-1)
     return similarity
 
 
 def oks_nms(
-    people: NDArray[np.float64], scores: NDArray[np.float64], areas: NDArray[np.float64], limit: float = 0.9
+    people: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    areas: NDArray[np.float64],
+    sigmas: Sequence[float],
+    limit: float = 0.9,
 ) -> list[int]:
-    """Keeps, in descending score, whoever resembles no one kept by more than `limit` (Simple Baselines: 0.9).
+    """Removes duplicate people: in descending score, whoever has an OKS above the limit with someone kept.
 
     Args:
-        people: (M, 17, ≥2).
-        scores: (M,).
-        areas: (M,) in px².
-        limit: Of the similarity.
+        people: Keypoints (M, K, ≥ 2).
+        scores: Scores (M,).
+        areas: Areas (M,) in square pixels.
+        sigmas: Standard deviation of each keypoint, as in COCO's evaluation.
+        limit: Largest similarity of two people (Simple Baselines: 0.9).
 
     Returns:
-        Who is kept.
+        Indices of the people kept, in descending score.
     """
     order = np.argsort(-scores, kind="stable")
     kept: list[int] = []
     while len(order):
         best, rest = int(order[0]), order[1:]
         kept.append(best)
-        order = rest[oks(people[best], people[rest], float(areas[best]), areas[rest]) <= limit]
+        order = rest[oks(people[best], people[rest], float(areas[best]), areas[rest], sigmas) <= limit]
     return kept
 
 
-def rescore(box_score: float, joint_scores: NDArray[np.float64], visible: float = 0.2) -> float:
-    """A person's score: the box's, times the mean of those joints above `visible` (Simple Baselines: 0.2)."""
-    seen = joint_scores[joint_scores > visible]
+def rescore(box_score: float, keypoint_scores: NDArray[np.float64], visible: float = 0.2) -> float:
+    """Computes the score of a person: the score of the box, times the mean score of its visible keypoints.
+
+    Args:
+        box_score: Score of the person's box.
+        keypoint_scores: Scores (K,) of the keypoints.
+        visible: Score above which a keypoint counts (Simple Baselines: 0.2).
+    """
+    seen = keypoint_scores[keypoint_scores > visible]
     return box_score * (float(seen.mean()) if len(seen) else 0.0)

@@ -17,7 +17,7 @@ from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation import COCOEvaluator
 from sis_lightning.models import PoseNet
-from sis_lightning.models.heatmap_codec import Crop, HeatmapCodec, mirror, oks_nms, rescore
+from sis_lightning.models.heatmap_codec import Crop, HeatmapCodec, flip_back, oks_nms, rescore
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
 from sis_lightning.tasks.base import BaseTask, Batch, ImageLike, Outputs, captioned
@@ -176,6 +176,8 @@ class KeypointTask(BaseTask):
             parts = [self._heatmaps(part).float().cpu() for part in torch.split(crops, _CROPS_AT_ONCE)]
             found = self.codec(crops).decode(torch.cat(parts), to_image)
             boxes = _boxes_of(to_image, crops.shape[-2:])
+        # Keypoints without published deviations get the mean of COCO's.
+        sigmas = self.meta.sigmas or (float(np.mean(COCO_SIGMAS)),) * self.num_keypoints
         outputs = []
         people = zip(
             torch.split(found, counts), torch.split(boxes, counts), batch["box_scores"], batch["areas"], strict=True
@@ -185,7 +187,7 @@ class KeypointTask(BaseTask):
             scores = np.array(
                 [rescore(float(score), person[:, 2]) for score, person in zip(box_scores.cpu(), values, strict=True)]
             )
-            kept = oks_nms(values, scores, areas.cpu().double().numpy())
+            kept = oks_nms(values, scores, areas.cpu().double().numpy(), sigmas)
             outputs.append(
                 {"keypoints": keypoints[kept], "scores": torch.from_numpy(scores[kept]), "boxes": places[kept]}
             )
@@ -194,7 +196,10 @@ class KeypointTask(BaseTask):
     def _heatmaps(self, crops: Tensor) -> Tensor:
         crops = crops.contiguous(memory_format=torch.channels_last)
         heatmaps: Tensor = self(crops)
-        return (heatmaps + mirror(self(crops.flip(-1)))) / 2 if self.flip_test else heatmaps
+        if not self.flip_test:
+            return heatmaps
+        order = self.meta.flip_order or range(self.num_keypoints)
+        return (heatmaps + flip_back(self(crops.flip(-1)), order)) / 2
 
     def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
         """Predicts an evaluation batch with `truth`, and updates the metrics with it."""

@@ -10,20 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sis_lightning.datasets.constants import COCO_JOINTS, COCO_MIRROR
-from sis_lightning.models.heatmap_codec import Crop, HeatmapCodec, apply, invert, mirror, oks, oks_nms, rescore
+from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, flip_order
+from sis_lightning.models.heatmap_codec import Crop, HeatmapCodec, apply, flip_back, invert, oks, oks_nms, rescore
 
+FLIP_ORDER = flip_order(17, COCO_FLIP_PAIRS)
 CROPS = st.builds(
     Crop,
     centre=st.tuples(st.floats(-50, 400), st.floats(-50, 400)),
     size=st.floats(20, 600).map(lambda width: (width, width * 4 / 3)),
     output=st.just((96, 128)),
     rotation=st.floats(-80, 80),
-    mirrored=st.booleans(),
+    flipped=st.booleans(),
 )
 
 
-def joints_at(points) -> torch.Tensor:
+def keypoints_at(points) -> torch.Tensor:
     """(1, 17, 3), all annotated, the same point in each heatmap but spread a little."""
     return torch.tensor([[*point, 2.0] for point in points])[None]
 
@@ -34,11 +35,11 @@ def joints_at(points) -> torch.Tensor:
     sigma=st.floats(0.7, 3),
     places=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=17, max_size=17),
 )
-def test_a_joint_comes_back_within_half_a_heatmap_pixel(stride, sigma, places):
+def test_a_keypoint_comes_back_within_half_a_heatmap_pixel(stride, sigma, places):
     codec = HeatmapCodec(64, 48, stride, sigma)
     height, width = codec.shape
     points = [(x * (width - 1) * stride, y * (height - 1) * stride) for x, y in places]
-    heatmaps, weights = codec.encode(joints_at(points))
+    heatmaps, weights = codec.encode(keypoints_at(points))
     assert heatmaps.shape == (1, 17, height, width)
     assert weights.eq(1).all()
     assert heatmaps.amax(dim=(2, 3)).eq(1).all()
@@ -51,16 +52,16 @@ def test_a_joint_comes_back_within_half_a_heatmap_pixel(stride, sigma, places):
 
 @settings(max_examples=100, deadline=None)
 @given(crop=CROPS, places=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=17, max_size=17))
-def test_a_joint_of_the_image_comes_back_through_any_crop(crop, places):
+def test_a_keypoint_of_the_image_comes_back_through_any_crop(crop, places):
     codec = HeatmapCodec(crop.output[1], crop.output[0])
     height, width = codec.shape
     inside = np.array([[x * (width - 1) * 4, y * (height - 1) * 4, 2] for x, y in places])
     person = inside.copy()
-    person[:, :2] = apply(crop.to_image, inside[:, :2])  # so that every joint lies in the crop
-    heatmaps, _ = codec.encode(torch.from_numpy(crop.joints(person)).float()[None])
+    person[:, :2] = apply(crop.to_image, inside[:, :2])  # so that every keypoint lies in the crop
+    heatmaps, _ = codec.encode(torch.from_numpy(crop.move_keypoints(person, FLIP_ORDER)).float()[None])
     found = codec.decode(heatmaps, torch.from_numpy(crop.to_image)[None])[0].numpy()
-    if crop.mirrored:
-        found = found[list(COCO_MIRROR)]
+    if crop.flipped:
+        found = found[list(FLIP_ORDER)]
     half_a_pixel = 0.5 * 4 * crop.size[0] / crop.output[0]
     assert np.hypot(*(found[:, :2] - person[:, :2]).T).max() <= math.sqrt(2) * half_a_pixel + 1e-3
 
@@ -68,7 +69,7 @@ def test_a_joint_of_the_image_comes_back_through_any_crop(crop, places):
 def test_gaussians_are_simple_baselines_own():
     codec = HeatmapCodec(256, 192, 4, 2.0)
     points = [(4.0 * (3 * i), 4.0 * (i + 5) + 1.9) for i in range(16)] + [(0.0, 255.0)]
-    heatmaps, _ = codec.encode(joints_at(points))
+    heatmaps, _ = codec.encode(keypoints_at(points))
     for (x, y), got in zip(points, heatmaps[0].numpy(), strict=True):
         want = np.zeros((64, 48))
         mu_x, mu_y = int(x / 4 + 0.5), int(y / 4 + 0.5)
@@ -79,16 +80,16 @@ def test_gaussians_are_simple_baselines_own():
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_joints_that_are_not_annotated_or_far_outside_have_no_weight():
+def test_keypoints_that_are_not_annotated_or_far_outside_have_no_weight():
     codec = HeatmapCodec(64, 48, 4, 1.0)
-    joints = joints_at([(10.0, 10.0)] * 17)
-    joints[0, 0, 2] = 0
-    joints[0, 1, :2] = torch.tensor([-13.9, 10])  # rounds to -3, whose Gaussian just reaches in
-    joints[0, 2, :2] = torch.tensor([-15.0, 10])
-    joints[0, 3, :2] = torch.tensor([10, 4 * 15 + 12.0])
-    joints[0, 4, :2] = torch.tensor([10, 4 * 15 + 15.0])
-    joints[0, 5, 2] = 1  # annotated, but hidden
-    heatmaps, weights = codec.encode(joints)
+    keypoints = keypoints_at([(10.0, 10.0)] * 17)
+    keypoints[0, 0, 2] = 0
+    keypoints[0, 1, :2] = torch.tensor([-13.9, 10])  # rounds to -3, whose Gaussian just reaches in
+    keypoints[0, 2, :2] = torch.tensor([-15.0, 10])
+    keypoints[0, 3, :2] = torch.tensor([10, 4 * 15 + 12.0])
+    keypoints[0, 4, :2] = torch.tensor([10, 4 * 15 + 15.0])
+    keypoints[0, 5, 2] = 1  # annotated, but hidden
+    heatmaps, weights = codec.encode(keypoints)
     assert weights[0, :6].tolist() == [0, 1, 0, 1, 0, 1]
     assert heatmaps[0, 0].max() == 0
     assert heatmaps[0, 1].max() > 0
@@ -112,25 +113,25 @@ def test_a_quarter_of_a_pixel_towards_the_larger_neighbour():
 @given(crop=CROPS, points=st.lists(st.tuples(st.floats(-99, 500), st.floats(-99, 500)), min_size=17, max_size=17))
 def test_crops_are_undone(crop, points):
     points = np.array(points)
-    np.testing.assert_allclose(apply(crop.to_image, apply(crop.to_picture, points)), points, atol=1e-6)
-    np.testing.assert_allclose(invert(invert(crop.to_picture)), crop.to_picture, atol=1e-6)
+    np.testing.assert_allclose(apply(crop.to_image, apply(crop.to_crop, points)), points, atol=1e-6)
+    np.testing.assert_allclose(invert(invert(crop.to_crop)), crop.to_crop, atol=1e-6)
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("rotation", [0, 35, -90])
-def test_pixels_move_as_joints_do(mirrored, rotation):
+def test_pixels_move_as_keypoints_do(flipped, rotation):
     image = torch.zeros(3, 200, 160, dtype=torch.uint8)
     spots = [(60, 80), (90, 120), (75, 100)]
     for channel, (x, y) in enumerate(spots):
         image[channel, y - 2 : y + 3, x - 2 : x + 3] = 255
-    crop = Crop((75, 100), (90, 120), (96, 128), rotation, mirrored)
+    crop = Crop((75, 100), (90, 120), (96, 128), rotation, flipped)
     cut = crop.cut(image).double()
     assert cut.shape == (3, 128, 96)
     person = np.zeros((17, 3))
     person[:3, :2], person[:, 2] = spots, 2
-    moved = crop.joints(person)
+    moved = crop.move_keypoints(person, FLIP_ORDER)
     for channel in range(3):
-        name = COCO_MIRROR.index(channel) if mirrored else channel
+        name = FLIP_ORDER.index(channel) if flipped else channel
         mass = cut[channel]
         y = (mass.sum(1) * torch.arange(128)).sum() / mass.sum()
         x = (mass.sum(0) * torch.arange(96)).sum() / mass.sum()
@@ -146,21 +147,21 @@ def test_a_crop_extends_the_box_to_its_proportions():
     np.testing.assert_allclose(corners[1] - corners[0], tall.size)
 
 
-def test_a_mirrored_pictures_heatmaps_are_turned_back():
-    for index, name in enumerate(COCO_JOINTS):
+def test_a_flipped_crops_heatmaps_are_flipped_back():
+    for index, name in enumerate(COCO_KEYPOINTS):
         side, _, part = name.rpartition("_")
-        assert COCO_JOINTS[COCO_MIRROR[index]] == {"left": f"right_{part}", "right": f"left_{part}", "": name}[side]
+        assert COCO_KEYPOINTS[FLIP_ORDER[index]] == {"left": f"right_{part}", "right": f"left_{part}", "": name}[side]
     codec = HeatmapCodec(64, 48, 4, 1.0)
-    left_wrist, right_wrist = COCO_JOINTS.index("left_wrist"), COCO_JOINTS.index("right_wrist")
+    left_wrist, right_wrist = COCO_KEYPOINTS.index("left_wrist"), COCO_KEYPOINTS.index("right_wrist")
     crop = Crop((24, 32), (48, 64), (48, 64))
     person = np.zeros((17, 3))
     person[left_wrist], person[right_wrist] = (31, 12, 2), (9, 40, 2)
-    straight, _ = codec.encode(torch.from_numpy(crop.joints(person)).float()[None])
-    flipped = Crop(crop.centre, crop.size, crop.output, mirrored=True)
-    turned, _ = codec.encode(torch.from_numpy(flipped.joints(person)).float()[None])
-    back = mirror(turned)
-    for joint in (left_wrist, right_wrist):
-        peaks = [divmod(int(maps[0, joint].argmax()), 12) for maps in (straight, back)]
+    straight, _ = codec.encode(torch.from_numpy(crop.move_keypoints(person, FLIP_ORDER)).float()[None])
+    flipped = Crop(crop.centre, crop.size, crop.output, flipped=True)
+    turned, _ = codec.encode(torch.from_numpy(flipped.move_keypoints(person, FLIP_ORDER)).float()[None])
+    back = flip_back(turned, FLIP_ORDER)
+    for keypoint in (left_wrist, right_wrist):
+        peaks = [divmod(int(maps[0, keypoint].argmax()), 12) for maps in (straight, back)]
         assert peaks[0][0] == peaks[1][0]
         assert abs(peaks[0][1] - peaks[1][1]) <= 1
 
@@ -176,7 +177,7 @@ def test_oks_is_cocos():
     found = [{"keypoints": other.reshape(-1).tolist(), "score": 1 - i / 9} for i, other in enumerate(others)]
     evaluation._gts[1, 1], evaluation._dts[1, 1] = [truth], found
     want = evaluation.computeOks(1, 1)[:, 0]
-    np.testing.assert_allclose(oks(one, others, 900.0, np.full(4, 900.0)), want, rtol=1e-9)
+    np.testing.assert_allclose(oks(one, others, 900.0, np.full(4, 900.0), COCO_SIGMAS), want, rtol=1e-9)
 
 
 def test_of_people_who_resemble_each_other_the_best_stays():
@@ -184,12 +185,12 @@ def test_of_people_who_resemble_each_other_the_best_stays():
     first, second = rng.uniform(0, 200, (2, 17, 3))
     people = np.stack([first, second, first + 0.3, first + 60])
     scores, areas = np.array([0.5, 0.9, 0.7, 0.6]), np.full(4, 5000.0)
-    assert oks_nms(people, scores, areas) == [1, 2, 3]
-    assert oks_nms(people, scores, areas, limit=1.0) == [1, 2, 3, 0]
-    assert oks_nms(people[:0], scores[:0], areas[:0]) == []
+    assert oks_nms(people, scores, areas, COCO_SIGMAS) == [1, 2, 3]
+    assert oks_nms(people, scores, areas, COCO_SIGMAS, limit=1.0) == [1, 2, 3, 0]
+    assert oks_nms(people[:0], scores[:0], areas[:0], COCO_SIGMAS) == []
 
 
 def test_a_person_scores_by_its_box_and_its_seen_joints():
-    joints = np.array([0.9, 0.5, 0.2, 0.1])
-    assert rescore(0.8, joints) == pytest.approx(0.8 * 0.7)
+    keypoints = np.array([0.9, 0.5, 0.2, 0.1])
+    assert rescore(0.8, keypoints) == pytest.approx(0.8 * 0.7)
     assert rescore(0.8, np.zeros(17)) == 0
