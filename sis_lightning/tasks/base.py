@@ -456,9 +456,22 @@ class BaseTask(LightningModule, ABC):
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        if self.freeze_backbone and hasattr(self, "model"):
-            self.backbone.eval()
+        for module in self._frozen():
+            module.training = False
         return self
+
+    def _frozen(self) -> list[nn.Module]:
+        """Modules that stay in evaluation mode."""
+        if not hasattr(self, "model"):
+            return []
+        return [*getattr(self.model, "frozen", []), *(self.backbone.modules() if self.freeze_backbone else [])]
+
+    def on_fit_start(self) -> None:
+        """Switches to training mode, since `sis_lightning.load` returns tasks in evaluation mode."""
+        if not self.training:
+            self.train()
+        for module in self._frozen():  # until on_train_start, so that Lightning does not warn about them
+            module.training = True
 
     @property
     def images_per_step(self) -> int:
@@ -579,8 +592,8 @@ class BaseTask(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Checks the schedule that a checkpoint brought; takes over a learning rate that was found."""
-        if not self.training:  # `sis_lightning.load` returns tasks in evaluation mode
-            self.train()
+        for module in self._frozen():
+            module.training = False
         if self._rate_is_new:  # optimizer and schedulers, warm-up included, start from the rate that was found
             self._rate_is_new = False
             self.trainer.strategy.setup_optimizers(self.trainer)

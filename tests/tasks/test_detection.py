@@ -1,4 +1,4 @@
-"""Faster R-CNN on our backbones: what it is made of, what it is fed, and what whole runs write."""
+"""Faster R-CNN on our backbones: the network, its data, and the files of whole runs."""
 
 from __future__ import annotations
 
@@ -101,9 +101,10 @@ def test_images_are_normalised_and_resized_once(synthetic):
     seen = []
     task.backbone.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     raw = data.datasets["val"][0]["image"]
-    task(data.on_after_batch_transfer({"image": [raw]}, 0)["image"])
+    task.set_meta(data.meta)
+    task(task.normalized({"image": [raw]})["image"])
     scale = 96 / max(raw.shape[1:])
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.meta.mean, data.meta.std))
     want = nn.functional.interpolate(((raw / 255 - mean) / std)[None], scale_factor=scale, mode="bilinear")
     height, width = want.shape[2:]
     torch.testing.assert_close(seen[0][..., :height, :width], want, rtol=1e-4, atol=1e-4)
@@ -131,10 +132,10 @@ def test_norms_of_pyramid_and_head(norm):
     assert len(task.eval()([torch.randn(3, 64, 64)])) == 1
 
 
-def test_frozen_norms_are_of_loaded_weights_alone(synthetic, tmp_path):
+def test_only_norms_of_loaded_weights_are_frozen(synthetic, tmp_path):
     with pytest.raises(UsageError, match=r"freeze_norm.*\n.*without any norm"):
         detection(freeze_norm=True)
-    with pytest.raises(UsageError, match="frozen norm on weights drawn at random"):
+    with pytest.raises(UsageError, match="frozen norm layers on random weights"):
         backbone_config("sis50", norm="frozen_bn")
     weights = tmp_path / "some.ckpt"
     given = detection(num_classes=80)
@@ -179,23 +180,23 @@ def test_boxes_stay_float32_in_mixed_precision():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"levels": ("c2", "c6"), "anchor_sizes": (8, 16, 32)}, "no map 'c6', but c2, c3, c4, c5"),
-        ({"anchor_sizes": (8, 16)}, "2 sizes, but there are 4 levels and 'pool'"),
+        ({"levels": ("c2", "c6"), "anchor_sizes": (8, 16, 32)}, "no feature map 'c6', but c2, c3, c4, c5"),
+        ({"anchor_sizes": (8, 16)}, "has 2 entries, must have 5"),
         ({"detector": {"box_score_tresh": 0.1}}, "box_score_tresh.*did you mean 'box_score_thresh'"),
         ({"detector": {"image_mean": [0, 0, 0]}}, "image_mean"),
-        ({"min_size": 900, "max_size": 800}, "min_size is 900, max_size 800"),
-        ({"backbone": backbone_config("sis29")}, "no map 'c5'"),
+        ({"min_size": 900, "max_size": 800}, "min_size is 900 and max_size 800"),
+        ({"backbone": backbone_config("sis29")}, "no feature map 'c5'"),
         ({"num_classes": 0}, "num_classes"),
         ({"warmup_steps": -1}, "warmup_steps"),
     ],
 )
-def test_settings_that_cannot_be(arguments, words):
+def test_invalid_arguments(arguments, words):
     with pytest.raises(UsageError, match=words):
         detection(**arguments)
 
 
 @pytest.mark.parametrize("size", [(3, 900), (900, 2), (1, 1)])
-def test_slivers_of_pictures(size):
+def test_very_thin_images(size):
     (found,) = detection().eval()([torch.randn(3, *size)])
     assert found["boxes"].shape[1] == 4
     assert (found["boxes"][:, 2] <= size[1]).all()
@@ -238,7 +239,7 @@ def test_batches_hold_one_group_but_for_the_last(groups, world, per_device, epoc
 
 
 @pytest.mark.parametrize("kind", [COCODetectionDataModule, VOCDetectionDataModule])
-def test_boxes_are_mirrored_with_their_image(synthetic, kind):
+def test_boxes_are_flipped_with_their_image(synthetic, kind):
     data = kind(str(synthetic), num_workers=0)
     data.setup("fit")
     source = data.datasets["train"]
@@ -258,7 +259,7 @@ def test_boxes_are_mirrored_with_their_image(synthetic, kind):
     assert seen == {False, True}
 
 
-def test_training_leaves_out_what_cocos_tools_do_and_keeps_empty_images(synthetic):
+def test_training_leaves_out_crowds_and_keeps_empty_images(synthetic):
     data = COCODetectionDataModule(str(synthetic), batch_size=2, num_workers=0)
     data.setup("fit")
     raw = json.loads((synthetic / "coco" / "annotations" / "instances_train2017.json").read_text())
@@ -312,32 +313,32 @@ def test_a_whole_run_on_coco(command, small, synthetic, tmp_path):
     assert fit.code == 0, fit.err
     assert "train without  1 crowds" in fit.out
     assert "val/AP" in fit.out
-    with Image.open(next((RUN / "pictures").glob("*.png"))) as picture:
-        assert np.asarray(picture).std() > 10
+    with Image.open(next((RUN / "images").glob("*.png"))) as image:
+        assert np.asarray(image).std() > 10
     test = command("test", *options, "--model.detector.box_score_thresh", 0.0)
     assert test.code == 0, test.err
     record = json.loads((RUN / "test.json").read_text())
     results = RUN / "test_results" / "detections_val2017_sis-lightning_results.json"
     rows = json.loads(results.read_text())
     assert {row["image_id"] for row in rows} <= {20, 21, 22, 23, 24}
-    # The results file, scored by itself, gives the figures of the test.
+    # The results file, scored by itself, gives the metrics of the test.
     truth = synthetic / "coco" / "annotations" / "instances_val2017.json"
     again = command("evaluate", "--type", "bbox", "--truth", truth, "--results", results, "--json")
     assert again.code == 0, again.err
-    figures = json.loads(again.out)["metrics"]
+    metrics = json.loads(again.out)["metrics"]
     for key in ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100"):
         want = record["metrics"][f"test/{key}"]
-        assert figures[key] == pytest.approx(want, abs=1e-6) if want is not None else figures[key] is None
+        assert metrics[key] == pytest.approx(want, abs=1e-6) if want is not None else metrics[key] is None
     predict = command("predict", *options, "--model.shown_score", 0.0)
     assert predict.code == 0, predict.err
     table = json.loads((RUN / "predictions" / "predictions.json").read_text())
     assert len(table) == 5
     for row in table:
-        with Image.open(RUN / "predictions" / row["picture"]) as picture:
-            assert max(picture.size) >= 480
+        with Image.open(RUN / "predictions" / row["image"]) as image:
+            assert max(image.size) >= 480
         assert len(row["objects"]) == row["found"]
         assert all(item["box"][0] < item["box"][2] for item in row["objects"])
-    # A folder of anyone's pictures: the names of the classes come with the checkpoint.
+    # An image without a data set: the class names come from the checkpoint.
     Image.new("L", (50, 37), 90).save(tmp_path / "photo.png")
     photo = command("predict", *options, "--data.predict_path", tmp_path / "photo.png", "--model.shown_score", 0.0)
     assert photo.code == 0, photo.err
@@ -380,9 +381,9 @@ def test_a_whole_run_on_voc(command, small, synthetic):
     for kind in ("voc07", "voc12"):
         score = command("evaluate", "--type", kind, "--truth", home, "--split", "test", "--results", results, "--json")
         assert score.code == 0, score.err
-        figures = json.loads(score.out)["metrics"]
+        scores = json.loads(score.out)["metrics"]
         key = f"AP50_{kind}"
-        assert figures[key] == pytest.approx(metrics[f"test/{key}"], abs=1e-6)
+        assert scores[key] == pytest.approx(metrics[f"test/{key}"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -391,16 +392,16 @@ def test_a_whole_run_on_voc(command, small, synthetic):
         (["--data.train_splits", "[trainval]"], "YEAR/SPLIT"),
         (["--data.train_splits", "[2011/train]"], "VOC2011/Annotations does not exist"),
         (["--data.test_splits", "[2012/tset]"], "tset.txt does not exist; there are: train"),
-        (["--data.limit", "0"], "data.limit is 0"),
-        (["--model.num_classes", "7"], "has 20 classes, the model 7"),
-        (["--model.levels", "[c2,c9]", "--model.anchor_sizes", "[8,16,32]"], "no map 'c9'"),
+        (["--data.limit", "0"], "limit is 0"),
+        (["--model.num_classes", "7"], "the data has 20 classes, but the network 7"),
+        (["--model.levels", "[c2,c9]", "--model.anchor_sizes", "[8,16,32]"], "no feature map 'c9'"),
         (["--model.detector.box_fg_iou_tresh", "0.5"], "box_fg_iou_tresh"),
         (["--model.freeze_norm", "true"], "freeze_norm"),
-        (["--model.backbone_weights", "gone.ckpt"], "'gone.ckpt' does not exist"),
+        (["--model.backbone_weights", "gone.ckpt"], "'gone.ckpt': there is no such file"),
         (["--model.warmup_steps", "5"], "OneCycleLR has a warm-up of its own"),
     ],
 )
-def test_bad_input(command, small, arguments, words):
+def test_invalid_options(command, small, arguments, words):
     result = command("fit", *small("det_voc"), *arguments)
     assert result.code in (1, 2)
     assert words in result.err

@@ -1,4 +1,4 @@
-"""Top-down joints: crops, heatmaps' loss, whose boxes, and what whole runs write."""
+"""Top-down keypoints: crops, the loss of heatmaps, person boxes, and the files of whole runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from torch import nn
 
 from sis_lightning.backbones import backbone_config
 from sis_lightning.datamodules import COCOKeypointsDataModule
+from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, flip_order
 from sis_lightning.datasets.person_boxes import read_person_boxes
-from sis_lightning.datasets.constants import COCO_JOINTS, COCO_MIRROR
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.tasks import KeypointTask
 
+FLIPPED = list(flip_order(17, COCO_FLIP_PAIRS))
 SMALL = backbone_config("sis_demo", channels=8, width=4)
 ADAM = functools.partial(torch.optim.Adam, lr=0.001)
 
 
-def keypoints(**arguments) -> KeypointTask:
+def task_of(**arguments) -> KeypointTask:
     return KeypointTask(**{"backbone": SMALL, "optimizer": ADAM, "deconv_channels": (8, 8, 8), **arguments})
 
 
@@ -35,7 +36,7 @@ def data(synthetic) -> COCOKeypointsDataModule:
     return module
 
 
-def test_the_head_is_simple_baselines():
+def test_the_head_is_that_of_simple_baselines():
     task = KeypointTask(backbone_config("resnet50"), optimizer=ADAM)
     kinds = [type(module).__name__ for module in task.model.deconvs]
     assert kinds == ["ConvTranspose2d", "BatchNorm2d", "ReLU"] * 3
@@ -45,28 +46,28 @@ def test_the_head_is_simple_baselines():
         assert task.eval()(torch.zeros(1, 3, 256, 192)).shape == (1, 17, 64, 48)
 
 
-def test_the_loss_is_the_mean_square_of_what_is_annotated():
+def test_the_loss_is_the_mean_squared_error_of_annotated_keypoints():
     torch.manual_seed(0)
-    task = keypoints(sigma=1.0)
-    joints = torch.cat([torch.rand(3, 17, 2) * 30, torch.randint(0, 3, (3, 17, 1)).float()], dim=2)
+    task = task_of(sigma=1.0)
+    keypoints = torch.cat([torch.rand(3, 17, 2) * 30, torch.randint(0, 3, (3, 17, 1)).float()], dim=2)
     image = torch.randn(3, 3, 64, 32)
-    got = task.training_loss({"image": image, "joints": joints})["heatmaps"]
+    got = task.training_loss({"image": image, "keypoints": keypoints})["heatmaps"]
     heatmaps = task(image)
-    wanted, _ = task.codec(image).encode(joints)
+    wanted, _ = task.codec(image).encode(keypoints)
     total = 0.0
-    for joint in range(17):  # as Simple Baselines' JointsMSELoss: joint by joint
-        weight = (joints[:, joint, 2] > 0).float()[:, None]
-        one, other = heatmaps[:, joint].flatten(1) * weight, wanted[:, joint].flatten(1) * weight
+    for keypoint in range(17):  # keypoint by keypoint, as JointsMSELoss of Simple Baselines
+        weight = (keypoints[:, keypoint, 2] > 0).float()[:, None]
+        one, other = heatmaps[:, keypoint].flatten(1) * weight, wanted[:, keypoint].flatten(1) * weight
         total = total + 0.5 * nn.functional.mse_loss(one, other)
     torch.testing.assert_close(got, total / 17)
-    joints[..., 2] = 0
-    assert task.training_loss({"image": image, "joints": joints})["heatmaps"] == 0
+    keypoints[..., 2] = 0
+    assert task.training_loss({"image": image, "keypoints": keypoints})["heatmaps"] == 0
 
 
-def test_flip_test_of_a_symmetric_network_changes_nothing_but_the_shift(data):
-    task = keypoints().eval()
+def test_the_flip_test_of_a_symmetric_network_only_shifts(data):
+    task = task_of().eval()
     heatmaps = torch.rand(1, 17, 16, 8)
-    mirrored = heatmaps[:, list(COCO_MIRROR)].flip(-1)
+    mirrored = heatmaps[:, FLIPPED].flip(-1)
     calls = iter([heatmaps, mirrored])
     task.forward = lambda crops: next(calls)
     got = task._heatmaps(torch.zeros(1, 3, 64, 32))
@@ -78,16 +79,16 @@ def test_flip_test_of_a_symmetric_network_changes_nothing_but_the_shift(data):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: keypoints(sigma=0), "sigma"),
-        (lambda: keypoints(deconv_channels=()), "deconv_channels"),
-        (lambda: keypoints(deconv_channels=(4,) * 6), "deconv_channels"),
+        (lambda: task_of(sigma=0), "sigma"),
+        (lambda: task_of(deconv_channels=()), "deconv_channels"),
+        (lambda: task_of(deconv_channels=(4,) * 6), "deconv_channels"),
         (lambda: COCOKeypointsDataModule("x", (100, 96)), "divisible by 32"),
         (lambda: COCOKeypointsDataModule("x", (0, 96)), "divisible by 32"),
         (lambda: COCOKeypointsDataModule("x", scale=1.0), "scale"),
         (lambda: COCOKeypointsDataModule("x", rotation=-1), "rotation"),
     ],
 )
-def test_settings_that_cannot_be(build, words):
+def test_invalid_arguments(build, words):
     with pytest.raises(UsageError, match=words):
         build()
 
@@ -95,18 +96,18 @@ def test_settings_that_cannot_be(build, words):
 # data
 
 
-def test_training_takes_everyone_with_joints(synthetic, data):
+def test_training_takes_all_people_with_keypoints(synthetic, data):
     raw = json.loads((synthetic / "coco" / "annotations" / "person_keypoints_train2017.json").read_text())
     people = [row for row in raw["annotations"] if row["num_keypoints"] and not row["iscrowd"]]
     assert len(data.datasets["train"]) == len(people)
     lacking = len([row for row in raw["annotations"] if not row["num_keypoints"]])
-    assert (f"{lacking} people without joints" in data.notes.get("train without", "")) == bool(lacking)
+    assert (f"{lacking} people without keypoints" in data.notes.get("train without", "")) == bool(lacking)
 
 
-def test_joints_follow_their_pixels_through_augmentation(data):
+def test_keypoints_follow_their_pixels_through_augmentation(data):
     sample = dict(data.datasets["train"][0])
-    joint = next(i for i in range(17) if sample["joints"][i, 2] == 2)
-    x, y = sample["joints"][joint, :2].astype(int)
+    keypoint = next(i for i in range(17) if sample["keypoints"][i, 2] == 2)
+    x, y = sample["keypoints"][keypoint, :2].astype(int)
     mark = torch.zeros_like(sample["image"])
     mark[:, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = 255
     hits = 0
@@ -114,31 +115,31 @@ def test_joints_follow_their_pixels_through_augmentation(data):
         np.random.seed(seed)
         got = data.train_transform({**sample, "image": mark})
         assert got["image"].shape == (3, 64, 32)
-        places = {joint, COCO_MIRROR[joint]}
+        places = {keypoint, FLIPPED[keypoint]}
         peak = divmod(int(got["image"][0].argmax()), 32)
-        near = [np.hypot(*(got["joints"][place, :2].numpy() - peak[::-1])) for place in places]
+        near = [np.hypot(*(got["keypoints"][place, :2].numpy() - peak[::-1])) for place in places]
         if got["image"].max() > 100:
             hits += 1
             assert min(near) < 3
     assert hits > 10
 
 
-def test_half_are_mirrored_and_most_are_turned(data):
+def test_half_are_flipped_and_most_are_rotated(data):
     sample = data.datasets["train"][0]
     crops = []
     for seed in range(200):
         np.random.seed(seed)
-        crops.append(data.train_transform(dict(sample))["joints"])
-    left, right = COCO_JOINTS.index("left_shoulder"), COCO_JOINTS.index("right_shoulder")
-    assert all(torch.isfinite(joints).all() for joints in crops)
-    assert {tuple(joints[:, 2].tolist()) for joints in crops} <= {
-        tuple(sample["joints"][:, 2]),
-        tuple(sample["joints"][list(COCO_MIRROR), 2]),
+        crops.append(data.train_transform(dict(sample))["keypoints"])
+    left, right = COCO_KEYPOINTS.index("left_shoulder"), COCO_KEYPOINTS.index("right_shoulder")
+    assert all(torch.isfinite(keypoints).all() for keypoints in crops)
+    assert {tuple(keypoints[:, 2].tolist()) for keypoints in crops} <= {
+        tuple(sample["keypoints"][:, 2]),
+        tuple(sample["keypoints"][FLIPPED, 2]),
     }
-    assert len({round(float(joints[left, 0] - joints[right, 0]), 2) for joints in crops}) > 100
+    assert len({round(float(keypoints[left, 0] - keypoints[right, 0]), 2) for keypoints in crops}) > 100
 
 
-def test_evaluation_looks_for_those_with_joints_in_their_boxes(synthetic, data):
+def test_evaluation_crops_people_with_keypoints_by_their_boxes(synthetic, data):
     source = data.datasets["val"]
     raw = json.loads((synthetic / "coco" / "annotations" / "person_keypoints_val2017.json").read_text())
     assert len(source) == len(raw["images"])
@@ -160,23 +161,23 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     fit = command("fit", *options)
     assert fit.code == 0, fit.err
     assert "person boxes  ground truth" in fit.out
-    with Image.open(next((RUN / "pictures").glob("*.png"))) as picture:
-        assert np.asarray(picture).std() > 10
+    with Image.open(next((RUN / "images").glob("*.png"))) as image:
+        assert np.asarray(image).std() > 10
     test = command("test", *options)
     assert test.code == 0, test.err
     record = json.loads((RUN / "test.json").read_text())
-    assert record["data"]["person boxes"] == "ground truth"
+    assert record["data"]["notes"]["person boxes"] == "ground truth"
     results = RUN / "test_results" / "person_keypoints_val2017_sis-lightning_results.json"
     truth = synthetic / "coco" / "annotations" / "person_keypoints_val2017.json"
     again = command("evaluate", "--type", "keypoints", "--truth", truth, "--results", results, "--json")
     assert again.code == 0, again.err
-    figures = json.loads(again.out)["metrics"]
+    metrics = json.loads(again.out)["metrics"]
     assert set(record["metrics"]) == {
         f"test/{key}" for key in ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
     }
-    assert figures["AP"] == pytest.approx(record["metrics"]["test/AP"], abs=1e-6)
+    assert metrics["AP"] == pytest.approx(record["metrics"]["test/AP"], abs=1e-6)
 
-    # A detector's boxes: said in the run, in the record and in every row.
+    # Boxes of a detector: the run, the record and every row name their file.
     raw = json.loads(truth.read_text())
     boxes = [
         {"image_id": row["image_id"], "category_id": 1, "bbox": row["bbox"], "score": 0.5 + 0.01 * i}
@@ -188,7 +189,7 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     assert detected.code == 0, detected.err
     assert (
         f"boxes.json ({len(raw['annotations']) - 1}"
-        in json.loads((RUN / "test.json").read_text())["data"]["person boxes"]
+        in json.loads((RUN / "test.json").read_text())["data"]["notes"]["person boxes"]
     )
     assert "boxes.json" in detected.out
     assert len(json.loads(results.read_text())) == len(raw["annotations"]) - 1
@@ -197,12 +198,12 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     assert predict.code == 0, predict.err
     table = json.loads((RUN / "predictions" / "predictions.json").read_text())
     assert len(table) == len(raw["images"])
-    assert all(set(person["joints"]) == set(COCO_JOINTS) for row in table for person in row["people"])
+    assert all(set(person["keypoints"]) == set(COCO_KEYPOINTS) for row in table for person in row["people"])
     for row in table:
-        with Image.open(RUN / "predictions" / row["picture"]) as picture:
-            assert max(picture.size) >= 480
+        with Image.open(RUN / "predictions" / row["image"]) as image:
+            assert max(image.size) >= 480
 
-    # The predictions of our own detection go by the pictures' names.
+    # The predictions of our own detection are matched by the names of the images.
     names = {image["id"]: Path(image["file_name"]).stem for image in raw["images"]}
     own = [
         {"name": names[row["image_id"]], "objects": [{"class": "person", "score": 0.9, "box": [0, 0, 60, 60]}]}
@@ -213,7 +214,7 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     assert again.code == 0, again.err
     assert len(json.loads(results.read_text())) >= len({row["image_id"] for row in raw["annotations"]})
 
-    # Anyone's pictures, whole or in the boxes that our own detection's predict found.
+    # A folder of photographs: each image as one person, or in the boxes that our own detection predicted.
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (50, 37), "red").save(tmp_path / "photos" / "a.jpg")
     Image.new("RGB", (50, 60), "blue").save(tmp_path / "photos" / "b.jpg")
@@ -232,7 +233,7 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
     assert [row["found"] for row in table] == [0, 2]
 
 
-def test_people_of_another_number_and_a_split_without_annotations(command, small, synthetic, tmp_path):
+def test_another_category_id_and_a_split_without_annotations(command, small, synthetic, tmp_path):
     root = tmp_path / "own"
     shutil.copytree(synthetic / "coco", root / "coco")
     for split in ("train2017", "val2017"):
@@ -258,7 +259,7 @@ def test_people_of_another_number_and_a_split_without_annotations(command, small
     options += ["--data.test_split", "test-dev2017"]
     refused = command("test", *options)
     assert refused.code == 2
-    assert "--data.person_boxes" in refused.err
+    assert "person_boxes" in refused.err
     box = {"category_id": 1, "bbox": [5, 5, 30, 40], "score": 0.9}
     Path("boxes.json").write_text(json.dumps([{**box, "image_id": image["id"]} for image in content["images"]]))
     test = command("test", *options, "--data.person_boxes", "boxes.json")
@@ -272,13 +273,13 @@ def without_people(content):
     content["annotations"] = []
 
 
-def without_joints(content):
+def without_keypoints(content):
     for row in content["annotations"]:
         row["keypoints"], row["num_keypoints"] = [0] * 51, 0
 
 
-@pytest.mark.parametrize("change", [without_people, without_joints])
-def test_nobody_to_find_gives_defined_figures(command, small, synthetic, tmp_path, change):
+@pytest.mark.parametrize("change", [without_people, without_keypoints])
+def test_a_split_without_people_has_undefined_metrics(command, small, synthetic, tmp_path, change):
     root = tmp_path / "own"
     shutil.copytree(synthetic / "coco", root / "coco")
     path = root / "coco" / "annotations" / "person_keypoints_val2017.json"
@@ -296,7 +297,7 @@ def test_nobody_to_find_gives_defined_figures(command, small, synthetic, tmp_pat
     train.write_text(json.dumps(content))
     fit = command("fit", *options, "--run_dir", "other")
     assert fit.code == 1
-    assert "nobody in it has joints" in fit.err
+    assert "no person in it has annotated keypoints" in fit.err
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_nobody_to_find_gives_defined_figures(command, small, synthetic, tmp_pat
         ([{"name": "a", "objects": [{"class": "person"}]}], "entry 0 is not a detection"),
     ],
 )
-def test_boxes_that_are_wrong(tmp_path, content, words):
+def test_invalid_person_boxes(tmp_path, content, words):
     path = tmp_path / "boxes.json"
     if content is not None:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -325,7 +326,7 @@ def test_boxes_that_are_wrong(tmp_path, content, words):
         read_person_boxes(path)
 
 
-def test_boxes_of_no_area_and_of_others_are_left_out(tmp_path):
+def test_boxes_without_area_and_of_other_classes_are_left_out(tmp_path):
     path = tmp_path / "boxes.json"
     good = {"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.5}
     rows = [good, {**good, "bbox": [1, 2, 0, 4]}, {**good, "category_id": 1}, {**good, "score": 0.1}]
@@ -334,7 +335,7 @@ def test_boxes_of_no_area_and_of_others_are_left_out(tmp_path):
     assert (people[1].tolist(), dropped) == ([[1, 2, 4, 6, 0.5]], 1)
 
 
-def test_boxes_of_another_split(command, small, synthetic):
+def test_person_boxes_of_another_split(command, small, synthetic):
     boxes = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]
     Path("boxes.json").write_text(json.dumps(boxes))
     result = command("fit", *small("kpt_coco"), "--data.person_boxes", "boxes.json")

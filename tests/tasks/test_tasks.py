@@ -152,13 +152,13 @@ def test_the_scheduler_counts_steps_or_epochs(synthetic, tmp_path, interval, rat
     task = watched(lr_scheduler=poly, lr_interval=interval)
     trainer(tmp_path, max_steps=3).fit(task, CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0))
     assert task.rates == pytest.approx(rates)
-    assert ("ends at step 5, the run at 3" in task.schedule_note) == (interval == "step")
+    assert ("ends at step 5, the run at 3" in task.notes.get("schedule", "")) == (interval == "step")
 
 
-def test_a_schedule_that_ends_before_the_run_is_refused_where_it_cannot_go_on(synthetic, tmp_path):
+def test_one_cycle_must_not_end_before_the_run(synthetic, tmp_path):
     cycle = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=2)
     task = classification(lr_scheduler=cycle, lr_interval="step")
-    with pytest.raises(UsageError, match="total_steps 3"):
+    with pytest.raises(UsageError, match="total_steps of lr_scheduler to 3"):
         trainer(tmp_path, max_steps=3).fit(task, CIFAR100DataModule(str(synthetic), batch_size=4, num_workers=0))
 
 
@@ -167,11 +167,15 @@ def test_hparams_are_plain_data(tmp_path):
         torch.save(dict(task.hparams), tmp_path / "h.pt")
         loaded = torch.load(tmp_path / "h.pt", weights_only=True)
         assert BackboneConfig(**loaded["backbone"]) == SMALL
-        assert "optimizer" not in loaded
+        assert loaded["optimizer"] == {"class_path": "torch.optim.sgd.SGD", "init_args": {"lr": 0.1}}
+        assert loaded["in_channels"] == 3
+        again = type(task)(**loaded)
+        assert [value.shape for value in again.parameters()] == [value.shape for value in task.parameters()]
+        assert again.meta == task.meta
 
 
 def test_data_with_other_classes_is_refused(synthetic, tmp_path):
-    with pytest.raises(UsageError, match=r"21 classes, the model 5.*num_classes 21"):
+    with pytest.raises(UsageError, match=r"21 classes, but the network 5: set num_classes to 21"):
         trainer(tmp_path).fit(
             segmentation(num_classes=5), VOCSegmentationDataModule(str(synthetic), batch_size=2, num_workers=0)
         )
@@ -188,7 +192,7 @@ def test_data_with_other_classes_is_refused(synthetic, tmp_path):
         (lambda: segmentation(backbone=backbone_config("sis29")), "four-stage"),
     ],
 )
-def test_settings_that_cannot_be(build, words):
+def test_invalid_arguments(build, words):
     with pytest.raises(UsageError, match=words):
         build()
 
@@ -202,18 +206,15 @@ DATA = {
 
 
 @pytest.mark.parametrize("task", BUILD)
-def test_pictures_are_drawn(synthetic, tmp_path, task):
-    build = BUILD[task]
+def test_figures_show_ground_truth_and_prediction(synthetic, tmp_path, task):
     data = DATA[task](str(synthetic), batch_size=3, num_workers=0)
-    task, run = build(), trainer(tmp_path)
-    run.validate(task, data, verbose=False)  # attaches the data to the task
-    task._trainer = run
-    data.trainer = run
-    task.eval()
-    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    figure = task.plot(batch, task.predict_step(batch))
+    task = BUILD[task]().eval()
+    data.setup("validate")
+    task.set_meta(data.meta)
+    batch = next(iter(data.val_dataloader()))
+    figure = task.plot(batch, task.infer(task.normalized(batch)))
     figure.savefig(tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as image:
         assert np.asarray(image).std() > 10
     titles = [axis.get_title() for axis in figure.axes]
-    assert any("true" in title or "truth" in title for title in titles)
+    assert any("true" in title or "ground truth" in title for title in titles)
