@@ -1,4 +1,4 @@
-"""The project's YAML files: where they are found, and how one of them is read. Imports nothing heavy."""
+"""The YAML files of the project: where they are searched, and how they are read. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import yaml
 from sis_lightning.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parent
-# In a wheel the YAML lies beside the code, in a clone beside the package.
+# In a wheel the YAML files are inside the package, in a clone they are beside it.
 PACKAGED = _PACKAGE / "yaml" if (_PACKAGE / "yaml").is_dir() else _PACKAGE.parent
 
 
 def config_roots() -> Iterator[Path]:
-    """Where YAML is looked for: the current directory, each of `$SIS_CONFIG_PATH`, the packaged files."""
+    """Yields the folders that are searched: the current one, those of `$SIS_CONFIG_PATH`, and that of the package."""
     yield Path()
     for entry in os.environ.get("SIS_CONFIG_PATH", "").split(os.pathsep):
         if entry:
@@ -27,22 +27,22 @@ def config_roots() -> Iterator[Path]:
 
 
 def config_names(folder: str) -> list[str]:
-    """The names of all YAML files in a folder (such as `configs/backbones`), over all roots."""
+    """Returns the names of all YAML files in a folder such as `configs/backbones`, below all searched folders."""
     return sorted({path.stem for root in config_roots() for path in (root / folder).glob("*.yaml")})
 
 
 def find_config(name: str, folder: str = "") -> Path:
-    """The file that `name` means.
+    """Finds the file that a name stands for.
 
     Args:
-        name: As the user typed it: a path, with or without `.yaml`, or a bare name of a file in `folder`.
-        folder: Where bare names live, such as `configs/backbones`.
+        name: A path with or without `.yaml`, or the name of a file in `folder`.
+        folder: Folder in which names are searched, such as `configs/backbones`.
 
     Returns:
-        The first that exists: as typed, then below each of `$SIS_CONFIG_PATH`, then the packaged copy.
+        The first file that exists: in the current directory, below the folders of `$SIS_CONFIG_PATH`, in the package.
 
     Raises:
-        UsageError: Where there is none; the message lists the nearest names.
+        UsageError: If there is none; the message lists the nearest names.
     """
     spellings = [name] if name.endswith((".yaml", ".yml", ".json")) else [f"{name}.yaml", name]
     folders = ["", folder] if folder else [""]
@@ -59,7 +59,7 @@ def find_config(name: str, folder: str = "") -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads one YAML file, a mapping.
+    """Reads a YAML file that holds a mapping.
 
     Raises:
         UsageError: If the file is not UTF-8 text, not valid YAML (with line and column), not a mapping, or has a key
@@ -77,12 +77,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: a configuration is a mapping of keys, this is a {type(content).__name__}")
+        raise UsageError(f"{path}: a configuration must be a mapping of keys, not a {type(content).__name__}")
     return content
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, and reads 1e-3 as the number it is."""
+    """SafeLoader that refuses repeated keys, and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -96,7 +96,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML follows, wants a dot in a float: without this 1e-3 is a string.
+# PyYAML follows YAML 1.1, in which a float needs a dot: 1e-3 would be a string.
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and digests that tell what is in them."""
+"""Files that are written completely or not at all, and digests of their contents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from sis_lightning.errors import DataError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in UTF-8; see `write_bytes`."""
+    """Writes a text file in UTF-8, completely or not at all; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file beside its place, to disk, and then renames it."""
+    """Writes a file completely or not at all: first to disk under another name, which is then renamed.
+
+    Args:
+        path: File to write; its folder is created.
+        content: The bytes of the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that write the same file must not share what lies beside it.
+    # Two processes that write the same file must not share the temporary file.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with partial.open("wb") as file:
@@ -30,20 +35,24 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)  # as where the disk is full
+        partial.unlink(missing_ok=True)  # after an error, such as a full disk
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of plain data, whatever the order of its keys."""
+    """Returns the SHA-256 of plain data; the order of keys does not matter."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_files(files: Iterable[Path], root: Path) -> str:
-    """SHA-256 of files' names below `root` and of every byte in them, whatever their order.
+    """Returns the SHA-256 of the names and contents of files; their order does not matter.
+
+    Args:
+        files: The files.
+        root: Folder to which the names are relative.
 
     Raises:
-        DataError: Where one cannot be read.
+        DataError: If a file cannot be read.
     """
     parts = []
     for path in files:
@@ -57,12 +66,17 @@ def digest_files(files: Iterable[Path], root: Path) -> str:
 
 
 def digest_listing(files: Iterable[Path], root: Path) -> str:
-    """SHA-256 of the names below `root` and the sizes of all files, and of every byte of some.
+    """Returns the SHA-256 of the names and sizes of all files, and of the contents of some of them.
 
-    For data sets that take minutes to read: of the sixteen largest files, as annotations are, and of 512 spread evenly.
+    For data sets that would take minutes to read: it reads the sixteen largest files, such as annotations, and 512
+    evenly spaced ones.
+
+    Args:
+        files: The files; their order does not matter.
+        root: Folder to which the names are relative.
 
     Raises:
-        DataError: Where one cannot be read.
+        DataError: If a file cannot be read.
     """
     ordered = sorted(files)
     try:

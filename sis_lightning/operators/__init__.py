@@ -1,4 +1,4 @@
-"""The convolution operators of the paper, and what makes further ones fit in."""
+"""The convolution operators of the paper, and the registry for further ones."""
 
 from sis_lightning.operators import sis  # registers the paper's operators
 from sis_lightning.operators.base import (

@@ -1,4 +1,4 @@
-"""Puts an operator in place of the convolutions of any network."""
+"""Replaces the convolutions of any network by an operator."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sis_lightning.operators.base import SISOperator, operator_class
 
 @dataclass(frozen=True)
 class ReplacementReport:
-    """What `replace_convs` did to a network.
+    """The changes that `replace_convs` made to a network.
 
     Attributes:
-        operator: The operator put in.
-        replaced: Names of the convolutions that it stands in for now.
+        operator: Name of the operator.
+        replaced: Names of the convolutions that were replaced.
         left: Names of the k×k convolutions that stayed, each with the reason.
-        parameters_before: Of the whole network.
-        parameters_after: Of the whole network.
+        parameters_before: Number of parameters of the whole network before.
+        parameters_after: Number of parameters of the whole network afterwards.
     """
 
     operator: str
@@ -29,7 +29,7 @@ class ReplacementReport:
     parameters_after: int
 
     def __str__(self) -> str:
-        """One line a group of reasons, for people."""
+        """Returns a summary, and one line for each convolution that stayed."""
         lines = [
             f"{self.operator}: {len(self.replaced)} convolutions replaced, {len(self.left)} left, parameters "
             f"{self.parameters_before:,} → {self.parameters_after:,} "
@@ -40,29 +40,29 @@ class ReplacementReport:
 
 
 def replace_convs(model: nn.Module, operator: str, *, steps: int = 2) -> ReplacementReport:
-    """Puts an operator (eqs. 1-24) in place of every k×k convolution (k > 1) of any network, in place.
+    """Replaces every k×k convolution (k > 1) of any network by an operator (eqs. 1-24), in place.
 
-    Each maps (N, C_in, H, W) to (N, C, ⌈H/stride⌉, ⌈W/stride⌉), as the convolution did, so the network's shapes stay.
-
-    "Pluggable into any promising backbone" (section 1). The new kernels are freshly drawn; a convolution's bias is
-    kept, as are its device, dtype and train/eval mode. 1×1 convolutions are not touched and not listed. A convolution
-    under several names (shared weights) becomes one operator under the same names.
+    Each operator maps (N, C_in, H, W) to (N, C, ⌈H/stride⌉, ⌈W/stride⌉), like the convolution before it, so that all
+    shapes in the network stay the same: the operators are "pluggable into any promising backbone" (section 1). The new
+    kernels are initialised randomly. The bias of a convolution is kept, and so are its device, dtype and mode. 1×1
+    convolutions stay and are not reported. A convolution that has several names (shared weights) becomes one operator
+    with the same names.
 
     Args:
-        model: Any network; it is changed.
-        operator: A registered name.
-        steps: T of the recurrent operators.
+        model: Network to change. It must not be a convolution itself.
+        operator: Name of a registered operator, see `list_operators`.
+        steps: Number of time steps T of the recurrent operators. Other operators ignore it.
 
     Returns:
-        What was replaced, what was left and why, and the parameters before and after.
+        A report of the replaced convolutions, of those that stayed and why, and of the parameters.
 
     Raises:
-        UsageError: Where the operator does not exist, or `model` itself is a convolution (it has no parent to hold the
-            replacement).
+        UsageError: If the operator does not exist, or `model` is a convolution, which has no parent that could hold
+            the replacement. It is also a ValueError.
     """
     cls = operator_class(operator)
     if isinstance(model, nn.Conv2d):
-        raise UsageError("replace_convs changes a network's convolutions; for a single one use create_operator.")
+        raise UsageError("replace_convs changes convolutions inside a network; for a single one, use create_operator")
     before = sum(parameter.numel() for parameter in model.parameters())
     replaced: list[str] = []
     left: dict[str, str] = {}
@@ -70,12 +70,12 @@ def replace_convs(model: nn.Module, operator: str, *, steps: int = 2) -> Replace
     for name, conv in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(conv, nn.Conv2d) or max(conv.kernel_size) == 1:
             continue
-        reason = _keeps_conv(cls, conv)
+        reason = _reason_to_stay(cls, conv)
         if reason:
             left[name] = reason
             continue
         if conv not in operators:
-            operators[conv] = _stand_in(cls, conv, steps)
+            operators[conv] = _replacement(cls, conv, steps)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, operators[conv])
         replaced.append(name)
@@ -83,8 +83,8 @@ def replace_convs(model: nn.Module, operator: str, *, steps: int = 2) -> Replace
     return ReplacementReport(operator, tuple(replaced), left, before, after)
 
 
-def _keeps_conv(cls: type[SISOperator], conv: nn.Conv2d) -> str | None:
-    """Why a convolution stays one, or None."""
+def _reason_to_stay(cls: type[SISOperator], conv: nn.Conv2d) -> str | None:
+    """Returns the reason why a convolution cannot be replaced, or None if it can."""
     k, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not a plain nn.Conv2d"
@@ -102,8 +102,8 @@ def _keeps_conv(cls: type[SISOperator], conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _stand_in(cls: type[SISOperator], conv: nn.Conv2d, steps: int) -> SISOperator:
-    """The operator in place of `conv`: same shapes, device, dtype, mode and bias, fresh kernels."""
+def _replacement(cls: type[SISOperator], conv: nn.Conv2d, steps: int) -> SISOperator:
+    """Creates the operator for a convolution, with the same shapes, device, dtype, mode and bias."""
     operator = cls(
         conv.in_channels,
         conv.out_channels,

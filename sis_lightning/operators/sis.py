@@ -1,8 +1,9 @@
 """The SIS operators: section 3 of Zhou, Fu, Liu, "SIS: A new multi-scale convolutional operator" (JUSTC 2022).
 
-Each operator stands in for one k×k convolution C_in → C and is linear: no bias unless asked for, no norm and
-no activation inside. Notation as in the paper: ``*`` convolves, ``[ , , ]`` concatenates over channels, K1 maps
-C_in → C/2, K2 and K3 map to C/4, and Y1 = K1 * X = [Y11, Y12] in halves of C/4 channels.
+Each operator is a drop-in replacement for a k×k convolution from C_in to C channels. It is linear: it has no bias
+unless asked for, and no norm and no activation inside. The notation is that of the paper: ``*`` is convolution, and
+``[ , , ]`` is concatenation over the channels. K1 maps C_in to C/2 channels, K2 and K3 map to C/4 channels, and
+Y1 = K1 * X = [Y11, Y12] consists of two halves with C/4 channels each.
 
 =============== ============ =============== =====================================================================
 name            paper        equations       output
@@ -15,10 +16,10 @@ name            paper        equations       output
 `recurrent2`    II, time     24, Fig. 1g     [Y1, h_1 + … + h_T, g_1 + … + g_T]
 =============== ============ =============== =====================================================================
 
-Every class has two forms of the same mathematics over the same state dict: `SISOperator.literal` follows the
-equations line by line and is the reference; `SISOperator.fast` does the same work in fewer passes over memory
-and is what `forward` runs. It has two halves, `prepare` (of the kernels alone, which a trained network needs once)
-and `parts` (of the image). Stride lies on K1; dilation, groups and "same" padding are alike for all kernels.
+Every class computes the same function in two ways, with the same parameters. `literal` follows the equations line by
+line. `fast` computes the same in fewer passes over memory, and is what `forward` runs. It consists of `prepare`, which
+depends on the kernels only, so that a trained network needs it once, and `parts`, which depends on the input. K1 has
+the stride; dilation, groups and "same" padding are those of all kernels.
 """
 
 from __future__ import annotations
@@ -37,44 +38,44 @@ class Conv(SISOperator):
     K: Tensor
 
     def kernel_shapes(self) -> dict[str, tuple[int, int]]:
-        """One kernel, C_in → C."""
+        """One kernel, from C_in to C channels."""
         return {"K": (self.out_channels, self.in_channels)}
 
     def literal(self, x: Tensor) -> Tensor:
-        """Eq. 1."""
+        """Computes eq. 1."""
         return self.convolve(x, self.K, stride=self.stride)
 
     def prepare(self) -> dict[str, Tensor]:
-        """K alone."""
+        """Returns the kernel as it is."""
         return {"last": self.K}
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
-        """As the equation."""
+        """Computes eq. 1."""
         return [self.convolve(x, kernels["last"], bias, stride=self.stride)]
 
 
 @register_operator("basic")
 class Basic(SISOperator):
-    """Basic SIS, eqs. 2-5, Fig. 1c: three convolutions in sequence, every one's output kept."""
+    """Basic SIS, eqs. 2-5, Fig. 1c: three convolutions in sequence, whose outputs are all kept."""
 
     def kernel_shapes(self) -> dict[str, tuple[int, int]]:
-        """K2 narrows C/2 → C/4."""
+        """K2 maps all C/2 channels of Y1 to C/4."""
         half, quarter = self.out_channels // 2, self.out_channels // 4
         return {"K1": (half, self.in_channels), "K2": (quarter, half), "K3": (quarter, quarter)}
 
     def literal(self, x: Tensor) -> Tensor:
-        """Eqs. 2-5."""
+        """Computes eqs. 2-5."""
         Y1 = self.transform(x)
         Y2 = self.convolve(Y1, self.K2)
         Y3 = self.convolve(Y2, self.K3)
         return torch.cat([Y1, Y2, Y3], dim=1)
 
     def prepare(self) -> dict[str, Tensor]:
-        """The paper's kernels."""
+        """Returns the kernels as they are."""
         return {"K1": self.K1, "K2": self.K2, "last": self.K3}
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
-        """As the equations: they waste nothing."""
+        """Computes eqs. 2-5, which have nothing to save."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         Y2 = self.convolve(Y1, kernels["K2"])
         return [Y1, Y2, self.convolve(Y2, kernels["last"], bias)]
@@ -85,7 +86,7 @@ class Interactive1(SISOperator):
     """Interactive SIS-I (inter-layer), eqs. 8-12, Fig. 1d: both paths see the sum of the first layer."""
 
     def literal(self, x: Tensor) -> Tensor:
-        """Eqs. 8-12."""
+        """Computes eqs. 8-12."""
         Y1 = self.transform(x)
         Y11, Y12 = Y1.chunk(2, dim=1)
         A, B = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
@@ -93,14 +94,14 @@ class Interactive1(SISOperator):
         return torch.cat([Y1, Y112, Y122], dim=1)
 
     def prepare(self) -> dict[str, Tensor]:
-        """K2 and K3 side by side, and one above the other."""
+        """Concatenates K2 and K3 over the inputs (`sum`) and over the outputs (`last`)."""
         if self.groups > 1:
-            # A group's channels of Y11 and Y12 do not lie side by side.
+            # The channels of a group of Y11 are not next to those of the same group of Y12.
             return {**self.kernels(), "last": self.K3}
         return {"K1": self.K1, "sum": torch.cat([self.K2, self.K3], dim=1), "last": torch.cat([self.K2, self.K3])}
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
-        """S = A + B is one convolution of the whole Y1: no adds, no copied halves."""
+        """Computes S = A + B as one convolution of the whole Y1, without sums and without copies of its halves."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         if "sum" in kernels:
             S = self.convolve(Y1, kernels["sum"])
@@ -111,24 +112,27 @@ class Interactive1(SISOperator):
 
 
 class _TwoPaths(SISOperator):
-    """Operators whose paths Y11 → K2 and Y12 → K3 run as the two halves of one grouped convolution."""
+    """Operators that compute the paths Y11 → K2 and Y12 → K3 as the two halves of one grouped convolution."""
 
     def prepare(self) -> dict[str, Tensor]:
-        """K2 above K3; as `last` once more, for what is folded into that alone."""
+        """Concatenates K2 and K3 over the outputs.
+
+        The result is returned twice, because a norm is folded into the kernel `last` only.
+        """
         K23 = torch.cat([self.K2, self.K3])
         return {"K1": self.K1, "K23": K23, "last": K23}
 
     def both(self, y: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[K2 * y1, K3 * y2] for y = [y1, y2] and kernels = [K2; K3]."""
+        """Computes [K2 * y1, K3 * y2] for y = [y1, y2] and kernels = [K2; K3]."""
         return self.convolve(y, kernels, bias, groups=2 * self.groups)
 
 
 @register_operator("interactive2")
 class Interactive2(_TwoPaths):
-    """Interactive SIS-II (cross-layer), eqs. 13-15, Fig. 1e: each path sees the other's input."""
+    """Interactive SIS-II (cross-layer), eqs. 13-15, Fig. 1e: each path sees the input of the other."""
 
     def literal(self, x: Tensor) -> Tensor:
-        """Eqs. 8, 13-15."""
+        """Computes eqs. 8 and 13-15."""
         Y1 = self.transform(x)
         Y11, Y12 = Y1.chunk(2, dim=1)
         A, B = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
@@ -136,7 +140,7 @@ class Interactive2(_TwoPaths):
         return torch.cat([Y1, Y112, Y122], dim=1)
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
-        """Both paths at once; crossing them is adding Y1 with its halves swapped."""
+        """Computes both paths at once; they cross by adding Y1 with its halves swapped."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         AB = self.both(Y1, kernels["K23"])
         swapped = Y1.roll(self.out_channels // 4, dims=1)
@@ -144,12 +148,12 @@ class Interactive2(_TwoPaths):
 
 
 class _Recurrent(_TwoPaths):
-    """Operators that run each path's kernel T times."""
+    """Operators that apply the kernel of each path T times."""
 
     recurrent = True
 
     def plus_identity(self, kernels: Tensor, times: int) -> Tensor:
-        """K + times · δ, so that (K + times · δ) * y = K * y + times · y within each group."""
+        """Returns K + times · δ, for which (K + times · δ) * y = K * y + times · y within each group."""
         inputs, middle = kernels.shape[1], kernels.shape[-1] // 2
         identity = torch.eye(inputs, dtype=kernels.dtype, device=kernels.device)
         sums = kernels.clone()
@@ -159,10 +163,10 @@ class _Recurrent(_TwoPaths):
 
 @register_operator("recurrent1")
 class Recurrent1(_Recurrent):
-    """Recurrent SIS-I, eqs. 19-23, Fig. 1f: the final step alone."""
+    """Recurrent SIS-I, eqs. 19-23, Fig. 1f: the output has the last time step only."""
 
     def literal(self, x: Tensor) -> Tensor:
-        """Eqs. 19-23 for any T."""
+        """Computes eqs. 19-23 for any T."""
         Y1 = self.transform(x)
         Y11, Y12 = Y1.chunk(2, dim=1)
         h, g = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
@@ -171,12 +175,12 @@ class Recurrent1(_Recurrent):
         return torch.cat([Y1, h, g], dim=1)
 
     def prepare(self) -> dict[str, Tensor]:
-        """K + δ too."""
+        """Adds K + δ, the kernel of the first step."""
         kernels = super().prepare()
         return {**kernels, "first": self.plus_identity(kernels["K23"], 1)}
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
-        """With u_t = h_t + Y1: u_1 = (K + δ) * Y1, u_t = K * u_{t-1} + Y1, and h_T = K * u_{T-1}."""
+        """Computes u_t = h_t + Y1 instead: u_1 = (K + δ) * Y1, u_t = K * u_{t-1} + Y1, and h_T = K * u_{T-1}."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         u = Y1 if self.steps == 1 else self.both(Y1, kernels["first"])
         for _ in range(2, self.steps):
@@ -186,10 +190,10 @@ class Recurrent1(_Recurrent):
 
 @register_operator("recurrent2")
 class Recurrent2(_Recurrent):
-    """Recurrent SIS-II, eq. 24, Fig. 1g: all steps fused by their sum."""
+    """Recurrent SIS-II, eq. 24, Fig. 1g: the output has the sum over all time steps."""
 
     def literal(self, x: Tensor) -> Tensor:
-        """Eq. 24 for any T."""
+        """Computes eq. 24 for any T."""
         Y1 = self.transform(x)
         Y11, Y12 = Y1.chunk(2, dim=1)
         h, g = self.convolve(Y11, self.K2), self.convolve(Y12, self.K3)
@@ -200,7 +204,7 @@ class Recurrent2(_Recurrent):
         return torch.cat([Y1, sum_h, sum_g], dim=1)
 
     def prepare(self) -> dict[str, Tensor]:
-        """For T = 2, the paper's, the last convolution is one with K + 2δ."""
+        """Adds K + 2δ, the kernel of the second step, which is the last one for T = 2, as in the paper."""
         K23 = torch.cat([self.K2, self.K3])
         if self.steps == 1:
             return {"K1": self.K1, "last": K23}
@@ -210,7 +214,7 @@ class Recurrent2(_Recurrent):
         return {"K1": self.K1, "K23": K23, "second": second}
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
-        """With s_t = h_1 + … + h_t: s_t = K * s_{t-1} + t · h_1, so s_2 = (K + 2δ) * h_1 in one pass."""
+        """Computes the sums s_t = h_1 + … + h_t = K * s_{t-1} + t · h_1, of which s_2 = (K + 2δ) * h_1."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         if self.steps == 1:
             return [Y1, self.both(Y1, kernels["last"], bias)]
