@@ -28,7 +28,7 @@ class AnnotatedDataset(ImageDataset):
 
     Attributes:
         annotations: The objects as training takes them: clipped to their images.
-        truth: For evaluation, all objects as the file has them; else None.
+        all_objects: For evaluation, the annotations with all objects as the file has them; else None.
 
     Raises:
         UsageError: If `limit` is below 1.
@@ -42,7 +42,7 @@ class AnnotatedDataset(ImageDataset):
             raise UsageError(f"limit is {limit}, must be at least 1, or None for all images")
         self.evaluation = evaluation
         self.defects = annotations.defects
-        self.truth = annotations.first(limit) if evaluation else None
+        self.all_objects = annotations.first(limit) if evaluation else None
         self.annotations = annotations.first(limit)
         self.annotations.clip()
         if not evaluation:
@@ -80,8 +80,8 @@ class AnnotatedDataset(ImageDataset):
             "boxes": torch.from_numpy(known.boxes[objects][counted]).float(),
             "labels": torch.from_numpy(known.labels[objects][counted]) + 1,
         }
-        if self.truth is not None:
-            sample["truth"] = self.truth.ground_truth(index)
+        if self.all_objects is not None:
+            sample["truth"] = self.all_objects.ground_truth(index)
         return sample
 
     def checks(self) -> Iterator[Callable[[], Sample]]:

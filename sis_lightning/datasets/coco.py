@@ -185,13 +185,13 @@ class COCOKeypointsDataset(AnnotatedDataset):
             persons = np.column_stack([boxes, np.ones(len(boxes))])
         else:
             persons = self._detected.get(known.image_ids[index], np.zeros((0, 5)))
-        assert self.truth is not None
+        assert self.all_objects is not None
         return {
             "image": self.read(index),
             "name": known.paths[index].stem,
             "person_boxes": persons,
             "box_source": self.box_source,
-            "truth": self.truth.ground_truth(index),
+            "truth": self.all_objects.ground_truth(index),
         }
 
     def groups(self) -> Sequence[int] | None:

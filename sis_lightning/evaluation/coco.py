@@ -27,7 +27,7 @@ class COCOMetric(NamedTuple):
     Attributes:
         name: Its short name.
         overlap: The IoU (OKS for keypoints) from which a detection counts.
-        area: Which objects count: small ones are below 32² px, large ones from 96² px.
+        area: The objects that count, by their area: small ones are below 32² px, large ones from 96² px.
         detections: The most detections of an image and class that count, in descending order of their scores.
     """
 
@@ -240,49 +240,49 @@ def _tools(backend: Backend) -> tuple[Any, Any]:
     return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
 
 
-def read_results(path: Path, truth: COCOGroundTruth) -> list[Row]:
+def read_results(path: Path, ground_truth: COCOGroundTruth) -> list[Row]:
     """Reads a results file and checks it.
 
     Args:
         path: A JSON file in COCO's result format.
-        truth: The ground truth that the results are to be scored with.
+        ground_truth: The ground truth that the results are to be scored with.
 
     Raises:
         DataError: If an entry is not a result; the message names the entry and what is wrong with it.
     """
     rows = load_json(path)
-    check_results(rows, truth, str(path))
+    check_results(rows, ground_truth, str(path))
     return rows  # type: ignore[no-any-return]
 
 
-def check_results(rows: Any, truth: COCOGroundTruth, source: str = "results") -> None:
+def check_results(rows: Any, ground_truth: COCOGroundTruth, source: str = "results") -> None:
     """Checks result rows against the ground truth that they are to be scored with.
 
     Args:
         rows: What should be entries of COCO's result format.
-        truth: The ground truth, which says what the images and categories are and what is scored.
+        ground_truth: The ground truth, which says what the images and categories are and what is scored.
         source: What the rows are called in errors.
 
     Raises:
         DataError: If an entry is not a result; the message names the first such entry (counted from 0), its key and
             value.
     """
-    key = RESULT_KEYS[truth.kind]
+    key = RESULT_KEYS[ground_truth.kind]
     if not isinstance(rows, list):
         raise DataError(f"{source}: not a list of results, each with image_id, category_id, score and {key}")
     where = f"{source}: entry"
     _require_keys(rows, ("image_id", "category_id", "score", key), where)
-    _require_known(rows, "image_id", set(truth.image_ids), where, "is not an image of the ground truth")
-    categories = truth.annotations.category_ids
+    _require_known(rows, "image_id", set(ground_truth.image_ids), where, "is not an image of the ground truth")
+    categories = ground_truth.annotations.category_ids
     span = f" (its {len(categories)} are in {categories[0]}…{categories[-1]})" if categories else ""
     _require_known(rows, "category_id", set(categories), where, f"is not a category of the ground truth{span}")
     _numbers(rows, "score", 0, where)
-    if truth.kind == "bbox":
+    if ground_truth.kind == "bbox":
         _require_boxes(rows, where)
-    elif truth.kind == "keypoints":
+    elif ground_truth.kind == "keypoints":
         _numbers(rows, "keypoints", _KEYPOINT_VALUES, where)
     else:
-        annotations = truth.annotations
+        annotations = ground_truth.annotations
         size_of = dict(zip(annotations.image_ids, annotations.sizes, strict=True))
         for place, row in enumerate(rows):
             fault = rle_fault(row["segmentation"], size_of[row["image_id"]])

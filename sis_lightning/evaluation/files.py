@@ -35,7 +35,7 @@ class Evaluation:
 
     Attributes:
         kind: What was scored: COCO's bbox, segm, keypoints or VOC's voc07, voc12.
-        truth: The ground truth's annotation file, or VOC's folder.
+        ground_truth: The ground truth's annotation file, or VOC's folder.
         results: The results file, or the folder of VOC's files.
         settings: The rule, and the library that computed.
         counts: Number of images, objects and detections.
@@ -46,7 +46,7 @@ class Evaluation:
     """
 
     kind: Kind | VOCKind
-    truth: Path
+    ground_truth: Path
     results: Path
     settings: dict[str, Any]
     counts: dict[str, int]
@@ -58,7 +58,7 @@ class Evaluation:
     def to_json(self) -> str:
         """The metrics as JSON, with all digits and null for NaN."""
         metrics = {name: None if math.isnan(value) else value for name, value in self.metrics.items()}
-        content = {"type": self.kind, "truth": str(self.truth), "results": str(self.results), **self.settings}
+        content = {"type": self.kind, "truth": str(self.ground_truth), "results": str(self.results), **self.settings}
         return json.dumps({**content, **self.counts, "metrics": metrics}, indent=2, ensure_ascii=False) + "\n"
 
     def to_table(self) -> str:
@@ -74,7 +74,7 @@ class Evaluation:
         for name, value in self.metrics.items():
             table.add_row(name, "–" if math.isnan(value) else f"{value:.4f}", *self.meanings[name])
         # Paths are printed apart: a table would break or cut them.
-        lines = [f"ground truth: {self.truth}", f"results:      {self.results}"]
+        lines = [f"ground truth: {self.ground_truth}", f"results:      {self.results}"]
         lines.append(", ".join(f"{count:,} {what}" for what, count in self.counts.items()))
         lines.append(table_to_text(table).rstrip("\n"))
         if any(math.isnan(value) for value in self.metrics.values()):
@@ -86,7 +86,7 @@ class Evaluation:
 
 
 def evaluate(
-    truth: str | Path | dict[str, Any],
+    ground_truth: str | Path | dict[str, Any],
     results: str | Path | list[dict[str, Any]],
     kind: Kind | VOCKind,
     **options: Any,
@@ -94,7 +94,7 @@ def evaluate(
     """Scores results, COCO's or VOC's.
 
     Args:
-        truth: The ground truth: COCO's annotation file (or its content), or a folder of VOC's layout with
+        ground_truth: The ground truth: COCO's annotation file (or its content), or a folder of VOC's layout with
             `Annotations/`.
         results: The results: a file in COCO's result format (or its content), or a folder of VOC's detection files,
             `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
@@ -118,11 +118,11 @@ def evaluate(
         if name not in allowed:
             raise UsageError(f"{name} is not an option of {kind}, which has {', '.join(allowed)}")
     if kind == "voc07" or kind == "voc12":
-        if not isinstance(truth, str | Path) or not isinstance(results, str | Path):
+        if not isinstance(ground_truth, str | Path) or not isinstance(results, str | Path):
             raise UsageError(f"{kind} scores a folder of detection files against a folder with Annotations/")
-        return evaluate_voc(Path(truth), Path(results), kind, **options)
+        return evaluate_voc(Path(ground_truth), Path(results), kind, **options)
     return evaluate_coco(
-        truth if isinstance(truth, dict) else Path(truth),
+        ground_truth if isinstance(ground_truth, dict) else Path(ground_truth),
         results if isinstance(results, list) else Path(results),
         kind,
         **options,
@@ -130,7 +130,7 @@ def evaluate(
 
 
 def evaluate_coco(
-    truth: Path | dict[str, Any],
+    ground_truth: Path | dict[str, Any],
     results: Path | list[dict[str, Any]],
     kind: Kind,
     backend: Backend = "pycocotools",
@@ -138,7 +138,7 @@ def evaluate_coco(
     """Scores results in COCO's result format.
 
     Args:
-        truth: COCO's annotation file, or its content.
+        ground_truth: COCO's annotation file, or its content.
         results: A results file, or its content.
         kind: What is scored.
         backend: The library that computes the metrics.
@@ -147,7 +147,7 @@ def evaluate_coco(
         DataError: If either is not what it should be, or the ground truth has no annotations.
         UsageError: If the backend is not installed.
     """
-    known = COCOGroundTruth(read_coco(truth, kind=kind), kind, backend)
+    known = COCOGroundTruth(read_coco(ground_truth, kind=kind), kind, backend)
     annotations = known.annotations
     if not known.annotated:
         raise DataError(
@@ -177,7 +177,7 @@ def evaluate_coco(
 
 
 def evaluate_voc(
-    truth: Path,
+    ground_truth: Path,
     results: Path,
     kind: VOCKind,
     *,
@@ -189,7 +189,7 @@ def evaluate_voc(
     """Scores a folder of the devkit's detection files.
 
     Args:
-        truth: A folder with `Annotations/`; image files are not needed.
+        ground_truth: A folder with `Annotations/`; image files are not needed.
         results: A folder with `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
         kind: The year whose average precision is computed: `voc07` or `voc12`.
         split: A list of `ImageSets/Main/`; None for every file of `Annotations/`.
@@ -207,7 +207,7 @@ def evaluate_voc(
         raise UsageError(f"classes names one twice: {' '.join(classes)}")
     if rule not in get_args(Rule):
         raise UsageError(f"rule is {rule!r}, must be one of {', '.join(get_args(Rule))}")
-    annotations = _voc_annotations(truth, split, classes)
+    annotations = _voc_annotations(ground_truth, split, classes)
     rows = read_comp4(results, annotations)
     metrics = VOCGroundTruth(annotations, rule, iou).score(rows)
     chosen = {name: value for name, value in metrics.items() if name.partition("/")[0].endswith(kind)}
@@ -221,7 +221,7 @@ def evaluate_voc(
         meanings[f"{mean}/{name}"] = (str(positives[label]), str(ignored[label]), str(found[label]))
     return Evaluation(
         kind,
-        truth,
+        ground_truth,
         results,
         {"rule": rule, "iou": iou},
         {"images": len(annotations), "objects": len(annotations.labels), "detections": len(rows)},

@@ -175,7 +175,7 @@ def test_cifar_files_that_are_wrong(synthetic, tmp_path, capfd, content, words):
     assert "this ran" not in capfd.readouterr().out
 
 
-# folders of pictures
+# Folders of images
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_image_folder_errors(folder):
         data.dataset("train")
 
 
-def test_pictures_that_cannot_be_read(tmp_path):
+def test_images_that_cannot_be_read(tmp_path):
     path = tmp_path / "a.jpg"
     with pytest.raises(DataError, match=r"a\.jpg: no such image"):
         read_image(path)
@@ -235,13 +235,13 @@ def test_pictures_that_cannot_be_read(tmp_path):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError, match=r"a\.jpg: unreadable or truncated"):
         read_image(path)
-    path.write_text("no picture")
+    path.write_text("no image")
     with pytest.raises(DataError, match=r"a\.jpg: unreadable or truncated"):
         read_image(path)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new(mode, (5, 4)).save(path)
     image = read_image(path)

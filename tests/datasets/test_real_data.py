@@ -68,7 +68,7 @@ FEW_STEPS = ["--trainer.max_steps", 2, "--model.lr_scheduler.init_args.total_ste
         ("kpt_coco", "coco_mini", ["--data.batch_size", 8], "86 train, 79 val"),
     ],
 )
-def test_boxes_and_joints_of_photographs(command, shared, task, folder, options, counts):
+def test_boxes_and_keypoints_of_photographs(command, shared, task, folder, options, counts):
     options = ["--config", f"tasks/{task}.yaml", "--config", "configs/demo.yaml", *SMALL, *options]
     options += ["--data.root", shared / folder]
     check = command("check-data", *options)
@@ -89,7 +89,7 @@ def test_boxes_and_joints_of_photographs(command, shared, task, folder, options,
     assert len(list((run / "predictions" / "pictures").glob("*.jpg"))) == len(rows)
 
 
-def test_joints_in_a_real_detectors_boxes(command, shared, tmp_path):
+def test_keypoints_in_a_real_detectors_boxes(command, shared, tmp_path):
     home = tmp_path / "coco"
     (home / "annotations").mkdir(parents=True)
     source = shared / "mmpose_coco4"
@@ -101,7 +101,7 @@ def test_joints_in_a_real_detectors_boxes(command, shared, tmp_path):
     fit = command("fit", *options, *FEW_STEPS)
     assert fit.code == 0, fit.err
     assert "12 train, 4 val" in fit.out
-    assert "2 people without joints" in fit.out
+    assert "2 persons without keypoints" in fit.out
     test = command("test", *options)
     assert test.code == 0, test.err
     run = Path("runs/kpt_coco/res2net14-4w4s-basic-8ch/seed0")
@@ -119,4 +119,4 @@ def test_joints_in_a_real_detectors_boxes(command, shared, tmp_path):
     shutil.copy(source / "000000000785.jpg", tmp_path / "elsewhere" / "mine.jpg")
     stranger = command("predict", *options, "--data.predict_path", tmp_path / "elsewhere")
     assert stranger.code == 1
-    assert "none of the 1 pictures" in stranger.err
+    assert "none of the 1 images" in stranger.err

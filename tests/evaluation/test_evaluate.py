@@ -1,4 +1,4 @@
-"""COCO's and VOC's figures: against published numbers, between libraries, against plain loops, and on bad input."""
+"""COCO's and VOC's metrics: against published numbers, between libraries, against plain loops, and on bad input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 
 @pytest.fixture(scope="session")
 def reference(shared) -> Path:
-    """Cases that others published figures for."""
+    """Cases that others published metrics for."""
     folder = shared.parent / "reference"
     if not folder.is_dir():
         pytest.skip("no published cases here: SIS_SHARED has no folder reference/")
@@ -65,9 +65,9 @@ def scored(command, *arguments: object) -> dict[str, float]:
 def test_coco_is_as_published(command, reference, kind, evaluator):
     truth, results, expected = published(reference, kind)
     files = ("--truth", truth, "--results", results, "--type", kind, "--evaluator", evaluator)
-    figures = scored(command, *files)
-    assert list(figures) == list(expected)
-    assert figures == pytest.approx(expected, abs=1e-9)
+    metrics = scored(command, *files)
+    assert list(metrics) == list(expected)
+    assert metrics == pytest.approx(expected, abs=1e-9)
     table = command("evaluate", *files)
     assert table.code == 0
     assert all(f"{value:.4f}" in table.out for value in expected.values())
@@ -89,8 +89,8 @@ def test_evaluators_agree_on_published_cases_and_leave_rows_alone(reference, kin
 
 
 def person(rng: np.random.Generator, visible: bool = True) -> list[float]:
-    joints = np.concatenate([rng.uniform(0, 100, (17, 2)), rng.integers(0, 3, (17, 1))], axis=1)
-    return (joints if visible else joints * [1, 1, 0]).ravel().tolist()
+    keypoints = np.concatenate([rng.uniform(0, 100, (17, 2)), rng.integers(0, 3, (17, 1))], axis=1)
+    return (keypoints if visible else keypoints * [1, 1, 0]).ravel().tolist()
 
 
 def blob(rng: np.random.Generator) -> dict[str, object]:
@@ -102,7 +102,7 @@ def blob(rng: np.random.Generator) -> dict[str, object]:
 
 
 def random_case(seed: int) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """A truth with crowds, absent classes and images without objects, and detections with equal scores."""
+    """A ground truth with crowds, absent classes and images without objects, and detections with equal scores."""
     rng = np.random.default_rng(seed)
     images = [{"id": 3 * i, "width": 80, "height": 60} for i in range(int(rng.integers(1, 6)))]
 
@@ -161,7 +161,7 @@ def test_defined_where_there_is_nothing(kind, evaluator):
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
-def test_persons_without_a_visible_joint_are_not_to_be_found(evaluator):
+def test_persons_without_a_visible_keypoint_are_not_to_be_found(evaluator):
     rng = np.random.default_rng(0)
     hidden = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "area": 2500.0, "iscrowd": 0}
     content = {
@@ -210,7 +210,7 @@ def test_missing_extra_is_named(monkeypatch):
 
 
 def coco_files(tmp_path: Path, kind: str, change) -> tuple[str, ...]:
-    """Options for a sound truth and sound results, after `change(truth, results)`, which may return other results."""
+    """Options for sound files after `change(ground truth, results)`, which may return other results."""
     content, rows = random_case(2)
     rows = [{key: row[key] for key in ("image_id", "category_id", "score", KEY[kind])} for row in rows]
     rows = change(content, rows) or rows
@@ -265,8 +265,12 @@ BAD_COCO = {
     "box as texts": ("bbox", put("results", 3, bbox=list("1234")), ["entry 3: bbox is ['1', '2', '3', '4'], not 4"]),
     "corners, not sizes": ("bbox", put("results", 3, bbox=[9, 9, 5, -5]), ["entry 3: bbox [9, 9, 5, -5]", "negative"]),
     "huge number": ("bbox", put("results", 3, score=10**400), ["entry 3: score is 1000", "not a finite number"]),
-    "sixteen joints": ("keypoints", put("results", 0, keypoints=[0.0] * 48), ["entry 0: keypoints", "48 values", "51"]),
-    "NaN joint": ("keypoints", put("results", 0, keypoints=[math.nan] * 51), ["entry 0: keypoints", "51 finite"]),
+    "sixteen keypoints": (
+        "keypoints",
+        put("results", 0, keypoints=[0.0] * 48),
+        ["entry 0: keypoints", "48 values", "51"],
+    ),
+    "NaN keypoint": ("keypoints", put("results", 0, keypoints=[math.nan] * 51), ["entry 0: keypoints", "51 finite"]),
     "other mask size": (
         "segm",
         put("results", 1, segmentation={"size": [80, 60], "counts": "0"}),
@@ -282,7 +286,7 @@ BAD_COCO = {
         put("results", 1, segmentation={"size": [60, 80], "counts": "0oooo0"}),
         ["entry 1: segmentation's counts are damaged", "of 4800"],
     ),
-    "truth is a list": ("bbox", lambda c, r: c.clear(), ["gt.json: not an annotation file of COCO"]),
+    "ground truth is a list": ("bbox", lambda c, r: c.clear(), ["gt.json: not an annotation file of COCO"]),
     "no annotations": ("bbox", drop, ["gt.json has no 'annotations'", "server"]),
     "annotations null": ("bbox", lambda c, r: c.update(annotations=None), ["gt.json: 'annotations' is not a list"]),
     "id twice": ("bbox", put("annotations", 1, id=0), ["gt.json, annotation 0 (entry 1): this id is given twice"]),
@@ -294,7 +298,7 @@ BAD_COCO = {
     "image named": ("bbox", put("images", 0, id="a"), ["entry 0 of 'images': the id is 'a', not a whole number"]),
     "no area": ("keypoints", put("annotations", 1, area=None), ["entry 1 of 'annotations'", "it has no 'area'"]),
     "area as text": ("bbox", put("annotations", 1, area="9"), ["entry 1 of 'annotations'", "area is not a finite"]),
-    "NaN truth": (
+    "NaN ground truth": (
         "bbox",
         put("annotations", 1, bbox=[math.nan] * 4),
         ["entry 1 of 'annotations'): the box is not four finite numbers"],
@@ -321,7 +325,7 @@ BAD_COCO = {
         ["entry 1 of 'annotations'): segmentation's RLE is not of an image of 60×80"],
     ),
     "no sizes": ("segm", put("images", 0, height=None), ["gt.json, image 0: width or height is missing"]),
-    "no joints": (
+    "no keypoints": (
         "keypoints",
         put("annotations", 0, keypoints=None),
         ["entry 0 of 'annotations'): keypoints are not 17 × (x, y, v)"],
@@ -481,17 +485,17 @@ rules = st.sampled_from(["devkit", "toolkit"])
 @given(objects=objects_of_voc, rows=rows_of_voc, rule=rules, iou=st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]))
 def test_voc_is_the_plain_loop(objects, rows, rule, iou):
     truth = voc_truth(objects)
-    # The loop looks at objects in the order of the file, as the truth holds them.
+    # The loop looks at objects in the order of the file, as the ground truth has them.
     objects = sorted(objects, key=lambda item: item[0])
-    figures = VOCGroundTruth(truth, rule, iou).score(rows)
+    metrics = VOCGroundTruth(truth, rule, iou).score(rows)
     expected = {}
     for place, year in enumerate(("07", "12")):
         of_class = {name: plain_voc_ap(objects, rows, k, rule, iou)[place] for k, name in enumerate(NAMES)}
         present = [value for value in of_class.values() if not math.isnan(value)]
         expected[f"AP{round(100 * iou)}_voc{year}"] = sum(present) / len(present) if present else math.nan
         expected |= {f"AP{round(100 * iou)}_voc{year}/{name}": value for name, value in of_class.items()}
-    assert list(figures) == list(expected)
-    assert figures == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert list(metrics) == list(expected)
+    assert metrics == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -499,23 +503,23 @@ def test_voc_is_the_plain_loop(objects, rows, rule, iou):
 def test_voc_does_not_change_with_what_does_not_count(objects, rows, rule, box, label, data):
     rows = [{**row, "score": row["score"] + i / 100} for i, row in enumerate(rows)]  # no two alike
     truth = VOCGroundTruth(voc_truth(objects, images=5), rule)  # the fifth image has no objects
-    figures = truth.score(rows)
-    assert truth.score(data.draw(st.permutations(rows))) == pytest.approx(figures, abs=0, nan_ok=True)
+    metrics = truth.score(rows)
+    assert truth.score(data.draw(st.permutations(rows))) == pytest.approx(metrics, abs=0, nan_ok=True)
 
     # A false detection below all others changes nothing, and above all others never raises anything.
     last, first = voc_row(4, label, box, -1), voc_row(4, label, box, 99)
-    assert truth.score([*rows, last]) == pytest.approx(figures, abs=1e-12, nan_ok=True)
-    assert all(math.isnan(value) or value <= figures[key] + 1e-12 for key, value in truth.score([first, *rows]).items())
+    assert truth.score([*rows, last]) == pytest.approx(metrics, abs=1e-12, nan_ok=True)
+    assert all(math.isnan(value) or value <= metrics[key] + 1e-12 for key, value in truth.score([first, *rows]).items())
 
-    # A difficult object that no detection meets counts with the toolkit alone.
+    # A difficult object that no detection meets counts only with the toolkit.
     more = VOCGroundTruth(voc_truth([*objects, (4, label, box, True)], images=5), rule).score(rows)
     name = f"AP50_voc12/{NAMES[label]}"
     if rule == "devkit":
-        assert more == pytest.approx(figures, abs=0, nan_ok=True)
+        assert more == pytest.approx(metrics, abs=0, nan_ok=True)
     else:
-        assert math.isnan(figures[name]) or more[name] <= figures[name]
+        assert math.isnan(metrics[name]) or more[name] <= metrics[name]
 
-    # Scoring some images is scoring a truth of these alone.
+    # Scoring some images is scoring a ground truth of only these.
     some = VOCGroundTruth(voc_truth([item for item in objects if item[0] < 2], images=2), rule)
     chosen = [row for row in rows if row["image_id"] in ("im0", "im1")]
     assert truth.score(rows, ["im0", "im1"]) == pytest.approx(some.score(chosen), abs=0, nan_ok=True)
@@ -608,9 +612,9 @@ def test_voc_is_as_published(command, reference, tmp_path):
     (results / "object.txt").write_text("".join(lines))
     expected = json.loads((case / "expected.json").read_text())
     shared = ("--truth", home, "--results", results, "--classes", "object", "--voc-rule", "toolkit")
-    for kind, figures in (("voc07", expected["eleven_point"]), ("voc12", expected["every_point"])):
-        assert len(figures) == 4
-        for iou, figure in figures.items():
+    for kind, metrics in (("voc07", expected["eleven_point"]), ("voc12", expected["every_point"])):
+        assert len(metrics) == 4
+        for iou, figure in metrics.items():
             name = f"AP{float(iou) * 100:.0f}_{kind}"
             got = scored(command, *shared, "--type", kind, "--iou", iou)
             assert got == pytest.approx({name: figure, f"{name}/object": figure}, abs=1e-10)  # their digits are cut
@@ -618,7 +622,7 @@ def test_voc_is_as_published(command, reference, tmp_path):
 
 @pytest.fixture
 def voc_folders(tmp_path) -> tuple[Path, Path]:
-    """A truth of two images in VOC's layout without pictures, and results that find everything."""
+    """A ground truth of two images in VOC's layout without image files, and results that find everything."""
     home, results = tmp_path / "VOC", tmp_path / "dets"
     write_xml(home / "Annotations" / "a.xml", [("cat", 1, 1, 20, 30), ("dog", 5, 5, 40, 40)])
     write_xml(home / "Annotations" / "b.xml", [("dog", 2, 2, 9, 9)])
@@ -670,7 +674,7 @@ BAD_VOC = {
         ["Annotations has no XML"],
     ),
     "broken XML": (lambda h, r: (h / "Annotations" / "b.xml").write_text("<a>"), [], ["b.xml: not valid XML"]),
-    "NaN truth": (
+    "NaN ground truth": (
         lambda h, r: write_xml(h / "Annotations" / "b.xml", [("dog", 1, "nan", 3, 4)]),
         [],
         ["b.xml, object 1, dog: the box is not four finite numbers"],

@@ -42,7 +42,7 @@ def keypoints_near(truth, rng: np.random.Generator) -> dict[str, torch.Tensor]:
 
 
 def truths_of(dataset) -> list[dict]:
-    return [dataset.truth.ground_truth(index) for index in range(len(dataset))]
+    return [dataset.all_objects.ground_truth(index) for index in range(len(dataset))]
 
 
 @pytest.mark.parametrize("backend", ["pycocotools", "faster-coco-eval"])

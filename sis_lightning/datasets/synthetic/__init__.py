@@ -39,7 +39,7 @@ def write_synthetic(
         images: Number of images of VOC2012 and of COCO; VOC2007 has half as many, CIFAR ten times as many.
         size: Longer side of the images of VOC and COCO in px; the other is as long or 3/4 of it.
         seed: Seed of everything random.
-        kinds: Which of `KINDS` to write.
+        kinds: The data sets to write, of `KINDS`.
         min_object: Least size (longer side of the box) of the visible part of an object in VOC and COCO, in px.
         rotation: Greatest rotation of the shapes of VOC and COCO in degrees, either way.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def write_contact_sheet(root: Path, kinds: Sequence[str]) -> Path:
 
     Args:
         root: The folder with the data sets.
-        kinds: Which data sets there are: `cifar`, `voc`, `coco`.
+        kinds: The data sets that exist: `cifar`, `voc`, `coco`.
 
     Returns:
         The image file, `root/contact_sheet.png`.
@@ -109,31 +110,29 @@ def _coco_tiles(root: Path) -> Iterator[Tensor]:
 
     dataset = COCODetectionDataset(root, "train2017", evaluation=True)
     persons = COCOKeypointsDataset(root, "train2017", evaluation=True)
-    masks = _quietly(lambda: COCO(str(annotation_file(root, "train2017", "segm"))))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(annotation_file(root, "train2017", "segm")))
     names = dataset.meta.class_names
     skeleton = [(start - 1, end - 1) for start, end in COCO_SKELETON]
     for parity in (1, 0):  # images of persons have odd ids, those of shapes even ones
         for index in _spread([i for i, number in enumerate(dataset.annotations.image_ids) if number % 2 == parity]):
             sample, image_id = dataset[index], dataset.annotations.image_ids[index]
             image = sample["image"].as_subclass(torch.Tensor)
-            found = [torch.from_numpy(masks.annToMask(row)) for row in masks.imgToAnns[image_id] if not row["iscrowd"]]
-            if found:
-                colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(found))]
-                image = draw_segmentation_masks(image, torch.stack(found).bool(), alpha=0.4, colors=colours)
+            rows = [row for row in coco.imgToAnns[image_id] if not row["iscrowd"]]
+            if rows:
+                with warnings.catch_warnings():  # pycocotools 2.0.11 does not know the keyword `copy` of numpy 2
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    masks = torch.from_numpy(np.stack([coco.annToMask(row) for row in rows])).bool()
+                colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(rows))]
+                image = draw_segmentation_masks(image, masks, alpha=0.4, colors=colours)
             tile, scale = _tile(image)
             tile = _with_boxes(tile, sample["boxes"] * scale, [names[label - 1] for label in sample["labels"].tolist()])
-            assert persons.truth is not None
-            keypoints = torch.from_numpy(persons.truth.ground_truth(index)["keypoints"])
+            assert persons.all_objects is not None
+            keypoints = torch.from_numpy(persons.all_objects.ground_truth(index)["keypoints"])
             if len(keypoints):
                 places, visible = keypoints[..., :2] * scale, keypoints[..., 2] > 0
                 tile = draw_keypoints(tile, places, skeleton, "yellow", radius=2, width=2, visibility=visible)
             yield tile
-
-
-def _quietly(call: Callable[[], object]) -> Any:
-    """What a function returns, without what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return call()
 
 
 _TILES = {"cifar": _cifar_tiles, "voc": _voc_tiles, "coco": _coco_tiles}

@@ -1,0 +1,204 @@
+"""Datasets alone: with plain PyTorch, without Lightning, and with the description that a task needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sis_lightning.datasets.base import collate
+from sis_lightning.datasets.cifar import CIFAR100Dataset
+from sis_lightning.datasets.coco import COCODetectionDataset, COCOKeypointsDataset
+from sis_lightning.datasets.coco_reader import read_coco
+from sis_lightning.datasets.constants import COCO_KEYPOINTS, VOC_CLASSES
+from sis_lightning.datasets.folder import UnlabelledDataset
+from sis_lightning.datasets.lists import read_names
+from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.datasets.voc import VOCDetectionDataset, VOCSegmentationDataset
+from sis_lightning.errors import DataError, MissingDataError, UsageError
+from sis_lightning.evaluation import evaluate
+
+BUILD = {
+    "cifar": lambda root: CIFAR100Dataset(root),
+    "segmentation": lambda root: VOCSegmentationDataset(root),
+    "voc": lambda root: VOCDetectionDataset(root, ["2012/train"]),
+    "voc evaluation": lambda root: VOCDetectionDataset(root, ["2007/test"], evaluation=True),
+    "coco": lambda root: COCODetectionDataset(root),
+    "coco evaluation": lambda root: COCODetectionDataset(root, "val2017", evaluation=True),
+    "keypoints": lambda root: COCOKeypointsDataset(root),
+    "keypoints evaluation": lambda root: COCOKeypointsDataset(root, "val2017", evaluation=True),
+    "unlabelled": lambda root: UnlabelledDataset(root / "coco" / "val2017"),
+}
+TARGETS = {
+    "cifar": {"label"},
+    "segmentation": {"mask"},
+    "voc": {"boxes", "labels"},
+    "voc evaluation": {"boxes", "labels", "truth"},
+    "coco": {"boxes", "labels"},
+    "coco evaluation": {"boxes", "labels", "truth"},
+    "keypoints": {"box", "keypoints"},
+    "keypoints evaluation": {"person_boxes", "box_source", "truth"},
+    "unlabelled": set(),
+}
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_a_dataset_works_with_plain_pytorch(synthetic, kind):
+    dataset = BUILD[kind](synthetic)
+    assert isinstance(dataset, Dataset)
+    assert dataset.defects == () or not [defect for defect in dataset.defects if not defect.remedy]
+    assert all(path.is_file() for path in dataset.files())
+    sample = dataset[0]
+    assert sample.keys() == {"image", "name"} | TARGETS[kind]
+    assert sample["image"].dtype == torch.uint8
+    assert sample["image"].shape[0] == 3
+    names = [sample["name"] for sample in dataset]
+    assert len(set(names)) == len(names) == len(dataset)
+    loader = DataLoader(dataset, batch_size=3, collate_fn=collate, shuffle=True)
+    batch = next(iter(loader))
+    assert len(batch["image"]) == len(batch["name"]) == 3
+
+
+def test_no_dataset_imports_lightning():
+    code = (
+        "import sys, sis_lightning.datasets.coco, sis_lightning.datasets.voc, sis_lightning.datasets.cifar;"
+        "import sis_lightning.datasets.folder, sis_lightning.datasets.check, sis_lightning.evaluation;"
+        "sis_lightning.evaluation.COCOEvaluator; sys.exit('lightning' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_meta_is_plain_data(synthetic, kind):
+    meta = BUILD[kind](synthetic).meta
+    assert json.loads(json.dumps(meta.to_dict())) == meta.to_dict()
+    assert DatasetMeta.from_dict(json.loads(json.dumps(meta.to_dict()))) == meta
+    assert len(meta.mean) == len(meta.std) == 3
+
+
+def test_meta_says_what_a_task_must_know(synthetic):
+    metas = {kind: build(synthetic).meta for kind, build in BUILD.items()}
+    assert metas["segmentation"].class_names == VOC_CLASSES
+    assert metas["voc"].class_names == VOC_CLASSES[1:]
+    assert (metas["voc"].protocol, metas["voc"].primary_metric) == ("voc", "AP50_voc07")
+    assert (metas["coco"].protocol, metas["coco"].num_classes, metas["coco"].category_ids[-1]) == ("coco", 80, 90)
+    persons = metas["keypoints"]
+    assert persons.keypoint_names == COCO_KEYPOINTS
+    assert len(persons.sigmas) == 17
+    assert persons.skeleton[0] == (15, 13)
+    flipped = [persons.keypoint_names[index] for index in persons.flip_order]
+    assert flipped[0] == "nose"
+    assert all(
+        {one[:4], other[:4]} == {"left", "righ"} for one, other in zip(COCO_KEYPOINTS[1:], flipped[1:], strict=True)
+    )
+    assert metas["cifar"].image_size == (32, 32)
+    with pytest.raises(UsageError, match=r"no field 'class_name': did you mean 'class_names'"):
+        DatasetMeta.from_dict({"class_name": ["a"]})
+
+
+def test_ground_truth_is_what_the_file_has(synthetic):
+    dataset = COCODetectionDataset(synthetic, "val2017", evaluation=True)
+    raw = json.loads((synthetic / "coco" / "annotations" / "instances_val2017.json").read_text())
+    for sample, image in zip(dataset, raw["images"], strict=True):
+        truth, rows = sample["truth"], [row for row in raw["annotations"] if row["image_id"] == image["id"]]
+        assert truth["image_id"] == image["id"]
+        assert truth["source"] == ("val2017",)
+        assert truth["annotated"]
+        assert truth["areas"].tolist() == [row["area"] for row in rows]
+        assert truth["ignored"].tolist() == [bool(row["iscrowd"]) for row in rows]
+        assert truth["extents"].tolist() == [row["bbox"] for row in rows]
+        ids = [dataset.meta.category_ids[label - 1] for label in truth["labels"]]
+        assert ids == [row["category_id"] for row in rows]
+        assert len(sample["boxes"]) == len(rows) - sum(row["iscrowd"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda root: CIFAR100Dataset(root, "val"), UsageError, "must be 'train' or 'test'"),
+        (lambda root: VOCDetectionDataset(root, "2007/test"), UsageError, "must be a list"),
+        (lambda root: VOCDetectionDataset(root, ["test"]), UsageError, "'test' is not YEAR/SPLIT"),
+        (lambda root: VOCDetectionDataset(root, ["2012/vall"]), DataError, "there are: train, trainval, val"),
+        (lambda root: VOCSegmentationDataset(root, "vall"), DataError, "there are: train, trainval, val"),
+        (lambda root: COCODetectionDataset(root, "val2018"), MissingDataError, "instances_val2018.json does not exist"),
+        (lambda root: COCODetectionDataset(root, limit=0), UsageError, "limit is 0"),
+        (lambda root: CIFAR100Dataset(root / "coco"), MissingDataError, "meta does not exist"),
+        (
+            lambda root: COCOKeypointsDataset(root, "val2017", evaluation=True, person_boxes="no"),
+            DataError,
+            "no does not",
+        ),
+    ],
+)
+def test_wrong_arguments_of_datasets(synthetic, build, error, words):
+    with pytest.raises(error, match=words) as raised:
+        build(synthetic)
+    assert "--" not in str(raised.value)
+
+
+def test_lists_of_names(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\n\ntwo -1\none\n".encode())
+    assert read_names(path) == ["one", "two"]
+    path.write_bytes("Stra\u00dfe".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.txt: not UTF-8 text .* at byte 4"):
+        read_names(path)
+    with pytest.raises(DataError, match="there are: a"):
+        read_names(tmp_path / "b.txt")
+
+
+# One rule for training, check-data and evaluate
+
+
+def without_area(row):
+    del row["area"]
+
+
+def with_keypoint_flag(row):
+    row["keypoints"][2] = 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("bbox", lambda row: row.update(bbox=[1, 2, -3, 4]), "negative width or height"),
+        ("bbox", lambda row: row.update(area=None), "area is not a finite number"),
+        ("bbox", lambda row: row.update(category_id=12), "unknown category 12"),
+        ("bbox", lambda row: row.update(image_id="1"), "is not listed under 'images'"),
+        ("keypoints", with_keypoint_flag, "with v 0, 1 or 2"),
+        ("keypoints", without_area, "it has no 'area'"),
+        ("keypoints", lambda row: row.update(num_keypoints="many"), "num_keypoints is not a finite number"),
+    ],
+)
+def test_an_entry_is_sound_or_not_for_training_and_scoring_alike(synthetic, tmp_path, kind, change, words):
+    shutil.copytree(synthetic / "coco", tmp_path / "coco")
+    name = "instances" if kind == "bbox" else "person_keypoints"
+    path = tmp_path / "coco" / "annotations" / f"{name}_val2017.json"
+    content = json.loads(path.read_text())
+    change(content["annotations"][0])
+    path.write_text(json.dumps(content))
+    build = COCODetectionDataset if kind == "bbox" else COCOKeypointsDataset
+    for evaluation in (False, True):
+        with pytest.raises(DataError, match=words):
+            build(tmp_path, "val2017", evaluation=evaluation).require_sound()
+    with pytest.raises(DataError, match=words):
+        evaluate(path, [], kind)
+
+
+def test_an_area_that_is_missing_is_that_of_mask_or_box(synthetic):
+    content = json.loads((synthetic / "coco" / "annotations" / "instances_val2017.json").read_text())
+    areas = {kind: read_coco(content, kind=kind).areas for kind in ("bbox", "segm")}
+    for row in content["annotations"]:
+        del row["area"]
+    boxes, masks = (read_coco(content, kind=kind) for kind in ("bbox", "segm"))
+    assert boxes.derived == masks.derived == {"areas": len(content["annotations"])}
+    np.testing.assert_allclose(masks.areas, areas["segm"], rtol=0.03)
+    np.testing.assert_allclose(boxes.areas, boxes.extents[:, 2] * boxes.extents[:, 3])
+    table = str(evaluate(content, [], "bbox"))
+    assert f"{len(content['annotations'])} areas are not in the file" in " ".join(table.split())
