@@ -1,4 +1,4 @@
-"""Small synthetic data in the real layouts, and real calls of the command line."""
+"""Fixtures: small synthetic data in the real formats, calls of the command line, and options that make runs short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sis_lightning import datamodules
 from sis_lightning.commands.main import main
@@ -22,7 +24,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory) -> Path:
-    """CIFAR-100's, VOC's and COCO's layout with a few small pictures. Read only: copy it to change something."""
+    """A few small images in the formats of CIFAR-100, VOC and COCO. Read only: copy the folder to change something."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
     write_synthetic(root, images=24, size=64, seed=1, min_object=12)
     return root
@@ -30,7 +32,7 @@ def synthetic(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -39,7 +41,7 @@ class Result:
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd) -> Callable[..., Result]:
-    """Calls `sis-lightning` in an empty folder."""
+    """A function that calls `sis-lightning` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SIS_CONFIG_PATH", raising=False)
 
@@ -55,7 +57,7 @@ def command(tmp_path, monkeypatch, capfd) -> Callable[..., Result]:
     return call
 
 
-#: What makes a run of each task one of seconds, beside what does so for all of them.
+#: Options that make a run of a task take seconds, besides those that do so for all tasks.
 SMALLER = {
     "seg_voc": ["--data.crop_size", "32"],
     "cls_cifar100": [],
@@ -67,7 +69,7 @@ SMALLER = {
 
 @pytest.fixture
 def small(synthetic) -> Callable[..., list[str]]:
-    """Options that make a run of any task one of seconds."""
+    """A function that returns options with which a run of a task takes seconds."""
 
     def options(task: str, steps: int = 4) -> list[str]:
         return [
@@ -81,7 +83,7 @@ def small(synthetic) -> Callable[..., list[str]]:
     return options
 
 
-#: Each task's DataModule, and which folders of the synthetic data its archives hold.
+#: DataModule of each task, and the folders of the synthetic data that its archives contain.
 PUBLISHED = {
     "cls_cifar100": (datamodules.CIFAR100DataModule, "", [["cifar-100-python"]]),
     "seg_voc": (datamodules.VOCSegmentationDataModule, "", [["VOCdevkit/VOC2012"]]),
@@ -92,7 +94,7 @@ PUBLISHED = {
 
 
 def pack(path: Path, root: Path, folders: list[str]) -> None:
-    """A tar or zip, by its name."""
+    """Writes a tar or zip archive, as the ending of its name says."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for folder in folders:
@@ -106,7 +108,7 @@ def pack(path: Path, root: Path, folders: list[str]) -> None:
 
 @pytest.fixture
 def publish(synthetic, monkeypatch) -> Callable[[str, Path], None]:
-    """Packs the synthetic data of a task into archives, as if it were published in them."""
+    """A function that packs the synthetic data of a task into archives, as if they were the published ones."""
 
     def packed(task: str, folder: Path) -> None:
         kind, below, contents = PUBLISHED[task]
@@ -120,15 +122,35 @@ def publish(synthetic, monkeypatch) -> Callable[[str, Path], None]:
     return packed
 
 
+@pytest.fixture(scope="session")
+def mean_iou() -> Callable[[Path, Path], float]:
+    """A function that computes the mean IoU of two folders of PNG masks, by numpy alone."""
+
+    def measure(predictions: Path, ground_truth: Path) -> float:
+        """Mean IoU over the classes that occur, from the PNGs alone."""
+        confusion = np.zeros((21, 21), dtype=np.int64)
+        for path in sorted(predictions.glob("*.png")):
+            with Image.open(path) as mask, Image.open(ground_truth / path.name) as true:
+                assert mask.mode == "P"
+                assert mask.size == true.size
+                predicted, wanted = np.array(mask), np.array(true)
+            known = wanted != 255
+            np.add.at(confusion, (wanted[known], predicted[known]), 1)
+        union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+        return float(np.mean(confusion.diagonal()[union > 0] / union[union > 0]))
+
+    return measure
+
+
 @pytest.fixture
 def tiny(small) -> list[str]:
-    """Options that make a segmentation run one of seconds."""
+    """Options with which a segmentation run takes seconds."""
     return small("seg_voc")
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real images, which the project does not ship."""
+    """Folder of real images, which are not part of the project."""
     folder = os.environ.get("SIS_SHARED")
     if not folder or not Path(folder, "data").is_dir():
         pytest.skip("no real images here: SIS_SHARED names no folder with data/")

@@ -60,8 +60,9 @@ def main(arguments: list[str]) -> int:
     transform = getattr(data, "preparation", None)
     size = f"{' '.join(str(transform).split())} of torchvision" if transform else network.preprocessing
     step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    mean, std = list(task.meta.mean), list(task.meta.std)
     metadata = {
-        "preprocessing": f"{size}; then values from 0 to 1, minus {list(task.meta.mean)}, divided by {list(task.meta.std)}",
+        "preprocessing": f"{size}; then values from 0 to 1, minus {mean}, divided by {std}",
         "checkpoint": {"file": checkpoint.name, "step": step},
     }
     done = export(network, out, metadata=metadata)

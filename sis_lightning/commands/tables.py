@@ -26,7 +26,7 @@ _ACTIONS = {
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = _parser()
+    parser = tables_parser()
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     options = arguments[len(own) + 1 :]
     chosen = parser.parse_args(own)
@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def tables_parser() -> Parser:
+    """The parser of the command."""
     parser = Parser(
         "tables",
         "Fill the paper's tables, and tables of our own, with results. Cells are filled only from records that test "

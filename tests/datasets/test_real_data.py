@@ -9,12 +9,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_cli import mean_iou
 
 SMALL = ["--model.backbone.channels", "8", "--model.backbone.width", "4", "--data.num_workers", "0"]
 
 
-def test_voc_fits_tests_and_predicts(command, shared):
+def test_voc_fits_tests_and_predicts(command, shared, mean_iou):
     root = shared / "voc2012_mini"
     options = ["--config", "tasks/seg_voc.yaml", "--data.root", root, "--model.backbone", "sis_demo", *SMALL]
     fit = command("fit", *options, "--data.crop_size", 97, "--data.batch_size", 4, "--trainer.max_steps", 2)

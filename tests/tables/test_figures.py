@@ -21,23 +21,26 @@ from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.models import Classifier
 from sis_lightning.operators import create_operator, list_operators
-from sis_lightning.tables import attribution, figures
+from sis_lightning.run import record as run_record
+from sis_lightning.tables import attribution, draw, figures
 from sis_lightning.tables.cells import Cell, Evidence, FilledRow, FilledTable
-from sis_lightning.tables.spec import Column, DataSet, Group, Row, Run, Table
+from sis_lightning.tables.spec import Column, DataSet, Group, Row, RunSpec, Table
 
-RUN = Run("seg", ("tasks/seg_voc.yaml",), DataSet("pictures", "synthetic"))
+RUN = RunSpec("seg", ("tasks/seg_voc.yaml",), DataSet("shapes", "synthetic"))
 DEEP = {"depth": 101}
 SIZES = tuple(Column(name, RUN, name, 1, 1e-6) for name in ("parameters", "macs"))
 SCORE = Column("mIoU", RUN, "test/miou", 3)
 
 
-def filled(rows: dict[str, list[Cell]], columns: tuple[Column, ...] = (*SIZES, SCORE), of: str = "") -> FilledTable:
+def filled(
+    rows: dict[str, list[Cell]], columns: tuple[Column, ...] = (*SIZES, SCORE), reported_by: str = ""
+) -> FilledTable:
     group = Group(tuple(Row(label, "sis50", "basic" if label == "Basic" else None) for label in rows))
     lines = tuple(
         FilledRow(group, row, tuple(cells), (None,) * len(cells))
         for row, cells in zip(group.rows, rows.values(), strict=True)
     )
-    return FilledTable(Table("9", "Shapes", columns, (group,), of), lines)
+    return FilledTable(Table("9", "Shapes", columns, (group,), reported_by), lines)
 
 
 def counted(*values: float) -> list[Cell]:
@@ -53,7 +56,7 @@ def reported(value: float) -> Cell:
 
 
 def record(name: str, seed: int = 0, metrics: dict | None = None, curves: dict | None = None) -> Evidence:
-    return Evidence(name, {"seed": seed, "metrics": metrics or {}, "curves": curves or {}}, "recipe")
+    return Evidence(name, run_record.TestRecord.model_construct(seed=seed, metrics=metrics or {}, curves=curves or {}))
 
 
 def markers(axis, *, hollow: bool) -> list[tuple[float, float]]:
@@ -67,13 +70,13 @@ def markers(axis, *, hollow: bool) -> list[tuple[float, float]]:
     )
 
 
-def test_accuracy_shows_means_filled_and_printed_figures_hollow():
+def test_accuracy_shows_means_filled_and_reported_values_hollow():
     table = filled(
         {
             "Res2Net": [*counted(25.0, 4e3), measured(0.2, 0.3, 0.7, reported=0.5, state="reproduced")],
             "Basic": [*counted(24.0, 3e3), reported(0.6)],
         },
-        of="the paper",
+        reported_by="the paper",
     )
     figure = figures.accuracy(table)
     assert figure is not None
@@ -89,7 +92,7 @@ def test_accuracy_shows_means_filled_and_printed_figures_hollow():
     assert "3 seeds" in title
 
 
-def test_synthetic_figures_are_never_drawn_as_printed_nor_printed_ones_as_measured():
+def test_synthetic_values_are_never_plotted_as_reported_nor_reported_ones_as_measured():
     synthetic = filled({"Res2Net": [*counted(25.0, 4e3), measured(0.2, 0.4)]})
     figure = figures.accuracy(synthetic)
     assert figure is not None
@@ -97,12 +100,12 @@ def test_synthetic_figures_are_never_drawn_as_printed_nor_printed_ones_as_measur
     assert "reported" not in figure.get_suptitle()
     assert all(markers(axis, hollow=True) == [] for axis in figure.axes)
     assert markers(figure.axes[0], hollow=False) == [(25, pytest.approx(0.3))]
-    paper = filled({"Res2Net": [*counted(25.0, 4e3), reported(0.7)]}, of="the paper")
+    paper = filled({"Res2Net": [*counted(25.0, 4e3), reported(0.7)]}, reported_by="the paper")
     figure = figures.accuracy(paper)
     assert figure is not None
     assert "reported by the paper, not reproduced" in figure.get_suptitle()
     assert all(markers(axis, hollow=False) == [] for axis in figure.axes)
-    # Where a spec has figures of nobody's, they are not shown as anybody's.
+    # Without a source, reported values are not plotted.
     assert figures.accuracy(filled({"Res2Net": [*counted(25.0, 4e3), reported(0.7)]})) is None
 
 
@@ -123,7 +126,7 @@ def test_columns_of_one_metric_take_their_own_counts_and_are_joined():
     assert {text.get_text() for text in axis.texts} == {"mIoU", "mIoU 101"}
 
 
-def test_markers_that_lie_over_each_other_are_enlarged_and_rows_are_told_apart_without_colour():
+def test_overlapping_markers_are_magnified_and_rows_are_distinguished_without_colour():
     rows = {str(i): [*counted(25.0, 4e3), measured(0.5 + i * 1e-4)] for i in range(4)}
     table = filled({**rows, "far": [*counted(5.0, 1e3), measured(0.1)]})
     figure = figures.accuracy(table)
@@ -152,7 +155,7 @@ def test_sizes_are_means_over_the_records_and_missing_ones_are_left_out():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["AP(S)", "AP(M)", "AR(S)"]
     assert markers(axis, hollow=False) == [(0, pytest.approx(15)), (1, pytest.approx(30)), (2, pytest.approx(40))]
     assert markers(axis, hollow=True) == [(1, 33.0)]
-    # A reported figure that is of no size is none of those shown.
+    # A reported value of another metric is not plotted.
     alone = filled({"Basic": [measured(1, 2, reported=30.0, records=names)]}, columns[:1], "it")
     figure = figures.by_size(alone, evidence)
     assert figure is not None
@@ -166,7 +169,7 @@ def test_curves_are_the_mean_between_the_lowest_and_the_highest_seed():
     values = generator.uniform(size=(3, 5))
     steps = [100, 200, 300, 400, 500]
     pairs = [[[step, value] for step, value in zip(steps, row, strict=True)] for row in values.tolist()]
-    pairs[1].append([600, 9.0])  # of a seed alone: it says nothing about the others
+    pairs[1].append([600, 9.0])  # one seed only
     evidence = [
         record(f"{seed}.json", seed, curves={"train/loss": [[50, 1.0 + seed]], "val/miou": pairs[seed]})
         for seed in range(3)
@@ -188,7 +191,7 @@ def test_curves_are_the_mean_between_the_lowest_and_the_highest_seed():
 
 
 @pytest.mark.parametrize(("operator", "side"), [("conv", 3), *((name, 7) for name in list_operators()[1:6])])
-def test_an_operator_sees_as_far_as_the_paper_says(operator, side):
+def test_receptive_fields_of_operators_are_those_of_the_paper(operator, side):
     state = torch.get_rng_state()
     field = attribution.gradient_map(lambda: create_operator(operator, 16, 16), 16, 15, 3)
     assert torch.equal(state, torch.get_rng_state())
@@ -200,7 +203,7 @@ def test_an_operator_sees_as_far_as_the_paper_says(operator, side):
 
 
 @pytest.mark.parametrize(("operator", "reach"), [("conv", (1, 0, 0)), ("interactive2", (1, 1, 1))])
-def test_a_body_sees_what_its_kernels_add_up_to(operator, reach):
+def test_the_receptive_field_of_a_backbone_is_the_sum_of_its_kernels(operator, reach):
     # Stem 7×7 and pool 3×3 of stride 2: 11 px at stride 4. An operator's kernels reach 1 each; only K1 of stage 2 is
     # at stride 4, what follows it at 8.
     side = 11 + 2 * 4 * sum(reach) + 2 * (4 * reach[0] + 8 * sum(reach[1:]))
@@ -291,14 +294,14 @@ def test_runs_that_cannot_be_shown_together_are_refused(fitted, tmp_path):
 def paper_and_ours() -> tuple[list[FilledTable], list[Evidence]]:
     curves = {"train/loss": [[1, 2.0], [2, 1.0]], "val/miou": [[2, 0.3]]}
     ours = filled({"Basic": [*counted(24.0, 3e3), measured(0.3, records=["a.json"])]})
-    its = filled({"Basic": [*counted(24.0, 3e3), reported(0.7)]}, of="the paper")
+    its = filled({"Basic": [*counted(24.0, 3e3), reported(0.7)]}, reported_by="the paper")
     its = dataclasses.replace(its, table=dataclasses.replace(its.table, id="3-X"))
     return [ours, its], [record("a.json", curves=curves)]
 
 
-def test_all_that_can_be_drawn_is_written_whole_and_to_the_same_bytes(tmp_path):
+def test_figures_are_written_completely_and_reproducibly(tmp_path):
     tables, evidence = paper_and_ours()
-    written = figures.draw([], tables, evidence, tmp_path / "figures")
+    written = draw.draw([], tables, evidence, tmp_path / "figures")
     stems = ["accuracy_table_9", "accuracy_table_3-x", "curves_table_9", "receptive_fields"]
     assert [path.name for path in written] == [f"{stem}{ending}" for stem in stems for ending in (".png", ".svg")]
     assert {*(tmp_path / "figures").iterdir()} == {*written}
@@ -313,22 +316,22 @@ def test_all_that_can_be_drawn_is_written_whole_and_to_the_same_bytes(tmp_path):
             root = ET.fromstring(before[path])
             assert root.tag.endswith("svg")
             assert sum(1 for _ in root.iter("{http://www.w3.org/2000/svg}path")) > 20
-    again = figures.draw(["curves", "accuracy"], tables, evidence, tmp_path / "figures")
+    again = draw.draw(["curves", "accuracy"], tables, evidence, tmp_path / "figures")
     assert [path.name for path in again] == [path.name for path in written[:6]]
     assert {path: path.read_bytes() for path in again} == {path: before[path] for path in again}
 
 
 def test_wrong_names_are_refused_with_the_nearest(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'curves'"):
-        figures.draw(["curve"], [], [], tmp_path)
+        draw.draw(["curve"], [], [], tmp_path)
     with pytest.raises(UsageError, match="--runs"):
-        figures.draw(["activation-maps"], [], [], tmp_path)
+        draw.draw(["activation-maps"], [], [], tmp_path)
     with pytest.raises(UsageError, match=r"\.png, \.svg, \.pdf"):
         figures.draw_pair({"val/miou": ({1: 0.1}, {1: 0.2})}, ("A", "B"), tmp_path / "pair.jpg")
     assert not list(tmp_path.iterdir())
 
 
-def test_two_curves_are_drawn_over_each_other(tmp_path):
+def test_curves_of_two_runs_share_their_panels(tmp_path):
     found = {f"val/{number}": ({1: 0.1, 2: 0.2}, {1: 0.2, 2: 0.3}) for number in range(4)}
     for ending in (".png", ".svg", ".pdf"):
         path = tmp_path / f"pair{ending}"

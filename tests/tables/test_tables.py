@@ -1,4 +1,4 @@
-"""Tables: that every cell shows what was measured and on what, and that nothing else gets into one."""
+"""Tables: every cell shows what was measured and on which data, and nothing else is shown."""
 
 from __future__ import annotations
 
@@ -24,14 +24,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sis_lightning.commands.main import main
-from sis_lightning.config.compose import recipe
 from sis_lightning.errors import UsageError
-from sis_lightning.files import digest
-from sis_lightning.run.record import read_record, write_record, write_sealed
-from sis_lightning.tables.cells import Cell, Evidence, Model, Models, Paired, fill
+from sis_lightning.run import record as run_record
+from sis_lightning.run.record import read_record, write_record, write_with_checksum
+from sis_lightning.tables.cells import Cell, Evidence, Model, Models, PairedDifference, fill
 from sis_lightning.tables.render import to_csv, to_latex, to_markdown
 from sis_lightning.tables.results import roots_of, seeds_of
-from sis_lightning.tables.spec import Book, Column, DataSet, Experiment, Run, books_in, read_books
+from sis_lightning.tables.spec import (
+    Column,
+    DataSet,
+    Experiment,
+    Group,
+    RunSpec,
+    Table,
+    TableSpec,
+    read_specs,
+    spec_files,
+)
 
 RESULTS = Path(__file__).parents[2] / "results"
 values = st.dictionaries(st.integers(0, 9), st.floats(-1e3, 1e3), min_size=2, max_size=6)
@@ -47,7 +56,7 @@ def test_mean_and_deviation_are_numpys(ours):
 @given(values, values)
 def test_paired_differences_are_scipys(ours, base):
     both = sorted(ours.keys() & base.keys())
-    paired = Paired.of(ours, base)
+    paired = PairedDifference.of(ours, base)
     if not both:
         assert paired is None
         return
@@ -62,62 +71,81 @@ def test_paired_differences_are_scipys(ours, base):
 
 
 OFFICIAL = DataSet("Official", "official", ("official test",), ("official train",))
-RUN = Run("seg", ("tasks/seg_voc.yaml",), OFFICIAL, seeds=(0, 1))
-CONFIG = {"trainer": {"max_steps": 30000, "precision": None, "sync_batchnorm": False}, "model": {"lr": 0.007}}
+RUN = RunSpec("seg", ("tasks/seg_voc.yaml",), OFFICIAL, seeds=(0, 1))
+RECIPE = "recipe of the row"
 
 
-def piece(seed: int = 0, value: float = 0.5, name: str | None = None, **changes: Any) -> Evidence:
-    """A record that counts for `RUN` on `sis50`, but for what is changed in it, by dotted keys."""
-    record: dict[str, Any] = {
-        "metrics": {"test/miou": value},
+def piece(seed: int | None = 0, value: float | None = 0.5, name: str | None = None, **changes: Any) -> Evidence:
+    """A record that counts for `RUN` on `sis50`, except for the changes, whose keys have `__` for a dot."""
+    code = {"sis_lightning": "1", "commit": "c", "dirty": False}
+    content: dict[str, Any] = {
         "task": "seg",
         "backbone": "slug-of-sis50",
-        "data": {"identity": "other", "fingerprint": "official test", "trained_on": ["official train"], "root": "data"},
+        "primary_metric": "test/miou",
+        "metrics": {"test/miou": value},
+        "data": {
+            "root": "data",
+            "identity": "other",
+            "fingerprint": "official test",
+            "images": 1,
+            "trained_on": ["official train"],
+        },
         "seed": seed,
-        "config": copy.deepcopy(CONFIG),
-        "tested_otherwise": {},
-        "checkpoint": {"finished": True},
-        "training": {"devices": 1},
-        "code": {"commit": "c", "dirty": False},
-        "date": f"2026-01-0{1 + seed}",
+        "config": {"trainer": {"sync_batchnorm": False}},
+        "config_hash": "whole",
+        "recipe_hash": RECIPE,
+        "checkpoint": {
+            "file": "last.ckpt",
+            "sha256": f"weights {seed} {value}",
+            "step": 1,
+            "epoch": 1,
+            "finished": True,
+        },
+        "training": {"restarts": 0, "seconds": 1.0, "devices": 1, "code": [code]},
+        "device": "cpu",
+        "code": code,
+        "versions": {},
+        "python": "3",
+        "date": f"2026-01-0{1 + (seed or 0)}",
     }
+    content = copy.deepcopy(content)
     for dotted, new in changes.items():
-        place = record
+        place = content
         *outer, last = dotted.split("__")
         for key in outer:
             place = place[key]
         place[last] = new
-    return Evidence(name or f"seed{seed}-{value}.json", record, digest(recipe(record["config"])))
+    return Evidence(name or f"seed{seed}-{value}.json", run_record.TestRecord.model_validate(content))
 
 
-def shown(*evidence: Evidence, run: Run = RUN, running: tuple[str, ...] = ()) -> Cell:
-    """The one cell of a table whose run those records are of."""
-    content = {"tables": [{"id": "T", "title": "t", "columns": [], "groups": [{"rows": []}]}]}
-    book = dataclasses.replace(_book(content, {}), data={})
+def cell_of(*evidence: Evidence, run: RunSpec = RUN, running: tuple[str, ...] = ()) -> Cell:
+    """The one cell of a table that is filled from those records."""
     column = Column("mIoU", run, "test/miou", 3)
-    row = dataclasses.replace(_ROW, printed=(0.775,))
-    table = dataclasses.replace(
-        book.tables[0], columns=(column,), groups=(dataclasses.replace(book.tables[0].groups[0], rows=(row,)),)
-    )
-    key = row.experiment(column).key
-    models = Models("", (), {key: Model(digest(recipe(CONFIG)), "slug-of-sis50", 1, 1, (1, 1))})
-    (filled,) = fill(dataclasses.replace(book, tables=(table,)), evidence, models, running)
+    row = dataclasses.replace(_ROW, reported=(0.775,))
+    table = Table("T", "t", (column,), (Group((row,)),), "the paper")
+    models = Models("", (), {row.experiment(column).key: Model(RECIPE, "slug-of-sis50", 1, 1, (1, 1))})
+    (filled,) = fill(TableSpec((table,), {}, {}, {}), evidence, models, running)
     return filled.lines[0].cells[0]
 
 
-def test_a_record_counts_where_everything_is_the_cells():
-    cell = shown(piece(0, 0.7), piece(1, 0.8))
+def test_a_record_counts_if_data_recipe_and_code_are_right():
+    cell = cell_of(piece(0, 0.7), piece(1, 0.8))
     assert (cell.state, cell.values, cell.missing) == ("reproduced", {0: 0.7, 1: 0.8}, ())
     assert cell.difference == pytest.approx(0.75 - 0.775)
     assert cell.records == ("seed0-0.7.json", "seed1-0.8.json")
-    one = shown(piece(1, 0.8))
+    one = cell_of(piece(1, 0.8))
     assert (one.state, one.values, one.missing) == ("reproduced", {1: 0.8}, (0,))
-    # How it was computed is not its recipe; a switch that is off is as one that is not there.
-    assert shown(piece(config__trainer__precision="bf16-mixed")).state == "reproduced"
-    assert shown(piece(config__model__nesterov=False)).state == "reproduced"
-    otherwise = {"trainer.precision": ["bf16-mixed", "32"], "trainer.benchmark": [None, False]}
-    assert shown(piece(tested_otherwise=otherwise)).state == "reproduced"
-    assert shown(piece(config__model__nesterov=True)).state == "other recipe"
+    # An option that is off is the same as one that does not exist.
+    off = {"trainer.benchmark": {"trained": None, "tested": False}}
+    assert cell_of(piece(tested_otherwise=off)).state == "reproduced"
+
+
+def tested_with(key: str, trained: Any, tested: Any) -> dict[str, Any]:
+    return {"tested_otherwise": {key: {"trained": trained, "tested": tested}}}
+
+
+def code(**changes: Any) -> dict[str, Any]:
+    return {"sis_lightning": "1", "commit": "c", "dirty": False, **changes}
 
 
 @pytest.mark.parametrize(
@@ -135,87 +163,61 @@ def test_a_record_counts_where_everything_is_the_cells():
         "trained on other files": ("other data", {"data__trained_on": ["of synthetic files"]}),
         "trained on other files too": ("other data", {"data__trained_on": ["official train", "of others"]}),
         "nobody knows on what": ("other data", {"data__trained_on": []}),
-        "another configuration by the same name": ("other recipe", {"config__trainer__max_steps": 300}),
-        "another configuration by another name": ("not run", {"config__trainer__max_steps": 300, "task": "mine"}),
-        "another loss": ("other recipe", {"config__model__background_weight": 0.2}),
+        "another configuration by the same name": ("other recipe", {"recipe_hash": "another"}),
+        "another configuration by another name": ("not run", {"recipe_hash": "another", "task": "mine"}),
         "the best checkpoint": ("other recipe", {"checkpoint__finished": False}),
-        "part of the test images": ("other recipe", {"tested_otherwise": {"trainer.limit_test_batches": [None, 5]}}),
-        "other test images": ("other recipe", {"tested_otherwise": {"data.init_args.limit": [None, 4]}}),
-        "without the flipped image": (
-            "other recipe",
-            {"tested_otherwise": {"model.init_args.flip_test": [True, False]}},
-        ),
-        "people found by a detector": (
-            "other recipe",
-            {"tested_otherwise": {"data.init_args.person_boxes": [None, "boxes.json"]}},
-        ),
-        "code with changes that no commit holds": ("other recipe", {"code__dirty": True}),
-        "a configuration that became the row's on the way": ("other recipe", {"training__changed": ["model.lr"]}),
-        "batch norm for each device": ("other recipe", {"training__devices": 4}),
+        "some of the test images": ("other recipe", tested_with("trainer.limit_test_batches", None, 5)),
+        "no test images": ("other recipe", tested_with("data.init_args.limit", None, 0)),
+        "without the flipped image": ("other recipe", tested_with("model.init_args.flip_test", True, False)),
+        "persons found by a detector": ("other recipe", tested_with("data.init_args.person_boxes", None, "boxes.json")),
+        "uncommitted changes in the test": ("other recipe", {"code": code(dirty=True)}),
+        "uncommitted changes in the training": ("other recipe", {"training__code": [code(dirty=True)]}),
+        "a configuration that was changed during training": ("other recipe", {"training__changed": ["model.lr"]}),
+        "batch norm of each device": ("other recipe", {"training__devices": 4}),
         "another metric": ("not run", {"metrics": {"test/top1": 0.5}}),
-        "training by code with such changes": (
-            "other recipe",
-            {"training__code": [{"commit": "c", "dirty": True}]},
-        ),
         "an operator that was changed after training": (
             "other recipe",
-            {
-                "training__code": [{"commit": "c", "operators": {"mine": "a"}}],
-                "code": {"commit": "c", "operators": {"mine": "b"}},
-            },
+            {"training__code": [code(operators={"mine": "a"})], "code": code(operators={"mine": "b"})},
         ),
-        "weights in 16 bits": ("other recipe", {"config__trainer__precision": "bf16-true"}),
-        "tested with weights in 16 bits": (
-            "other recipe",
-            {"tested_otherwise": {"trainer.precision": ["bf16-mixed", "bf16-true"]}},
-        ),
-        "code of no commit": ("other recipe", {"code": {"digest": "d"}}),
-        "training by code of no commit": ("other recipe", {"training__code": [{"digest": "d"}]}),
+        "code of no commit": ("other recipe", {"code": {"sis_lightning": "1", "digest": "d"}}),
+        "training by code of no commit": ("other recipe", {"training__code": [{"sis_lightning": "1", "digest": "d"}]}),
         "a metric without a value": ("not run", {"metrics": {"test/miou": None}}),
     }.values(),
     ids=str,
 )
-def test_what_is_not_the_cells_never_counts(state, changes):
-    cell = shown(piece(**changes))
+def test_records_of_something_else_never_count(state, changes):
+    cell = cell_of(piece(**changes))
     assert cell.state == state
     assert not cell.values
     assert cell.mean is None
     assert cell.difference is None
     # Beside one that counts, it changes nothing.
-    both = shown(piece(**changes), piece(1, 0.8))
+    both = cell_of(piece(**changes), piece(1, 0.8))
     assert (both.state, both.values, both.missing) == ("reproduced", {1: 0.8}, (0,))
 
 
 def test_states_of_data_that_is_not_official():
     for kind, state in (("synthetic", "synthetic"), ("stand-in", "other data"), ("official", "reproduced")):
         run = dataclasses.replace(RUN, data=dataclasses.replace(OFFICIAL, kind=kind))
-        cell = shown(piece(), run=run)
+        cell = cell_of(piece(), run=run)
         assert (cell.state, cell.values) == (state, {0: 0.5})
         assert (cell.difference is not None) == (kind == "official")
-        # Of other files it is what they are, and not what the table is of.
-        assert shown(piece(data__fingerprint="of others"), run=run).state == "other data"
-    assert shown().state == "not run"
-    assert shown(running=("seg sis50 operator=basic",)).state == "running"
-    assert shown(piece(0), running=("seg sis50 operator=basic",)).state == "reproduced"
+        # The state of a record of other files does not depend on the kind of the table.
+        assert cell_of(piece(data__fingerprint="of others"), run=run).state == "other data"
+    assert cell_of().state == "not run"
+    assert cell_of(running=("seg sis50 operator=basic",)).state == "running"
+    assert cell_of(piece(0), running=("seg sis50 operator=basic",)).state == "reproduced"
 
 
 def test_of_a_seed_that_was_measured_twice_the_later_counts_and_the_other_is_told():
-    cell = shown(piece(0, 0.9, date="2026-02-02"), piece(0, 0.1, date="2026-01-01"))
+    cell = cell_of(piece(0, 0.9, date="2026-02-02"), piece(0, 0.1, date="2026-01-01"))
     assert cell.values == {0: 0.9}
     assert cell.superseded == 1
 
 
-def _book(content: dict[str, Any], data: dict[str, DataSet]) -> Book:
-    tables = content["tables"]
-    from sis_lightning.tables.spec import Group, Table
-
-    groups = (Group(()),)
-    return Book(tuple(Table(t["id"], t["title"], (), groups, "the paper") for t in tables), {}, data, {})
-
-
 _ROW = next(
     row
-    for table in read_books(books_in(RESULTS)).tables
+    for table in read_specs(spec_files(RESULTS)).tables
     if table.id == "3"
     for group in table.groups
     for row in group.rows
@@ -276,8 +278,8 @@ def test_every_figure_of_the_paper_is_in_the_tables(shared):
         for line in rows:
             label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
             label = label.partition("<sup>")[0]
-            printed = [float(cell.partition("<br>")[0]) for cell in cells if "<br>" in cell]
-            ours.append((NAMES.get(label, label), printed))
+            reported = [float(cell.partition("<br>")[0]) for cell in cells if "<br>" in cell]
+            ours.append((NAMES.get(label, label), reported))
         assert sorted(ours) == sorted(wanted), table
         compared += sum(len(figures) for _, figures in wanted)
     steps = next(line for line in spec if line.startswith("Table 1-1"))
@@ -293,9 +295,9 @@ def test_what_is_committed_agrees_with_records_and_code(capfd):
 
 # A folder of results of our own, by real commands.
 
-BOOK = """
+SPEC = """
 data:
-  toys: {{title: toy pictures, kind: synthetic, test: [{test}], train: [{train}]}}
+  toys: {{title: toy images, kind: synthetic, test: [{test}], train: [{train}]}}
 runs:
   toy_seg:
     config: [tasks/seg_voc.yaml, configs/demo.yaml]
@@ -323,9 +325,9 @@ tables:
 def toys(tmp_path_factory, synthetic) -> Path:
     """A folder of which one row was run, by `tables run`: copy it to change something."""
     folder = tmp_path_factory.mktemp("toys")
-    book = folder / "results" / "toys.yaml"
-    book.parent.mkdir()
-    book.write_text(BOOK.format(test="", train="", root=synthetic))
+    spec = folder / "results" / "toys.yaml"
+    spec.parent.mkdir()
+    spec.write_text(SPEC.format(test="", train="", root=synthetic))
     # The package as a release has it: of a checkout with changes no record counts.
     for name in ("sis_lightning", "tasks", "datamodules", "configs"):
         shutil.copytree(RESULTS.parent / name, folder / "release" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -336,8 +338,8 @@ def toys(tmp_path_factory, synthetic) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 1: test/miou" in done.stdout
     record = read_record(next((folder / "results" / "records").glob("*seed1*.json")))
-    data = record["data"]
-    book.write_text(BOOK.format(test=data["fingerprint"], train=data["trained_on"][0], root=synthetic))
+    data = record.data
+    spec.write_text(SPEC.format(test=data.fingerprint, train=data.trained_on[0], root=synthetic))
     return folder
 
 
@@ -354,12 +356,12 @@ def test_from_a_run_to_its_cell_and_back(results, capfd):
     measured = {}
     for path in Path("results/records").glob("*.json"):
         record = read_record(path)
-        measured[record["seed"]] = record["metrics"]["test/miou"]
-        # Trained and tested by the same code, of which an installed package has a digest in place of a commit.
-        assert record["training"]["code"] == [record["code"]]
-        assert {*record["code"]} == {"sis_lightning", "digest"}
-        # The record is that of the run, byte by byte.
-        run = Path("runs/toy_seg", record["backbone"], f"seed{record['seed']}", "test.json")
+        measured[record.seed] = record.metrics["test/miou"]
+        # Trained and tested by the same code; an installed package has a digest instead of a commit.
+        assert record.training.code == [record.code]
+        assert (record.code.commit, bool(record.code.digest)) == (None, True)
+        # The record is a copy of the run's.
+        run = Path("runs/toy_seg", record.backbone, f"seed{record.seed}", "test.json")
         assert run.read_bytes() == path.read_bytes()
     assert sorted(measured) == [0, 1]
     mean, std = np.mean(list(measured.values())), np.std(list(measured.values()), ddof=1)
@@ -401,7 +403,7 @@ def test_what_was_edited_is_found(results, capfd):
     text = page.read_text()
     page.write_text(text.replace("*not run*", "0.9999"))
     assert results("check") == 1
-    assert "TABLES.md is not what books and records give" in capfd.readouterr().out
+    assert "TABLES.md does not match specs and records" in capfd.readouterr().out
     page.write_text(text)
     Path("results/tables.csv").unlink()
     assert results("check") == 1
@@ -414,7 +416,7 @@ def test_what_was_edited_is_found(results, capfd):
     record.write_text(json.dumps(content))
     for command in ("render", "check", "plan"):
         assert results(command) == 1
-        assert "edited after it was measured" in capfd.readouterr().err
+        assert "edited after it was written" in capfd.readouterr().err
     assert page.read_text() == text
     record.write_text("{")
     assert results("render") == 1
@@ -428,14 +430,14 @@ def test_counts_that_the_code_does_not_give_are_found(results, capfd):
     kept.write_text(json.dumps(content).replace('"parameters": ', '"parameters": 1'))
     assert results("render") == 1
     assert "edited" in capfd.readouterr().err
-    # Sealed, as if an earlier release had counted it.
+    # With a valid checksum, as if an earlier release had counted it.
     content.pop("checksum")
     content["code"] = "of an earlier release"
     next(iter(content["models"].values()))["parameters"] += 1
-    write_sealed(kept, content)
+    write_with_checksum(kept, content)
     assert results("render") == 0
     assert results("check") == 1
-    assert re.search(r"parameters was \d+, the code gives \d+", capfd.readouterr().out)
+    assert re.search(r"parameters was \d+, and is now \d+", capfd.readouterr().out)
     assert results("count") == 0
     assert results("render") == 0
     assert results("check") == 0
@@ -445,14 +447,14 @@ def test_counts_that_the_code_does_not_give_are_found(results, capfd):
 
 
 def test_another_recipe_under_the_same_names_is_found(results, capfd):
-    """In the book, or in a backbone of the user's own."""
+    """In the spec, or in a backbone of the user's own."""
     assert results("render") == 0
-    book = Path("results/toys.yaml")
-    text = book.read_text()
-    book.write_text(text.replace("data.crop_size: 32", "data.crop_size: 64"))
+    spec = Path("results/toys.yaml")
+    text = spec.read_text()
+    spec.write_text(text.replace("data.crop_size: 32", "data.crop_size: 64"))
     assert results("check") == 1
-    assert re.search(r"recipe was \w+, the code gives \w+", capfd.readouterr().out)
-    book.write_text(text)
+    assert re.search(r"recipe was \w+, and is now \w+", capfd.readouterr().out)
+    spec.write_text(text)
     assert results("check") == 0
     own = Path("configs/backbones/sis_demo.yaml")
     own.parent.mkdir(parents=True)
@@ -507,9 +509,9 @@ def test_options_that_make_another_run_of_it_are_refused(results, capfd):
     assert "data.init_args.crop_size: 32, with these options 64" in err
     assert len(err.splitlines()) <= 5
     for options, words in {
-        ("--trainer.precision", "bf16-true"): "--trainer.precision bf16-true is another recipe",
-        ("--run_dir=mine",): "tables run settles --run_dir itself",
-        ("--seed_everything", "7"): "tables run settles --seed_everything itself",
+        ("--trainer.precision", "bf16-true"): "trainer.precision: ",
+        ("--run_dir=mine",): "tables run sets --run_dir itself",
+        ("--seed_everything", "7"): "tables run sets --seed_everything itself",
     }.items():
         assert results("run", "--rows", "basic", "--", *options) == 2
         assert words in capfd.readouterr().err
@@ -526,21 +528,21 @@ def test_what_was_run_and_does_not_count_is_told_and_left(results, capfd):
     # Tested on other settings than the table's, and taken in.
     content = json.loads((run / "test.json").read_text())
     content.pop("checksum")
-    write_sealed(run / "test.json", content | {"tested_otherwise": {"data.init_args.limit": [None, 2]}})
+    write_with_checksum(run / "test.json", content | tested_with("data.init_args.limit", None, 2))
     capfd.readouterr()
     assert results("run", "--rows", "Res2Net") == 0
-    assert "does not count, as it was tested under another data.init_args.limit" in capfd.readouterr().err
+    assert "does not count: it was tested with another data.init_args.limit" in capfd.readouterr().err
     before = (run / "test.json").read_bytes()
     assert results("run", "--rows", "Res2Net") == 0
     out = capfd.readouterr().out
-    assert "tested, but does not count, as it was tested under another data.init_args.limit" in out
+    assert "tested, but does not count: it was tested with another data.init_args.limit" in out
     assert "--seed_everything 1 --overwrite true" in out
     assert (run / "test.json").read_bytes() == before
     # A record that is damaged is to be measured again, and bars nothing else.
     (run / "test.json").write_text("{")
     assert results("plan", "--rows", "Res2Net") == 0
     out = capfd.readouterr().out
-    assert "trained, but to be tested again" in out
+    assert "trained, but must be tested again" in out
     assert re.search(r"sis-lightning test .*--seed_everything 1\n", out)
     # Of several, none is taken where one is damaged.
     known = sorted(Path("results/records").iterdir())
@@ -549,16 +551,16 @@ def test_what_was_run_and_does_not_count_is_told_and_left(results, capfd):
     assert sorted(Path("results/records").iterdir()) == known
     (run / "test.json").write_text('{"checksum": "x", "metrics": {"test/miou": NaN}}')
     assert results("add", run) == 1
-    assert "NaN is no number of JSON" in capfd.readouterr().err
+    assert "JSON has no NaN" in capfd.readouterr().err
 
 
 def test_a_row_adds_to_the_fields_of_its_group(tmp_path):
-    content = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+    content = yaml.safe_load(SPEC.format(test="", train="", root="data"))
     content["tables"][0]["groups"][0]["fields"] = {"channels": 8, "width": 4}
     content["tables"][0]["groups"][0]["rows"][1]["fields"] = {"width": 12}
-    path = tmp_path / "book.yaml"
+    path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(content))
-    (table,) = read_books([path]).tables
+    (table,) = read_specs([path]).tables
     plain, basic = table.groups[0].rows
     assert basic.fields == {"channels": 8, "width": 12}
     assert plain.fields == {}  # it names a backbone of its own
@@ -612,35 +614,35 @@ def test_an_operator_of_a_user_is_in_every_table_unasked(toys, tmp_path):
     assert parameters > 0
     assert "*not run*" in line
     # And in the paper's own: a row in each group that has a host.
-    book = read_books(books_in(RESULTS)).with_operators(("conv", "basic", "halved"))
-    for table in book.tables:
+    spec = read_specs(spec_files(RESULTS)).with_operators(("conv", "basic", "halved"))
+    for table in spec.tables:
         assert any(row.operator == "halved" for group in table.groups for row in group.rows), table.id
 
 
 def test_books_that_cannot_be_say_where(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("results").mkdir()
-    good = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+    good = yaml.safe_load(SPEC.format(test="", train="", root="data"))
 
     def refused(change: Callable[[dict[str, Any]], None]) -> str:
         content = copy.deepcopy(good)
         change(content)
-        Path("results/book.yaml").write_text(yaml.safe_dump(content))
+        Path("results/spec.yaml").write_text(yaml.safe_dump(content))
         assert main(["tables", "render"]) == 2
         err = capfd.readouterr().err
-        assert "results/book.yaml" in err
+        assert "results/spec.yaml" in err
         assert len(err.splitlines()) <= 5
         return err
 
     assert "no key 'titel'" in refused(lambda b: b["data"]["toys"].update(titel="x"))
     assert "there is no 'toyz'" in refused(lambda b: b["runs"]["toy_seg"].update(data="toyz"))
     assert "there is no 'seg'" in refused(lambda b: b["tables"][0]["columns"][0].update(run="seg"))
-    assert "3 printed values for 1 columns" in refused(
-        lambda b: b["tables"][0]["groups"][0]["rows"][0].update(printed=[1, 2, 3])
+    assert "3 reported values for 1 columns" in refused(
+        lambda b: b["tables"][0]["groups"][0]["rows"][0].update(reported=[1, 2, 3])
     )
     assert "there is no 'tiny'" in refused(lambda b: b["tables"][0].update(notes=["tiny"]))
     assert "baseline" in refused(lambda b: b["tables"][0]["groups"][0].update(baseline="nobody"))
-    assert "a book has no 'table'" in refused(lambda b: b.update(table=[]))
+    assert "a table spec has no key 'table'" in refused(lambda b: b.update(table=[]))
     assert "data.toys.kind: Input should be" in refused(lambda b: b["data"]["toys"].update(kind="oficial"))
     assert "runs.toy_seg.seeds" in refused(lambda b: b["runs"]["toy_seg"].update(seeds=3))
     assert "better: Input should be" in refused(lambda b: b["tables"][0]["columns"][0].update(better="Lower"))
@@ -659,20 +661,20 @@ def test_books_that_cannot_be_say_where(tmp_path, monkeypatch, capfd):
     other["runs"]["toy_seg"]["seeds"] = [7]
     other["tables"][0]["id"] = "10"
     Path("results/another.yaml").write_text(yaml.safe_dump(other))
-    assert "runs.toy_seg: another book has something else" in refused(lambda b: None)
+    assert "runs.toy_seg: another table spec defines it differently" in refused(lambda b: None)
     Path("results/another.yaml").unlink()
-    Path("results/book.yaml").write_text("tables: [")
+    Path("results/spec.yaml").write_text("tables: [")
     assert main(["tables", "render"]) == 2
     assert "not valid YAML" in capfd.readouterr().err
 
 
 def test_labels_of_any_characters_are_shown_in_all_forms(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = yaml.safe_load(BOOK.format(test="", train="", root="data"))
+    content = yaml.safe_load(SPEC.format(test="", train="", root="data"))
     label = "50 % | a_b & <c> $x$ #1 {y} ~^\\\\"
     content["tables"][0]["groups"][0] = {"title": label, "rows": [{"label": label, "backbone": "sis_demo"}]}
     Path("results").mkdir()
-    Path("results/book.yaml").write_text(yaml.safe_dump(content))
+    Path("results/spec.yaml").write_text(yaml.safe_dump(content))
     assert main(["tables", "count"]) == 0
     assert main(["tables", "render"]) == 0
     row = next(line for line in Path("results/TABLES.md").read_text().splitlines() if line.startswith("| 50 %"))
@@ -708,13 +710,11 @@ def many(toys, tmp_path, monkeypatch) -> Path:
     """The folder with 300 records."""
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sis_lightning.run.record._commit", dict)
     record = read_record(next(Path("results/records").glob("*seed0*.json")))
-    sealed = ("checksum", "code", "versions", "python", "date", "schema")
-    content = {key: value for key, value in record.items() if key not in sealed}
     for seed in range(10, 308):
-        own = {"seed": seed, "checkpoint": {**content["checkpoint"], "sha256": str(seed)}}
-        write_record(Path(f"results/records/{seed}.json"), {**content, **own})
+        checkpoint = record.checkpoint.model_copy(update={"sha256": str(seed)})
+        other = record.model_copy(update={"seed": seed, "checkpoint": checkpoint})
+        write_record(Path(f"results/records/{seed}.json"), other)
     return tmp_path
 
 
@@ -735,7 +735,7 @@ def test_latex_compiles(tmp_path):
 
     results = Results(RESULTS)
     for filled in results.filled():
-        (tmp_path / f"{filled.table.slug}.tex").write_text(to_latex(results.book, filled))
+        (tmp_path / f"{filled.table.slug}.tex").write_text(to_latex(results.spec, filled))
     inputs = "\n".join(f"\\input{{{path.name}}}\\clearpage" for path in sorted(tmp_path.glob("*.tex")))
     text = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{inputs}\\end{{document}}"
     (tmp_path / "all.tex").write_text(text)
@@ -751,17 +751,17 @@ def test_forms_agree_in_every_figure():
 
     results = Results(RESULTS)
     tables = results.filled()
-    page = to_markdown(results.book, tables)
+    page = to_markdown(results.spec, tables)
     rows = list(csv.DictReader(to_csv(tables).splitlines()))
     assert len(rows) == sum(len(line.cells) for filled in tables for line in filled.lines)
     columns = {(f.table.id, c.label): c for f in tables for c in f.table.columns}
     for row in rows:
         digits = columns[row["table"], row["column"]].digits
-        for key in ("printed", "mean"):
+        for key in ("reported", "mean"):
             if row[key]:
                 assert f"{float(row[key]):.{digits}f}" in page
     for filled in tables:
-        text = to_latex(results.book, filled)
+        text = to_latex(results.spec, filled)
         assert text.count("\\\\") >= len(filled.lines)
         for line in filled.lines:
             for cell, column in zip(line.cells, filled.table.columns, strict=True):
@@ -770,7 +770,7 @@ def test_forms_agree_in_every_figure():
 
 
 def test_an_experiment_is_the_command_that_makes_it():
-    run = Run("mine", ("tasks/seg_voc.yaml",), OFFICIAL, {"data.crop_size": 64})
+    run = RunSpec("mine", ("tasks/seg_voc.yaml",), OFFICIAL, {"data.crop_size": 64})
     experiment = Experiment(run, "sis50", (("operator", "basic"), ("depth", 101)))
     assert experiment.key == "mine sis50 operator=basic depth=101"
     assert " ".join(experiment.options()) == (
@@ -780,28 +780,26 @@ def test_an_experiment_is_the_command_that_makes_it():
 
 
 def test_seeds_that_are_none_or_copies_do_not_count():
-    unseeded = shown(piece(seed=1, value=0.8), piece(value=0.9, name="x.json", seed=False))
+    unseeded = cell_of(piece(seed=1, value=0.8), piece(value=0.9, name="x.json", seed=None))
     assert unseeded.values == {1: 0.8}
-    twins = shown(piece(0, 0.8, checkpoint__sha256="same"), piece(1, 0.8, checkpoint__sha256="same"))
+    twins = cell_of(piece(0, 0.8, checkpoint__sha256="same"), piece(1, 0.8, checkpoint__sha256="same"))
     assert (twins.values, twins.missing) == ({0: 0.8}, (1,))
-    assert any("its weights are those of seed 0" in reason for reason in twins.reasons)
+    assert any("its weights are the same as those of seed 0" in reason for reason in twins.reasons)
     # The same weights tested twice are one measurement.
-    again = shown(piece(0, 0.8, checkpoint__sha256="same"), piece(0, 0.8, name="y", checkpoint__sha256="same"))
+    again = cell_of(piece(0, 0.8, checkpoint__sha256="same"), piece(0, 0.8, name="y", checkpoint__sha256="same"))
     assert (again.values, again.superseded) == ({0: 0.8}, 0)
 
 
 def test_seeds_of_an_operator_that_was_changed_in_between_do_not_count_together():
-    sources = [{"commit": "c", "operators": {"mine": digest}} for digest in ("a", "b")]
-    cell = shown(piece(0, 0.8, code=sources[0]), piece(1, 0.9, code=sources[1]))
+    pieces = [
+        piece(seed, value, code=code(operators={"mine": name}), training__code=[code(operators={"mine": name})])
+        for seed, value, name in ((0, 0.8, "a"), (1, 0.9, "b"))
+    ]
+    cell = cell_of(*pieces)
     assert (cell.values, cell.missing) == ({1: 0.9}, (0,))
-    assert "its operator's source is not that of seed 1" in cell.reasons[0]
+    assert "its operator differs from that of seed 1" in cell.reasons[0]
 
 
 def test_a_record_without_the_metric_says_so():
-    cell = shown(piece(0, metrics={"test/top1": 0.5}))
+    cell = cell_of(piece(0, metrics={"test/top1": 0.5}))
     assert cell.reasons == ("seed0-0.5.json: it has no test/miou",)
-
-
-def test_callbacks_are_of_the_recipe_and_off_is_not_zero():
-    assert shown(piece(config__trainer__callbacks=[{"class_path": "EarlyStopping"}])).state == "other recipe"
-    assert shown(piece(tested_otherwise={"data.init_args.limit": [None, 0]})).state == "other recipe"
