@@ -28,8 +28,11 @@ class Announcement(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints on rank 0."""
         task, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
-        steps = trainer.estimated_stepping_batches  # sets up the loaders, together with the other ranks
-        if not isinstance(task, BaseTask) or not trainer.is_global_zero:
+        if not isinstance(task, BaseTask):
+            return
+        # Both set up the loaders, which all ranks do together.
+        steps, images = trainer.estimated_stepping_batches, task.images_per_step
+        if not trainer.is_global_zero:
             return
         batch, devices = data.batch_size, trainer.world_size
         rates = sorted(
@@ -47,7 +50,7 @@ class Announcement(Callback):
             "data": f"{data.root}: {data.identity()}; " + ", ".join(f"{n:,} {split}" for split, n in counts.items()),
             "model": f"{_millions(task)} parameters, {_millions(task.backbone)} of them in the backbone",
             "backbone": task.backbone.describe(),
-            "batch": f"{task.images_per_step} images a step = {batch // devices} on each of {devices} device(s) "
+            "batch": f"{images} images a step = {batch // devices} on each of {devices} device(s) "
             f"× {trainer.accumulate_grad_batches} accumulated",
             "lr": ", ".join(f"{rate:g}" for rate in rates) + f" {start}{scaled}",
             "length": f"{steps:,} steps",
@@ -58,7 +61,7 @@ class Announcement(Callback):
 
 
 class Deploy(Callback):
-    """Turns the network into its inference form once the checkpoint's weights are in it."""
+    """Replaces the network by its deployed (fused) form after the checkpoint's weights were loaded."""
 
     def _deploy(self, trainer: Trainer, pl_module: LightningModule) -> None:
         deploy(pl_module, inplace=True)
@@ -82,7 +85,7 @@ class PlotPredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draws once a validation, on rank 0."""
+        """Draws the first batch of a validation, on rank 0."""
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not isinstance(pl_module, BaseTask):
             return
         figure = pl_module.plot(batch, outputs["outputs"])
@@ -95,14 +98,14 @@ class PlotPredictions(Callback):
 
 
 class WritePredictions(Callback):
-    """Writes what `predict` finds below a folder: the task's files, `predictions.json` and `predictions.csv`."""
+    """Writes predictions into a folder: the files of each image, `predictions.json` and `predictions.csv`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes what an earlier predict wrote (the folder holds one, not two mixed), and nothing else."""
+        """Removes what an earlier `predict` wrote, so that two are not mixed; refuses a folder with other files."""
         if trainer.is_global_zero:
             table = self.folder / "predictions.json"
             if table.is_file():
@@ -121,12 +124,12 @@ class WritePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes each image's files as it comes."""
+        """Writes the files of a batch's images."""
         notes = {key: text for key, text in trainer.datamodule.notes.items() if key == "person boxes"}  # type: ignore[attr-defined]
         self.rows += [{**prediction.write(self.folder), **notes} for prediction in outputs]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gathers the rows of all ranks and writes both tables on rank 0, in the order of the names."""
+        """Collects the rows of all ranks, and writes both tables on rank 0 in the order of the names."""
         rows = self.rows
         if dist.is_available() and dist.is_initialized():
             gathered: list[Any] = [None] * trainer.world_size

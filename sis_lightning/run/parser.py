@@ -6,6 +6,7 @@ parser here therefore shortens its message and marks it, so that the outer ones 
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -73,7 +74,8 @@ def build(part: str, config: dict[str, Any]) -> Any:
         The model or DataModule; for `trainer` the arguments of Trainer, its callbacks and loggers built.
     """
     parser = part_parser(part)
-    return parser.instantiate_classes(parser.parse_object({part: config}))[part]
+    # A copy, since jsonargparse changes what it parses in place.
+    return parser.instantiate_classes(parser.parse_object({part: copy.deepcopy(config)}))[part]
 
 
 def _add_part(parser: Parser, part: str) -> None:

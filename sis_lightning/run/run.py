@@ -13,7 +13,6 @@ runs/TASK/BACKBONE-OPERATOR/seedN/
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import random
@@ -126,7 +125,7 @@ class Run:
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
-            task: BaseTask = build("model", copy.deepcopy(self.config["model"]))
+            task: BaseTask = build("model", self.config["model"])
         return task
 
     @functools.cached_property
@@ -137,7 +136,7 @@ class Run:
             UsageError: If its arguments are invalid.
         """
         with isolate_rng(), explained(self.config):
-            data: SISDataModule = build("data", copy.deepcopy(self.config["data"]))
+            data: SISDataModule = build("data", self.config["data"])
         return data
 
     @property

@@ -279,8 +279,8 @@ def _refuse(trainer: Mapping[str, Any]) -> None:
     """
     if trainer.get("overfit_batches"):
         raise UsageError(
-            "trainer.overfit_batches does not work with the samplers of these DataModules.\n"
-            "  To overfit a few images: --config configs/overfit.yaml after the task"
+            "trainer.overfit_batches does not work with samplers that resume exactly.\n"
+            "  To overfit four images: --config configs/overfit.yaml after a detection or keypoint task and the demo"
         )
     if trainer.get("barebones"):
         raise UsageError(

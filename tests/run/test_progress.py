@@ -1,0 +1,57 @@
+"""Progress: one line in a terminal of any width, lines elsewhere, and the words at the end."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from sis_lightning.run import progress
+
+
+def test_a_short_run_prints_its_loss_and_its_end(command, small):
+    options = [*small("seg_voc", steps=8), "--trainer.log_every_n_steps", "50", "--run_dir", "run"]
+    result = command("fit", *options)
+    assert result.code == 0, result.err
+    lines = [line for line in result.out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 8
+    assert all(re.search(r"loss \d+\.\d{4}  lr ", line) for line in lines)
+    assert re.search(r"finished after 8 steps, .*; val/miou 0\.\d+ last, 0\.\d+ best", result.out)
+    assert "checkpoint: run/checkpoints/last.ckpt, best.ckpt beside it" in result.out
+    assert "next: sis-lightning test --config run/config.yaml" in result.out
+    # What it says works.
+    tested = command("test", "--config", "run/config.yaml")
+    assert tested.code == 0, tested.err
+    assert "test/miou 0." in tested.out
+
+
+def test_a_long_run_prints_about_twenty_lines(command, small):
+    result = command("fit", *small("seg_voc", steps=60), "--trainer.log_every_n_steps", "50")
+    assert result.code == 0, result.err
+    assert len([line for line in result.out.splitlines() if line.startswith("step ")]) == 20
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_one_line_in_a_terminal(command, small, monkeypatch, width):
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=width, soft_wrap=True, highlight=False)
+    monkeypatch.setattr(progress, "console", console)
+    monkeypatch.setattr("sis_lightning.run.start.console", console)
+    result = command("fit", *small("seg_voc", steps=8))
+    assert result.code == 0, result.err
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    lines = [line for line in re.split(r"[\r\n]", plain) if line.startswith(("step", "validation"))]
+    assert any("loss" in line and "lr" in line for line in lines), plain
+    assert max(len(line.rstrip()) for line in lines) <= width
+    assert ("images/s" in plain) == (width == 120) or "images/s" in plain
+
+
+def test_the_numbers_that_do_not_fit_are_left_out():
+    column = progress._Numbers(30)
+    line = progress.Progress(console=Console(file=io.StringIO(), width=80))
+    line.add_task("step", total=10, numbers=["loss 1.2345", "lr 0.01", "images/s 100.0", "miou 0.5000"])
+    text = str(column.render(line.tasks[0]))
+    assert text.startswith("loss 1.2345")
+    assert len(text) <= 30
