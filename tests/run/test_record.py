@@ -1,4 +1,4 @@
-"""Records: that what they say is what was measured, and that what was changed afterwards is found."""
+"""Records hold what was measured, and a record that was edited afterwards is found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest, digest_files, write_text
-from sis_lightning.run.record import read_record, write_record
+from sis_lightning.run.effects import recipe
+from sis_lightning.run.record import OptionChange, TestRecord, read_record, write_record, write_with_checksum
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -22,13 +23,13 @@ plain = st.recursive(
 
 
 @given(st.dictionaries(st.text(), plain, max_size=5))
-def test_a_digest_is_of_the_content_alone(content):
+def test_a_digest_depends_on_the_content_alone(content):
     again = json.loads(json.dumps(dict(reversed(content.items()))))
     assert digest(again) == digest(content)
     assert digest({**content, "one more": 1}) != digest(content)
 
 
-def test_two_who_write_one_file_do_not_meet(tmp_path):
+def test_two_writers_of_a_file_do_not_interfere(tmp_path):
     path = tmp_path / "file"
     texts = {str(number) * 100_000 for number in range(4)}
 
@@ -44,7 +45,7 @@ def test_two_who_write_one_file_do_not_meet(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_digest_of_files_sees_every_byte_and_name(tmp_path):
+def test_a_digest_of_files_depends_on_every_byte_and_name(tmp_path):
     for name, text in {"a/x.jpg": "1", "a/y.jpg": "2"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -63,7 +64,7 @@ def test_a_digest_of_files_sees_every_byte_and_name(tmp_path):
 
 
 @pytest.fixture
-def tested(command, small) -> dict:
+def tested(command, small) -> TestRecord:
     options = [*small("seg_voc", steps=3), "--run_dir", "run"]
     assert command("fit", *options).code == 0
     test = command("test", *options)
@@ -73,7 +74,7 @@ def tested(command, small) -> dict:
 
 def leaves(content: dict, prefix: tuple = ()):
     for key, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from leaves(value, (*prefix, key))
         else:
             yield (*prefix, key), value
@@ -81,33 +82,36 @@ def leaves(content: dict, prefix: tuple = ()):
 
 def test_a_record_says_what_was_measured_and_cannot_be_edited(tested, command, small):
     record = tested
-    assert record["task"] == "seg_voc"
-    assert record["backbone"] == "res2net14-4w4s-basic-8ch"
-    assert (record["seed"], record["checkpoint"]["step"], record["checkpoint"]["finished"]) == (0, 3, True)
-    assert record["config"]["model"]["init_args"]["backbone"]["operator"] == "basic"
-    assert record["data"]["identity"].startswith("synthetic")
-    assert record["training"]["seconds"] > 0
-    assert {"torch", "lightning"} <= set(record["versions"])
-    # The same once more, by another name: what was measured and on what is the same.
+    assert record.task == "seg_voc"
+    assert record.backbone == "res2net14-4w4s-basic-8ch"
+    assert (record.seed, record.checkpoint.step, record.checkpoint.finished) == (0, 3, True)
+    assert record.primary_metric == "test/miou"
+    assert record.config["model"]["init_args"]["backbone"]["operator"] == "basic"
+    assert record.recipe_hash == digest(recipe(record.config))
+    assert record.data.identity.startswith("synthetic")
+    assert record.training.seconds > 0
+    assert record.code.sis_lightning == record.training.code[0].sis_lightning
+    assert {"torch", "lightning"} <= set(record.versions)
+    # A second test of the same checkpoint measures the same on the same data.
     again = command("test", *small("seg_voc", steps=3), "--run_dir", "run", "--data.num_workers", 0)
     assert again.code == 0
     second = read_record(Path("run/test.json"))
-    for key in ("metrics", "config_hash", "checkpoint", "data"):
-        assert second[key] == record[key], key
-    # No leaf of it can be changed unseen.
+    for name in ("metrics", "config_hash", "recipe_hash", "checkpoint", "data"):
+        assert getattr(second, name) == getattr(record, name), name
+    # No value of it can be changed without being noticed.
     path = Path("run/test.json")
-    for keys, value in leaves(second):
+    for keys, value in leaves(json.loads(path.read_text())):
         edited = json.loads(path.read_text())
         place = edited
         for key in keys[:-1]:
             place = place[key]
         place[keys[-1]] = "changed" if value != "changed" else "again"
         Path("edited.json").write_text(json.dumps(edited))
-        with pytest.raises(DataError, match=r"edited after it was measured|form"):
+        with pytest.raises(DataError, match="edited after it was written"):
             read_record(Path("edited.json"))
 
 
-def test_what_settles_a_result_settles_the_hash(tested, command, small):
+def test_options_with_an_effect_are_in_the_hash(tested, command, small):
     other = [*small("seg_voc", steps=3), "--run_dir", "other", "--model.background_weight", "0.3"]
     seed = [*small("seg_voc", steps=3), "--run_dir", "seed", "--seed_everything", "1", "--data.num_workers", "1"]
     hashes = []
@@ -115,19 +119,34 @@ def test_what_settles_a_result_settles_the_hash(tested, command, small):
         assert command("fit", *options).code == 0
         assert command("test", *options).code == 0
         record = read_record(Path(options[options.index("--run_dir") + 1], "test.json"))
-        assert record["data"]["fingerprint"] == tested["data"]["fingerprint"]
-        hashes.append(record["config_hash"])
-    assert hashes[0] != tested["config_hash"]
-    assert hashes[1] == tested["config_hash"]
+        assert record.data.fingerprint == tested.data.fingerprint
+        hashes.append(record.config_hash)
+    assert hashes[0] != tested.config_hash
+    assert hashes[1] == tested.config_hash
 
 
-def test_what_is_no_record_is_refused(tmp_path):
+def test_a_test_under_other_options_says_so(tested, command, small):
+    options = [*small("seg_voc", steps=3), "--run_dir", "run"]
+    result = command("test", *options, "--trainer.limit_test_batches", 1, "--trainer.precision", "64-true")
+    assert result.code == 0, result.err
+    record = read_record(Path("run/test.json"))
+    assert record.tested_otherwise == {"trainer.limit_test_batches": OptionChange(trained=None, tested=1)}
+    assert record.computed_otherwise == {"trainer.precision": OptionChange(trained=None, tested="64-true")}
+
+
+def test_other_files_are_refused(tested, tmp_path):
     path = tmp_path / "record.json"
     for text, words in (("{", "not valid JSON"), ("[]", "not a record"), ('{"metrics": {}}', "not a record")):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
             read_record(path)
-    write_record(path, {"metrics": {"test/miou": 0.5}})
-    assert read_record(path)["metrics"] == {"test/miou": 0.5}
+    write_with_checksum(path, {"schema": 1, "metrics": {}})
+    with pytest.raises(DataError, match=r"a record of version 1, this release reads version 2"):
+        read_record(path)
+    write_with_checksum(path, {"version": 2, "metrics": {}})
+    with pytest.raises(DataError, match=r"not a record .*\(task: Field required\)"):
+        read_record(path)
+    written = write_record(path, tested.model_copy(update={"metrics": {"test/miou": None}}))
+    assert read_record(path) == written
     with pytest.raises(DataError, match="No such file"):
         read_record(tmp_path / "gone.json")
