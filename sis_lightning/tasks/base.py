@@ -218,7 +218,9 @@ class BaseTask(LightningModule, ABC):
         self.hparams.clear()
         self.hparams.update(plain)
         self._hparams_initial = dict(plain)
-        self.set_meta(self._given_meta if self._given_meta is not None else self._default_meta())
+        self.set_meta(self._default_meta())
+        if self._given_meta is not None:
+            self.set_meta(self._given_meta)
         self._weights_pending = bool(self.weights or self.backbone_weights)
         if not _deferred.get():
             self.load_start_weights()
@@ -407,6 +409,22 @@ class BaseTask(LightningModule, ABC):
             self.note("weights", str(load_model_weights(self.model, self.weights)))
         elif self.backbone_weights:
             self.note("backbone weights", str(load_backbone_weights(self.backbone, self.backbone_weights)))
+
+    def start_from(self, state_dict: Mapping[str, Tensor], name: str) -> None:
+        """Loads the weights of a whole task of the same kind, all but the last layers if the classes differ.
+
+        Args:
+            state_dict: The state dict of the task.
+            name: Where it comes from, for errors and notes.
+
+        Raises:
+            DataError: If the weights are of another network.
+        """
+        self._weights_pending = False
+        try:
+            self.note("weights", str(load_model_weights(self.model, state_dict)).replace("the state dict", name))
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:

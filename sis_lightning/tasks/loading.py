@@ -7,13 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from sis_lightning.errors import DataError
+from sis_lightning.errors import DataError, UsageError
 from sis_lightning.operators import operator_class
 from sis_lightning.tasks.base import TASK_CLASS, BaseTask, weights_deferred
 from sis_lightning.tasks.checkpoint_files import find_checkpoint, read_checkpoint
 
 
-def load(path: str | Path, *, which: Literal["last", "best"] = "last", map_location: Any = "cpu") -> BaseTask:
+def load(
+    path: str | Path, *, which: Literal["last", "best"] = "last", map_location: Any = "cpu", **changes: Any
+) -> BaseTask:
     """Loads a trained task, ready to predict.
 
     The checkpoint says of which class it is, how the network was built and what its classes are called. Operators that
@@ -24,32 +26,41 @@ def load(path: str | Path, *, which: Literal["last", "best"] = "last", map_locat
         path: Folder of a run, its `checkpoints` folder, or a checkpoint.
         which: Checkpoint of a folder: `last`, or `best` by the validation metric.
         map_location: Device of the weights, such as `"cuda"`.
+        changes: Constructor arguments of the task that replace those in the checkpoint, to train it further: with
+            `num_classes=3`, the network starts from all weights but those of its last layer.
 
     Returns:
         The task in evaluation mode. It can be trained again: `Trainer.fit` switches to training mode.
 
     Raises:
-        DataError: If there is no checkpoint, or it is damaged or of another kind.
-        UsageError: If it uses an operator that is not registered here.
+        DataError: If there is no checkpoint, or it is damaged, of another kind or of another network.
+        UsageError: If it uses an operator that is not registered here, or a changed argument is invalid.
     """
-    file = find_checkpoint(Path(path), which)
+    file = find_checkpoint(Path(path).expanduser(), which)
     content = read_checkpoint(file)
     cls = _class_of(content, file)
-    options = content.get("hyper_parameters", {})
-    operator_class(options.get("backbone", {}).get("operator", "conv"))
+    saved = dict(content.get("hyper_parameters", {}))
+    operator_class(saved.get("backbone", {}).get("operator", "conv"))
+    if changes.get("num_classes", saved.get("num_classes")) != saved.get("num_classes") and saved.get("meta"):
+        saved["meta"] = {**saved["meta"], "class_names": [], "category_ids": []}
     try:
         with weights_deferred():
-            task = cls(**options)
+            task = cls(**{**saved, **changes})
     except TypeError as error:
+        if changes:
+            raise UsageError(f"{cls.__name__}: {error}") from None
         raise DataError(
             f"{file}: {cls.__name__} cannot be built with the options in it, which may be of another version ({error})"
         ) from None
-    task.on_load_checkpoint(content)
-    try:
-        task.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{file}: its weights do not fit {cls.__name__}: {reason}"[:400]) from None
+    if changes:
+        task.start_from(content["state_dict"], str(file))
+    else:
+        task.on_load_checkpoint(content)
+        try:
+            task.load_state_dict(content["state_dict"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{file}: its weights do not fit {cls.__name__}: {reason}"[:400]) from None
     return task.to(map_location).eval()
 
 
