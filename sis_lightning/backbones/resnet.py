@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sis_lightning.backbones.config import BackboneConfig, backbone_config
 from sis_lightning.backbones.shared_outputs import SharedOutputs
 from sis_lightning.errors import UsageError
-from sis_lightning.operators import create_operator
+from sis_lightning.operators import create_operator, operator_class
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,8 @@ def _placement(config: BackboneConfig, stage: int) -> Placement:
     if config.fits(stage):
         return Placement(stage, width, config.operator)
     share = f"split width {width}" + f" / {config.cardinality} groups" * (config.cardinality > 1)
-    return Placement(stage, width, "conv", f"{share} is not divisible by 4")
+    multiple = operator_class(config.operator).channel_multiple
+    return Placement(stage, width, "conv", f"{share} is not divisible by {multiple}")
 
 
 def create_backbone(

@@ -68,11 +68,12 @@ def load_backbone_weights(backbone: Backbone, source: Source, *, strict: bool = 
 
     Args:
         backbone: The backbone, also that of a network or task.
-        source: One of
+        source: Name, path or state dict of the weights:
 
-            - `timm:NAME`, such as `timm:res2net50_26w_4s.in1k`: weights that timm downloads, or finds in its cache;
-            - `torchvision:WEIGHTS`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`: the same of torchvision;
-            - the path of a run's folder (its last checkpoint is used), or of a checkpoint of any of our tasks;
+            - `timm:NAME`, such as `timm:res2net50_26w_4s.in1k`, which timm downloads, or reads from its cache;
+            - `torchvision:WEIGHTS`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`, by torchvision in the same
+              way;
+            - the path of a run's folder, whose last checkpoint is read, or of a checkpoint of any of our tasks;
             - the path of a file with a state dict of our backbone, or of a ResNet, ResNeXt, Res2Net or Res2NeXt of
               torchvision, timm or the Res2Net authors;
             - such a state dict.
@@ -107,8 +108,8 @@ def load_model_weights(model: nn.Module, source: Source, *, strict: bool = True)
 
     Args:
         model: One of the four networks.
-        source: As for `load_backbone_weights`: a run's folder, a checkpoint or state dict of the same kind of network.
-            For a `Classifier` also weights of timm or torchvision.
+        source: A run's folder, a checkpoint or a state dict of the same kind of network, as for
+            `load_backbone_weights`. A `Classifier` also takes weights of timm or torchvision.
         strict: Whether all weights outside the head must fit.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Bodies against torchvision, timm, the published parameter counts, and their own feature_info."""
+"""Backbones against torchvision, timm, the published numbers of parameters, and their own feature_info."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from sis_lightning import BackboneConfig, Classifier, create_backbone, load_model_weights
+from sis_lightning import BackboneConfig, Classifier, create_backbone, list_backbones, load_model_weights
 from sis_lightning.backbones import backbone_config
 from sis_lightning.config_files import PACKAGED, config_names
 from sis_lightning.operators import SISOperator, list_operators
@@ -25,7 +25,7 @@ def parameters(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_is_complete(name):
-    # A swapped file is laid over the old one: a key that it lacks would keep the old file's value.
+    # Another file overrides the first one key by key: a missing key would keep the value of the first file.
     content = yaml.safe_load((PACKAGED / "configs" / "backbones" / f"{name}.yaml").read_text())
     assert set(content) == {field.name for field in dataclasses.fields(BackboneConfig)}
     assert backbone_config(name) == BackboneConfig(**content)
@@ -53,7 +53,7 @@ def test_parameter_counts_of_the_papers(name, overrides, classes, millions):
 
 
 def randomise_norms(model: nn.Module) -> None:
-    """A fresh batch norm is nearly the identity: a mixed-up one would go unseen."""
+    """Draws all statistics and weights of batch norm, since a fresh one is nearly the identity and hides mistakes."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -95,26 +95,26 @@ def test_equals_timm(name):
     assert_same(ours, theirs)
 
 
-def test_training_step_equals_timms_and_holds_less():
+def test_a_training_step_equals_that_of_timm_with_less_memory():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model("res2net50_26w_4s").double()
     ours = Classifier("res2net50", 1000).double()
     load_model_weights(ours, theirs.state_dict())
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    gradients, held = [], []
+    gradients, memory = [], []
     for model in (ours, theirs):
         leaf = x.clone().requires_grad_()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             logits = model.train()(leaf)
-        held.append(sum(event.self_cpu_memory_usage for event in profiled.key_averages()))
+        memory.append(sum(event.self_cpu_memory_usage for event in profiled.key_averages()))
         logits.square().mean().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
-    assert held[0] < 0.95 * held[1]
+    assert memory[0] < 0.95 * memory[1]
 
 
-def test_transforms_of_torch_func_pass_through():
+def test_transforms_of_torch_func_work():
     torch.manual_seed(0)
     net = Classifier("sis_demo", 5).double().eval()
     weights = dict(net.named_parameters())
@@ -136,7 +136,7 @@ def test_transforms_of_torch_func_pass_through():
         ("res2next50", {"family": "res2next", "depth": 50, "width": 4, "scale": 4, "cardinality": 8}),
     ],
 )
-def test_grouped_bodies_equal_timm(name, config):
+def test_grouped_backbones_equal_timm(name, config):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model(name)
@@ -147,7 +147,7 @@ def test_grouped_bodies_equal_timm(name, config):
 
 
 @pytest.mark.parametrize(("output_stride", "dilate"), [(16, [False, False, True]), (8, [False, True, True])])
-def test_dilated_body_equals_torchvision(output_stride, dilate):
+def test_dilated_backbones_equal_torchvision(output_stride, dilate):
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def test_dilated_body_equals_torchvision(output_stride, dilate):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
-def test_feature_info_holds(name, output_stride):
+def test_feature_info_is_right(name, output_stride):
     with torch.device("meta"):
         net = create_backbone(name, output_stride=output_stride)
         for height, width in [(64, 64), (97, 75), (33, 127)]:
@@ -178,7 +178,7 @@ def test_feature_info_holds(name, output_stride):
     "family", [("resnet", 1, 1), ("resnext", 1, 2), ("res2net", 4, 1), ("res2next", 4, 2)], ids=lambda f: f[0]
 )
 @pytest.mark.parametrize(("depth", "stem"), [(11, "cifar"), (14, "imagenet")])
-def test_every_family_and_operator_learns(family, operator, depth, stem):
+def test_every_family_and_operator_has_gradients(family, operator, depth, stem):
     torch.manual_seed(0)
     name, scale, cardinality = family
     config = BackboneConfig(name, depth, operator, 2, 4, scale, cardinality, 8, stem)
@@ -200,7 +200,7 @@ def test_published_depths_build_with_every_operator(depth, operator):
             assert len(maps) == len(config.blocks)
 
 
-def test_sis50_replaces_exactly_stages_two_to_four_and_says_so():
+def test_sis50_has_the_operator_in_stages_two_to_four():
     with torch.device("meta"):
         net = create_backbone("sis50")
     for stage in range(1, 5):
@@ -232,18 +232,18 @@ def test_norms(norm):
         ({"output_stride": 12}, ["12", "8, 16 or 32"]),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_numbers(overrides, words):
+def test_invalid_configurations(overrides, words):
     with pytest.raises(ValueError, match=words[0]) as caught:
         create_backbone("sis50", **overrides)
     assert all(word in str(caught.value) for word in words)
 
 
-def test_unknown_name_lists_the_nearest():
+def test_an_unknown_name_lists_the_nearest_names():
     with pytest.raises(ValueError, match="sis50"):
         create_backbone("sis5O")
 
 
-def test_slugs_tell_configs_apart():
+def test_different_configurations_have_different_slugs():
     configs = {
         backbone_config(name, **extra) for name in NAMES for extra in ({}, {"operator": "recurrent2", "steps": 3})
     }
@@ -252,6 +252,6 @@ def test_slugs_tell_configs_apart():
     assert backbone_config("sis50").slug == "res2net50-26w4s-basic"
 
 
-def test_packaged_yaml_is_found():
+def test_backbones_of_the_package_are_listed():
     assert Path(PACKAGED, "configs", "backbones", "sis50.yaml").is_file()
-    assert {"sis29", "sis50", "sis101", "res2net50", "resnet101"} <= set(NAMES)
+    assert {"sis29", "sis50", "sis101", "res2net50", "resnet101"} <= set(list_backbones())

@@ -26,7 +26,7 @@ from sis_lightning.operators import list_operators
 
 @pytest.mark.parametrize("name", list_operators())
 @pytest.mark.parametrize("groups", [1, 2])
-def test_operators_cost_what_the_paper_says(name, groups):
+def test_macs_of_operators_as_in_the_paper(name, groups):
     channels, size = 32, 16
     operator = create_operator(name, channels, channels, groups=groups)
     conv = channels * channels // groups * 9 * size * size
@@ -97,7 +97,7 @@ def test_an_operation_that_cannot_be_counted_fails():
         count_macs(Spectral(), torch.empty(1, 1, 4, 4))
 
 
-def test_counting_leaves_the_model_as_it_was():
+def test_counting_does_not_change_the_model():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).train()
     assert count_macs(model, torch.ones(1, 3, 5, 5)) == 4 * 3 * 9 * 25
     assert model.training

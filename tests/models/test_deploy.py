@@ -1,4 +1,4 @@
-"""The inference form and what is written of it: the same outputs, however the network was put together."""
+"""Deployed (fused) networks have the same outputs, whatever they consist of."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = {
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """Norms as training might leave them, negative and zero scales among them."""
+    """Draws statistics and weights of batch norm as after training, with negative and zero scales among them."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
@@ -68,7 +68,7 @@ def test_backbones_give_the_same_maps(name, operator, norm):
     bias=st.booleans(),
     normed=st.booleans(),
 )
-def test_operators_with_a_norm_behind_them(name, groups, stride, dilation, steps, bias, normed):
+def test_operators_followed_by_a_norm(name, groups, stride, dilation, steps, bias, normed):
     torch.manual_seed(steps)
     operator = create_operator(
         name, 16, 16, stride=stride, dilation=dilation, groups=groups, steps=steps, bias=bias
@@ -84,7 +84,7 @@ def test_operators_with_a_norm_behind_them(name, groups, stride, dilation, steps
 
 
 @pytest.mark.parametrize("name", list_operators())
-def test_outputs_under_autocast_are_of_half_precision_as_a_convolutions(name):
+def test_outputs_under_autocast_have_half_precision(name):
     torch.manual_seed(0)
     operator, norm = create_operator(name, 16, 16, bias=True), trained(nn.BatchNorm2d(16))
     nn.init.normal_(operator.bias)
@@ -99,7 +99,7 @@ def test_outputs_under_autocast_are_of_half_precision_as_a_convolutions(name):
 
 
 class Doubled(SISOperator):
-    """An operator as a user might write it, of equations alone."""
+    """An operator of a user, with the equations only."""
 
     name = "doubled"
 
@@ -144,7 +144,7 @@ def test_a_deployed_network_under_autocast_and_with_gradients():
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-4)
 
 
-def test_deploying_twice_and_an_operator_by_itself():
+def test_deploying_a_deployed_network_or_a_single_operator():
     torch.manual_seed(0)
     model = trained(create_backbone("sis_demo", **SHAPES["sis_demo"]))
     assert_same(model, deploy(deploy(model)), torch.randn(1, 3, 64, 64), 1e-5)
@@ -154,8 +154,8 @@ def test_deploying_twice_and_an_operator_by_itself():
     assert_same(operator, deployed, torch.randn(1, 8, 9, 9), 1e-5)
 
 
-def test_maps_stay_as_they_were_returned():
-    # Blocks overwrite what is theirs alone: no map of a stage, nor the stem's.
+def test_returned_maps_do_not_change_later():
+    # Blocks overwrite tensors, but neither the map of a stage nor that of the stem.
     for stem in ("imagenet", "cifar"):
         model = trained(create_backbone("sis_demo", **SHAPES["sis_demo"], stem=stem))
         x = torch.randn(1, 3, 32, 32)
@@ -164,7 +164,7 @@ def test_maps_stay_as_they_were_returned():
                 torch.testing.assert_close(value, model.pyramid(x)[name], rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_change_later_are_seen():
+def test_later_changes_of_weights_are_noticed():
     model = deploy(trained(create_backbone("sis_demo", **SHAPES["sis_demo"])))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Crops, heatmaps and what becomes of overlapping people, against literal forms and in round trips."""
+"""Crops, heatmaps and duplicate people, against literal implementations and in round trips."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CROPS = st.builds(
 
 
 def keypoints_at(points) -> torch.Tensor:
-    """(1, 17, 3), all annotated, the same point in each heatmap but spread a little."""
+    """Annotated keypoints (1, 17, 3) at the given points."""
     return torch.tensor([[*point, 2.0] for point in points])[None]
 
 
@@ -35,7 +35,7 @@ def keypoints_at(points) -> torch.Tensor:
     sigma=st.floats(0.7, 3),
     places=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=17, max_size=17),
 )
-def test_a_keypoint_comes_back_within_half_a_heatmap_pixel(stride, sigma, places):
+def test_decoding_is_exact_to_half_a_heatmap_pixel(stride, sigma, places):
     codec = HeatmapCodec(64, 48, stride, sigma)
     height, width = codec.shape
     points = [(x * (width - 1) * stride, y * (height - 1) * stride) for x, y in places]
@@ -52,12 +52,12 @@ def test_a_keypoint_comes_back_within_half_a_heatmap_pixel(stride, sigma, places
 
 @settings(max_examples=100, deadline=None)
 @given(crop=CROPS, places=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=17, max_size=17))
-def test_a_keypoint_of_the_image_comes_back_through_any_crop(crop, places):
+def test_encoding_and_decoding_through_any_crop(crop, places):
     codec = HeatmapCodec(crop.output[1], crop.output[0])
     height, width = codec.shape
     inside = np.array([[x * (width - 1) * 4, y * (height - 1) * 4, 2] for x, y in places])
     person = inside.copy()
-    person[:, :2] = apply(crop.to_image, inside[:, :2])  # so that every keypoint lies in the crop
+    person[:, :2] = apply(crop.to_image, inside[:, :2])  # every keypoint is inside the crop
     heatmaps, _ = codec.encode(torch.from_numpy(crop.move_keypoints(person, FLIP_ORDER)).float()[None])
     found = codec.decode(heatmaps, torch.from_numpy(crop.to_image)[None])[0].numpy()
     if crop.flipped:
@@ -66,7 +66,7 @@ def test_a_keypoint_of_the_image_comes_back_through_any_crop(crop, places):
     assert np.hypot(*(found[:, :2] - person[:, :2]).T).max() <= math.sqrt(2) * half_a_pixel + 1e-3
 
 
-def test_gaussians_are_simple_baselines_own():
+def test_gaussians_equal_those_of_simple_baselines():
     codec = HeatmapCodec(256, 192, 4, 2.0)
     points = [(4.0 * (3 * i), 4.0 * (i + 5) + 1.9) for i in range(16)] + [(0.0, 255.0)]
     heatmaps, _ = codec.encode(keypoints_at(points))
@@ -84,11 +84,11 @@ def test_keypoints_that_are_not_annotated_or_far_outside_have_no_weight():
     codec = HeatmapCodec(64, 48, 4, 1.0)
     keypoints = keypoints_at([(10.0, 10.0)] * 17)
     keypoints[0, 0, 2] = 0
-    keypoints[0, 1, :2] = torch.tensor([-13.9, 10])  # rounds to -3, whose Gaussian just reaches in
+    keypoints[0, 1, :2] = torch.tensor([-13.9, 10])  # rounds to -3, whose Gaussian just reaches the heatmap
     keypoints[0, 2, :2] = torch.tensor([-15.0, 10])
     keypoints[0, 3, :2] = torch.tensor([10, 4 * 15 + 12.0])
     keypoints[0, 4, :2] = torch.tensor([10, 4 * 15 + 15.0])
-    keypoints[0, 5, 2] = 1  # annotated, but hidden
+    keypoints[0, 5, 2] = 1  # annotated, but not visible
     heatmaps, weights = codec.encode(keypoints)
     assert weights[0, :6].tolist() == [0, 1, 0, 1, 0, 1]
     assert heatmaps[0, 0].max() == 0
@@ -96,7 +96,7 @@ def test_keypoints_that_are_not_annotated_or_far_outside_have_no_weight():
     assert heatmaps[0, 2].max() == 0
 
 
-def test_a_quarter_of_a_pixel_towards_the_larger_neighbour():
+def test_decoding_moves_by_a_quarter_of_a_pixel_towards_the_larger_neighbour():
     heatmaps = torch.zeros(1, 17, 5, 6)
     heatmaps[..., 2, 3] = 1
     heatmaps[0, 1, 2, 4] = 0.5
@@ -111,7 +111,7 @@ def test_a_quarter_of_a_pixel_towards_the_larger_neighbour():
 
 @settings(max_examples=50, deadline=None)
 @given(crop=CROPS, points=st.lists(st.tuples(st.floats(-99, 500), st.floats(-99, 500)), min_size=17, max_size=17))
-def test_crops_are_undone(crop, points):
+def test_to_image_is_the_inverse_of_to_crop(crop, points):
     points = np.array(points)
     np.testing.assert_allclose(apply(crop.to_image, apply(crop.to_crop, points)), points, atol=1e-6)
     np.testing.assert_allclose(invert(invert(crop.to_crop)), crop.to_crop, atol=1e-6)
@@ -119,7 +119,7 @@ def test_crops_are_undone(crop, points):
 
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("rotation", [0, 35, -90])
-def test_pixels_move_as_keypoints_do(flipped, rotation):
+def test_pixels_and_keypoints_move_together(flipped, rotation):
     image = torch.zeros(3, 200, 160, dtype=torch.uint8)
     spots = [(60, 80), (90, 120), (75, 100)]
     for channel, (x, y) in enumerate(spots):
@@ -138,7 +138,7 @@ def test_pixels_move_as_keypoints_do(flipped, rotation):
         assert (float(x), float(y)) == pytest.approx(tuple(moved[name, :2]), abs=0.1)
 
 
-def test_a_crop_extends_the_box_to_its_proportions():
+def test_a_crop_extends_the_box_to_the_proportions_of_the_output():
     wide = Crop.around(np.array([10.0, 20, 130, 40]), (192, 256))
     assert (wide.centre, wide.size) == ((70, 30), (120 * 1.25, 160 * 1.25))
     tall = Crop.around(np.array([0.0, 0, 10, 200]), (192, 256))
@@ -147,7 +147,7 @@ def test_a_crop_extends_the_box_to_its_proportions():
     np.testing.assert_allclose(corners[1] - corners[0], tall.size)
 
 
-def test_a_flipped_crops_heatmaps_are_flipped_back():
+def test_heatmaps_of_a_flipped_crop_are_flipped_back():
     for index, name in enumerate(COCO_KEYPOINTS):
         side, _, part = name.rpartition("_")
         assert COCO_KEYPOINTS[FLIP_ORDER[index]] == {"left": f"right_{part}", "right": f"left_{part}", "": name}[side]
@@ -166,7 +166,7 @@ def test_a_flipped_crops_heatmaps_are_flipped_back():
         assert abs(peaks[0][1] - peaks[1][1]) <= 1
 
 
-def test_oks_is_cocos():
+def test_oks_equals_that_of_coco():
     from pycocotools.cocoeval import COCOeval
 
     evaluation = COCOeval(iouType="keypoints")
@@ -180,7 +180,7 @@ def test_oks_is_cocos():
     np.testing.assert_allclose(oks(one, others, 900.0, np.full(4, 900.0), COCO_SIGMAS), want, rtol=1e-9)
 
 
-def test_of_people_who_resemble_each_other_the_best_stays():
+def test_duplicate_people_are_removed():
     rng = np.random.default_rng(1)
     first, second = rng.uniform(0, 200, (2, 17, 3))
     people = np.stack([first, second, first + 0.3, first + 60])
@@ -190,7 +190,7 @@ def test_of_people_who_resemble_each_other_the_best_stays():
     assert oks_nms(people[:0], scores[:0], areas[:0], COCO_SIGMAS) == []
 
 
-def test_a_person_scores_by_its_box_and_its_seen_joints():
+def test_the_score_of_a_person_depends_on_box_and_visible_keypoints():
     keypoints = np.array([0.9, 0.5, 0.2, 0.1])
     assert rescore(0.8, keypoints) == pytest.approx(0.8 * 0.7)
     assert rescore(0.8, np.zeros(17)) == 0

@@ -22,7 +22,7 @@ SIS = [name for name in list_operators() if name != "conv"]
 
 
 def equations(name: str, x: torch.Tensor, K: dict[str, torch.Tensor], stride: int, dilation: int, groups: int, T: int):
-    """The paper's section 3 once more, written from its text alone with a padding of its own."""
+    """Section 3 of the paper, written a second time from its text, with explicit padding."""
 
     def star(kernel: torch.Tensor, y: torch.Tensor, s: int = 1) -> torch.Tensor:
         p = dilation * (kernel.shape[-1] // 2)
@@ -66,7 +66,9 @@ def equations(name: str, x: torch.Tensor, K: dict[str, torch.Tensor], stride: in
     width=st.integers(3, 9),
     seed=st.integers(0, 99),
 )
-def test_forms_agree_with_the_equations(name, k, stride, dilation, groups, steps, inputs, quarter, height, width, seed):
+def test_both_forms_equal_the_equations_of_the_paper(
+    name, k, stride, dilation, groups, steps, inputs, quarter, height, width, seed
+):
     torch.manual_seed(seed)
     operator = create_operator(
         name,
@@ -93,7 +95,7 @@ def test_forms_agree_with_the_equations(name, k, stride, dilation, groups, steps
 
 
 @pytest.mark.parametrize("name", list_operators())
-def test_shape_and_names_of_kernels(name):
+def test_shapes_and_names_of_kernels(name):
     kernels = create_operator(name, 24, 32, 5, groups=2).kernels()
     shapes = {key: tuple(value.shape) for key, value in kernels.items()}
     if name == "conv":
@@ -106,7 +108,7 @@ def test_shape_and_names_of_kernels(name):
 @pytest.mark.parametrize("name", SIS)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("k", [3, 5])
-def test_parameters_are_the_papers_share_of_the_conv(name, groups, k):
+def test_parameters_as_a_share_of_the_convolution(name, groups, k):
     def count(operator: str) -> int:
         return sum(p.numel() for p in create_operator(operator, 64, 64, k, groups=groups).parameters())
 
@@ -124,7 +126,7 @@ def test_parameters_are_the_papers_share_of_the_conv(name, groups, k):
         ("recurrent2", 4, 11),
     ],
 )
-def test_receptive_field_by_the_support_of_the_gradient(name, steps, extent):
+def test_receptive_field_from_the_support_of_the_gradient(name, steps, extent):
     torch.manual_seed(0)
     operator = create_operator(name, 4, 8, steps=steps).double()
     x = torch.zeros(1, 4, 15, 15, dtype=torch.float64, requires_grad=True)
@@ -160,7 +162,7 @@ def test_true_half_precision_runs_and_stays_close(name, dtype):
 
 
 def test_outputs_keep_the_scale_of_a_convolution():
-    # One too hot operator in a stack of fifty makes a network that does not train.
+    # Otherwise activations explode or vanish in a network of fifty layers.
     torch.manual_seed(0)
     x = torch.randn(2, 64, 16, 16)
     for name in list_operators():
@@ -180,18 +182,18 @@ def test_outputs_keep_the_scale_of_a_convolution():
         ({"in_channels": 0, "out_channels": 8}, ["0"]),
     ],
 )
-def test_impossible_numbers_are_named(name, arguments, words):
+def test_errors_name_the_invalid_argument(name, arguments, words):
     with pytest.raises(ValueError, match=name) as caught:
         create_operator(name, **arguments)
     assert all(word in str(caught.value) for word in [name, *words])
 
 
-def test_unknown_operator_lists_the_nearest():
+def test_an_unknown_operator_lists_the_nearest_names():
     with pytest.raises(ValueError, match="recurrent1"):
         operator_class("recurent1")
 
 
-def test_a_new_operator_is_one_class_and_one_line():
+def test_a_new_operator_needs_one_class():
     try:
 
         @register_operator("halved")
@@ -214,7 +216,7 @@ def test_a_new_operator_is_one_class_and_one_line():
         _OPERATORS.pop("halved", None)
 
 
-def ninths(module: nn.Module) -> set[str]:
+def large_convs(module: nn.Module) -> set[str]:
     return {name for name, m in module.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)}
 
 
@@ -223,13 +225,13 @@ def test_replace_convs_in_resnet50():
 
     model = resnet50()
     before = sum(p.numel() for p in model.parameters())
-    convs = ninths(model)
+    convs = large_convs(model)
     report = replace_convs(model, "basic")
     assert set(report.replaced) == convs
     assert not report.left
     assert report.parameters_before == before
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
-    assert not ninths(model)
+    assert not large_convs(model)
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
@@ -237,7 +239,7 @@ def test_replace_convs_in_resnet50():
 def test_replace_convs_keeps_the_biases_of_vgg16():
     from torchvision.models import vgg16
 
-    with torch.device("meta"):  # 138 M parameters are not needed to look at names and shapes
+    with torch.device("meta"):  # names and shapes need no values of the 138 M parameters
         model = vgg16()
     biases = {name: m.bias for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     report = replace_convs(model, "recurrent2")
@@ -274,7 +276,7 @@ def test_replace_convs_in_timm_res2net_leaves_the_width_of_26():
         assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
-def test_replace_convs_minds_padding_sharing_and_mode():
+def test_replace_convs_respects_padding_shared_weights_and_mode():
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.ModuleDict(
         {
