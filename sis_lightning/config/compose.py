@@ -112,7 +112,7 @@ def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Merges the files that arguments name (`--config`, `--data NAME`, `--trainer NAME`, `--model.backbone NAME`).
 
     Args:
-        arguments: As on the command line.
+        arguments: Arguments as on the command line.
 
     Returns:
         The merged files, and the remaining options, ready for `Run`. An option that gives an object another class drops

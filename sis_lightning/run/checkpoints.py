@@ -26,7 +26,7 @@ class ResumePoint(BaseModel):
     """What a resume needs beyond Lightning's own checkpoint, and what a record says of the training.
 
     Attributes:
-        version: Of this layout.
+        version: Version of this layout.
         point: Where in the run the checkpoint was written: before a training batch, before a validation, or at the end.
         progress: State of Lightning's loops at that point.
         batches: Training batches done.

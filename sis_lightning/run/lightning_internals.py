@@ -39,8 +39,8 @@ def restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
     """Sets the counts of all loops of `fit`, without the restart that Lightning makes of it.
 
     Args:
-        trainer: In the middle of `fit`.
-        state: As `trainer.fit_loop.state_dict()` returned it.
+        trainer: A Trainer in the middle of `fit`.
+        state: The state that `trainer.fit_loop.state_dict()` returned it.
     """
     flags = [loop.restarting for loop in loops(trainer)]
     trainer.fit_loop.load_state_dict(state)

@@ -92,8 +92,8 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     """Shortens a message of jsonargparse to what is wrong and the nearest valid name.
 
     Args:
-        message: As jsonargparse gives it to `error`.
-        parser: The parser that gives it.
+        message: The message that jsonargparse passes to `error`.
+        parser: The parser that passes it.
     """
     key_match = re.match(r'Parser key "([\w.]+)":\s*', message)
     key = key_match.group(1).removeprefix("config.") if key_match else ""

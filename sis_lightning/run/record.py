@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,7 @@ _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "segmentation-
 
 class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+    __test__: ClassVar[bool] = False  # pytest would take `TestRecord` for a class of tests
 
 
 class Code(_Plain):
@@ -73,7 +74,7 @@ class TestedCheckpoint(_Plain):
 
     Attributes:
         file: Its path.
-        sha256: Of the file.
+        sha256: SHA-256 of the file.
         step: Optimizer steps done.
         epoch: Epochs completed.
         finished: Whether the training had come to its end.
@@ -120,7 +121,7 @@ class TestRecord(_Plain):
     """What `sis-lightning test` measured.
 
     Attributes:
-        version: Of this layout.
+        version: Version of this layout.
         task: Name of the run's task, such as `seg_voc`.
         backbone: Short name of the backbone and its operator.
         primary_metric: The metric that chooses checkpoints, such as `test/miou`.

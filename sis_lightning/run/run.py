@@ -71,7 +71,7 @@ class Run:
         """The run that `sis-lightning fit` would start with such arguments.
 
         Args:
-            arguments: As on the command line, such as `["--config", "tasks/seg_voc.yaml", "--data.root", "data"]`.
+            arguments: Arguments as on the command line, such as `["--config", "tasks/seg_voc.yaml"]`.
 
         Raises:
             UsageError: If a file or option does not exist, or a value is invalid.
@@ -211,10 +211,10 @@ class Run:
         """The run's task with a checkpoint's weights, in evaluation mode.
 
         Args:
-            which: As for `checkpoint`.
+            which: `last` (also for None), `best`, or a file.
 
         Raises:
-            DataError: As `checkpoint`.
+            DataError: If the checkpoint is missing, unreadable, or holds another network.
         """
         content = torch.load(self.checkpoint(which), map_location="cpu", weights_only=True)
         self.task.load_state_dict(content["state_dict"])
