@@ -148,9 +148,10 @@ class COCOKeypointsDataModule(COCODataModule):
         return {
             **sample,
             "crops": torch.stack(cut) if cut else torch.zeros(0, 3, height, width, dtype=torch.uint8),
-            "to_image": torch.from_numpy(matrices),
-            "box_scores": torch.from_numpy(persons[:, 4].copy()),
-            "areas": torch.tensor([crop.size[0] * crop.size[1] for crop in crops], dtype=torch.float64),
+            # Arrays, because a Trainer of half precision would round tensors.
+            "to_image": matrices,
+            "box_scores": persons[:, 4].copy(),
+            "areas": np.array([crop.size[0] * crop.size[1] for crop in crops], dtype=np.float64),
         }
 
     @property

@@ -145,8 +145,10 @@ class DetectionTask(BaseTask):
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the losses of the region proposals (objectness, boxes) and of the box head (classes, boxes)."""
+        # With true bfloat16, Lightning has rounded the boxes to it, but torchvision takes no such boxes.
         targets = [
-            {"boxes": boxes, "labels": labels} for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
+            {"boxes": boxes.to(torch.promote_types(boxes.dtype, torch.float32)), "labels": labels}
+            for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
         ]
         losses: dict[str, Tensor] = self.model(list(batch["image"]), targets)
         return losses

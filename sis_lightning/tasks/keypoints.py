@@ -33,7 +33,8 @@ class KeypointTask(BaseTask):
     Training batches are those of `BaseTask`, with `image` a crop of one person (N, C, H, W), H and W multiples of the
     backbone's stride, and the target `keypoints` (N, 17, 3): x, y in px of the crop, and visibility (0: not annotated).
     Evaluation batches hold whole images and, as lists over these, `crops` (P, C, H, W), uint8, `to_image` (P, 2, 3),
-    the affine map from crop to image, `box_scores` (P,), `areas` (P,) in px², and `truth` (see
+    the affine map from crop to image, `box_scores` (P,), `areas` (P,) in px², all three as arrays (a Trainer of half
+    precision would round tensors), and `truth` (see
     `sis_lightning.evaluation`). `predict` returns `KeypointPrediction`.
 
     Args:
@@ -168,26 +169,28 @@ class KeypointTask(BaseTask):
         self._require(batch, "image", "crops", "to_image", "box_scores", "areas")
         counts = [len(crops) for crops in batch["crops"]]
         # Positions stay exact, on the CPU, whatever the network computes in.
-        to_image = torch.cat(list(batch["to_image"])).cpu().double()
+        to_image, box_scores, areas = (
+            [torch.as_tensor(values).cpu().double() for values in batch[key]]
+            for key in ("to_image", "box_scores", "areas")
+        )
+        maps = torch.cat(to_image)
         crops = torch.cat(list(batch["crops"])).to(self.device)
         found = torch.zeros(0, self.num_keypoints, 3, dtype=torch.float64)
         boxes = torch.zeros(0, 4, dtype=torch.float64)
         if len(crops):
             parts = [self._heatmaps(part).float().cpu() for part in torch.split(crops, _CROPS_AT_ONCE)]
-            found = self.codec(crops).decode(torch.cat(parts), to_image)
-            boxes = _boxes_of(to_image, crops.shape[-2:])
+            found = self.codec(crops).decode(torch.cat(parts), maps)
+            boxes = _boxes_of(maps, crops.shape[-2:])
         # Keypoints without published deviations get the mean of COCO's.
         sigmas = self.meta.sigmas or (float(np.mean(COCO_SIGMAS)),) * self.num_keypoints
         outputs = []
-        people = zip(
-            torch.split(found, counts), torch.split(boxes, counts), batch["box_scores"], batch["areas"], strict=True
-        )
-        for keypoints, places, box_scores, areas in people:
+        people = zip(torch.split(found, counts), torch.split(boxes, counts), box_scores, areas, strict=True)
+        for keypoints, places, given, sizes in people:
             values = keypoints.detach().numpy()
             scores = np.array(
-                [rescore(float(score), person[:, 2]) for score, person in zip(box_scores.cpu(), values, strict=True)]
+                [rescore(float(score), person[:, 2]) for score, person in zip(given, values, strict=True)]
             )
-            kept = oks_nms(values, scores, areas.cpu().double().numpy(), sigmas)
+            kept = oks_nms(values, scores, sizes.numpy(), sigmas)
             outputs.append(
                 {"keypoints": keypoints[kept], "scores": torch.from_numpy(scores[kept]), "boxes": places[kept]}
             )
