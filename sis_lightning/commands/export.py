@@ -54,18 +54,9 @@ def main(arguments: list[str]) -> int:
     checkpoint = run.checkpoint(chosen.ckpt)
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else run.directory
     out = Path(chosen.out) if chosen.out else folder / f"model.{chosen.format}"
-    task, data = run.load(checkpoint), run.datamodule
-    network = task.exportable(*run.image_size)
-    # Classification of files sorted into folders: the settings of the run say how an image gets its size.
-    transform = getattr(data, "preparation", None)
-    size = f"{' '.join(str(transform).split())} of torchvision" if transform else network.preprocessing
     step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    mean, std = list(task.meta.mean), list(task.meta.std)
-    metadata = {
-        "preprocessing": f"{size}; then values from 0 to 1, minus {mean}, divided by {std}",
-        "checkpoint": {"file": checkpoint.name, "step": step},
-    }
-    done = export(network, out, metadata=metadata)
+    metadata = {"checkpoint": {"file": checkpoint.name, "step": step}}
+    done = export(run.load(checkpoint), out, run.image_size, metadata=metadata)
     shapes = ", ".join("×".join(map(str, shape)) for shape in done.shapes)
     print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, verified on images of shape {shapes}")
     if done.difference is None:

@@ -174,7 +174,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         detector: Mapping[str, Any] | None = None,
     ) -> None:
         options = dict(detector or {})
-        known = set(inspect.signature(FasterRCNN.__init__).parameters) - _SETTLED
+        parameters = inspect.signature(FasterRCNN.__init__).parameters
+        known = set(parameters) - _SETTLED
         for key in options:
             if key not in known:
                 raise UsageError(f"detector: torchvision's FasterRCNN has no argument '{key}': {nearest(key, known)}")
@@ -212,7 +213,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             **options,
         )
         self.max_size = max_size
-        self.proposals: int = self.rpn._post_nms_top_n["testing"]
+        proposals = "rpn_post_nms_top_n_test"
+        self.proposals = int(options.get(proposals, parameters[proposals].default))
         parts = body.backbone.modules() if freeze_norm else ()
         self.frozen = [part for part in parts if isinstance(part, _BATCH_NORMS)]
         for part in self.frozen:

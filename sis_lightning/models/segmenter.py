@@ -10,7 +10,6 @@ from typing import Any, ClassVar, get_args
 
 import segmentation_models_pytorch as smp
 from segmentation_models_pytorch.encoders import encoders
-from segmentation_models_pytorch.encoders._base import EncoderMixin  # SMP has no public name for it
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +21,7 @@ from sis_lightning.models.export import Exportable
 _ARCHITECTURES = {name: model for name, model in smp.MODEL_ARCHITECTURES_MAPPING.items() if name != "dpt"}
 
 
-class SMPEncoder(nn.Module, EncoderMixin):  # type: ignore[misc]
+class SMPEncoder(nn.Module):
     """A backbone with the interface of SMP's encoders: maps [x, c1, c2, c3, c4, c5] at strides 1, 2, 4, 8, 16, 32.
 
     Args:
@@ -42,22 +41,28 @@ class SMPEncoder(nn.Module, EncoderMixin):  # type: ignore[misc]
                 f"segmentation needs a four-stage backbone with the imagenet stem (strides 4, 8, 16, 32); "
                 f"{config.slug} has {len(config.blocks)} stages and the {config.stem} stem"
             )
-        self._depth, self._output_stride = depth, output_stride
-        self._create(config, 3)
+        self.depth = depth
+        self.backbone = create_backbone(config, output_stride=output_stride)
 
-    def _create(self, config: BackboneConfig, in_channels: int) -> None:
-        self.backbone = create_backbone(config, in_channels, output_stride=self._output_stride)
-        info = self.backbone.feature_info.values()
-        self._in_channels = in_channels
-        self._out_channels = [in_channels, config.channels, *(item.channels for item in info)]
+    @property
+    def out_channels(self) -> list[int]:
+        """Number of channels of each map."""
+        maps = (info.channels for info in self.backbone.feature_info.values())
+        return [self.backbone.in_channels, self.backbone.config.channels, *maps][: self.depth + 1]
+
+    @property
+    def output_stride(self) -> int:
+        """Stride of the last map."""
+        return min(self.backbone.output_stride, 1 << self.depth)
 
     def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
         """Creates the backbone again if images have another number of channels than 3; SMP calls this once.
 
         SMP's own method would draw the first convolution from another distribution.
         """
-        if in_channels != self._in_channels:
-            self._create(self.backbone.config, in_channels)
+        old = self.backbone
+        if in_channels != old.in_channels:
+            self.backbone = create_backbone(old.config, in_channels, output_stride=old.output_stride)
 
     def make_dilated(self, output_stride: int) -> None:
         """Does nothing: the backbone was created with this output stride.
@@ -67,7 +72,7 @@ class SMPEncoder(nn.Module, EncoderMixin):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (N, in_channels, H, W) to the first `depth` + 1 maps."""
-        return [x, *self.backbone.pyramid(x).values()][: self._depth + 1]
+        return [x, *self.backbone.pyramid(x).values()][: self.depth + 1]
 
 
 def _entry(config: BackboneConfig) -> dict[str, Any]:
@@ -189,7 +194,7 @@ class Segmenter(nn.Module):
     @property
     def divisor(self) -> int:
         """The number of which both sides of a padded image are multiples."""
-        return int(self.encoder.output_stride)  # type: ignore[arg-type]
+        return self.encoder.output_stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) to (N, num_classes, H, W)."""
