@@ -190,8 +190,7 @@ def _drop_replaced_classes(composed: Layer, options: list[str]) -> list[str]:
             if holder is not None:
                 holder.clear()
                 holder["class_path"] = class_path
-            earlier = kept[:-1]
-            kept = [*_without(earlier, key), option] if key in chosen else kept
+            kept = [*_without(kept[:-1], key), option]
         chosen[key] = {"class_path": class_path}
     return kept
 

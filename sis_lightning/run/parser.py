@@ -142,8 +142,8 @@ def _classes_of(key: str) -> list[str]:
     """Names of the classes that an option takes."""
     last = key.rpartition(".")[2]
     if last in ("model", "data"):
-        base: type = BaseTask if last == "model" else SISDataModule
-        return sorted(cls.__name__ for cls in _subclasses(base))
+        root: type[Any] = BaseTask if last == "model" else SISDataModule
+        return sorted(cls.__name__ for cls in _subclasses(root))
     if last not in _KINDS:
         return []
     module, base_name = _KINDS[last]
@@ -156,7 +156,8 @@ def _classes_of(key: str) -> list[str]:
     )
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    cls: type[Any]
     for cls in base.__subclasses__():
         if not isabstract(cls) and not cls.__name__.startswith("_"):
             yield cls

@@ -1,6 +1,8 @@
-"""YAML: found from anywhere, laid in layers, every file in the tree valid."""
+"""YAML files: found from anywhere, merged in order, and all of the project's valid."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import yaml
@@ -8,6 +10,7 @@ import yaml
 from sis_lightning.config.compose import compose, load_layer, merge, resolve
 from sis_lightning.config_files import PACKAGED, config_names, find_config
 from sis_lightning.errors import UsageError
+from sis_lightning.run.run import Run
 
 TASKS = config_names("tasks")
 
@@ -43,7 +46,7 @@ def test_a_named_backbone_replaces_all_of_the_old_one(command, task, backbone):
     assert got == {**want, "operator": "recurrent2", "steps": 3}
 
 
-def test_a_trainer_lies_over_all_files():
+def test_a_trainer_overrides_all_files():
     files = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml"]
     for order in ([*files, "--trainer", "gpu"], ["--trainer", "gpu", *files]):
         layers, _ = resolve(order)
@@ -93,7 +96,7 @@ def test_recipes_are_the_papers():
     assert model["lr_scheduler"]["init_args"] == {"milestones": [150, 225], "gamma": 0.1}
 
 
-def test_recipes_of_boxes_and_joints_are_the_papers():
+def test_recipes_of_detection_and_keypoints_are_the_papers():
     for name, classes in (("det_coco", 80), ("det_voc", 20)):
         task = compose([f"tasks/{name}.yaml"])
         model, data = task["model"]["init_args"], task["data"]["init_args"]
@@ -113,7 +116,7 @@ def test_recipes_of_boxes_and_joints_are_the_papers():
     assert model["lr_scheduler"]["init_args"] == {"milestones": [90, 120], "gamma": 0.1}
 
 
-def test_the_search_goes_from_here_over_the_path_to_the_package(tmp_path, monkeypatch):
+def test_files_are_searched_here_then_on_the_path_then_in_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("tasks/seg_voc.yaml") == PACKAGED / "tasks" / "seg_voc.yaml"
     assert find_config("tasks/seg_voc") == PACKAGED / "tasks" / "seg_voc.yaml"
@@ -180,8 +183,47 @@ def test_bad_yaml_is_refused_with_its_place(tmp_path, text, words):
     assert len(message.splitlines()) <= 5
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_files_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"a: \xff\xfe\n")
     with pytest.raises(UsageError, match="UTF-8"):
         load_layer(path)
+
+
+SEG = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml"]
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [f"--model.optimizer={json.dumps(SGD)}"],
+        ["--model.optimizer", json.dumps(SGD)],
+        ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.1"],
+        ["--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.lr=0.1"],
+        ["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.1"],
+        ["--model.optimizer.weight_decay", "0.3", "--model.optimizer", "SGD", "--model.optimizer.lr=0.1"],
+        ["--model.optimizer=Adam", "--model.optimizer.weight_decay=0.3", f"--model.optimizer={json.dumps(SGD)}"],
+    ],
+)
+def test_an_option_that_replaces_a_class_drops_its_arguments_as_a_file_does(tmp_path, options):
+    (tmp_path / "sgd.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": SGD}}}))
+    by_file = Run.from_arguments([*SEG, "--config", str(tmp_path / "sgd.yaml")]).config
+    by_option = Run.from_arguments([*SEG, *options]).config
+    assert by_file["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    assert by_option == by_file
+
+
+def test_an_option_that_names_the_same_class_keeps_its_arguments():
+    for same in ("AdamW", "torch.optim.AdamW"):
+        config = Run.from_arguments([*SEG, "--model.optimizer", same, "--model.optimizer.lr", "0.5"]).config
+        arguments = config["model"]["init_args"]["optimizer"]["init_args"]
+        assert (arguments["lr"], arguments["weight_decay"]) == (0.5, 0.01)
+
+
+def test_another_scheduler_or_data_set_by_option_keeps_nothing_of_the_old_one():
+    options = ["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "5", "--model.lr_interval", "epoch"]
+    scheduler = Run.from_arguments([*SEG, *options]).config["model"]["init_args"]["lr_scheduler"]
+    assert scheduler["init_args"] == {"step_size": 5, "gamma": 0.1, "last_epoch": -1}
+    data = Run.from_arguments([*SEG, "--data=sis_lightning.datamodules.CIFAR100DataModule", "--data.root=here"]).config
+    assert data["data"]["init_args"]["synthetic"] is None

@@ -18,6 +18,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sis_lightning.datamodules.samplers import EpochSampler
 from sis_lightning.errors import DataError
@@ -337,6 +338,13 @@ def test_a_run_that_was_killed_in_its_last_validation_finishes(command, small, t
     for name, weights in ended["state_dict"].items():
         assert torch.equal(weights, again["state_dict"][name])
     assert read_history(run)[-1].how == "finished"
+    # TensorBoard displays each validation once, at the number of steps done before it.
+    events = EventAccumulator(str(run / "tensorboard" / "fit")).Reload()
+    metric = "val/miou" if task == "seg_voc" else "val/AP"
+    steps = [event.step for event in events.Scalars(metric)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 4
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
 
 
 def test_the_first_configuration_is_kept(command, small, tmp_path):
