@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from sis_lightning import __version__
-from sis_lightning.errors import UsageError, UserError, nearest
+from sis_lightning.errors import MissingDataError, UsageError, UserError, nearest
 
 #: Summary of each command, in the order of the overview. The module has the command's name with `_` for `-`.
 COMMANDS = {
@@ -119,6 +119,10 @@ def _message(error: UserError) -> str:
     text = str(error)
     if "in DataLoader worker process" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
+    if isinstance(error, MissingDataError):
+        text = (
+            f"{text.rstrip()}\n  No data at hand? 'sis-lightning synth DIR' makes a synthetic data set for --data.root."
+        )
     return "\n".join(text.rstrip().splitlines()[:5])
 
 

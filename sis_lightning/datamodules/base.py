@@ -257,6 +257,16 @@ class SISDataModule(LightningDataModule, ABC):
         Raises:
             DataError: If data is missing, damaged or empty.
         """
+        try:
+            self._make_datasets(stage)
+        except MissingDataError as error:
+            fetched = any(archive.fetched for archive in self.archives)
+            raise MissingDataError(f"{error}\n  `download: true` downloads it." if fetched else str(error)) from None
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        if hasattr(module, "set_meta") and self.class_names:
+            module.set_meta(self.meta)
+
+    def _make_datasets(self, stage: str | None) -> None:
         if not self.root.exists() and not (stage == "predict" and self.predict_path):
             raise MissingDataError(f"root '{self.root}' does not exist\n  {self.layout()}".rstrip())
         needed: dict[str | None, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
@@ -267,9 +277,6 @@ class SISDataModule(LightningDataModule, ABC):
                     raise DataError(f"{self.root}: the {split} split is empty")
         if stage == "predict" and "predict" not in self.datasets:
             self._add("predict", UnlabelledDataset(self.predict_path) if self.predict_path else self.dataset("val"))
-        module: Any = self.trainer.lightning_module if self.trainer else None
-        if hasattr(module, "set_meta") and self.class_names:
-            module.set_meta(self.meta)
 
     def _add(self, split: str, dataset: ImageDataset) -> None:
         dataset.require_sound()

@@ -90,11 +90,6 @@ def flip_order(count: int, pairs: Iterable[Sequence[int]]) -> tuple[int, ...]:
     return tuple(order)
 
 
-# Older names, until all callers use those above.
-COCO_JOINTS = COCO_KEYPOINTS
-COCO_MIRROR = flip_order(len(COCO_KEYPOINTS), COCO_FLIP_PAIRS)
-
-
 def voc_palette() -> list[int]:
     """The colour map of VOC's devkit: 256 colours as [r0, g0, b0, r1, …], each 0…255."""
     label = np.arange(256)

@@ -85,7 +85,7 @@ def test_boxes_and_keypoints_of_photographs(command, shared, task, folder, optio
     assert predict.code == 0, predict.err
     rows = json.loads((run / "predictions" / "predictions.json").read_text())
     assert len(rows) == record["data"]["images"]
-    assert len(list((run / "predictions" / "pictures").glob("*.jpg"))) == len(rows)
+    assert len(list((run / "predictions" / "images").glob("*.jpg"))) == len(rows)
 
 
 def test_keypoints_in_a_real_detectors_boxes(command, shared, tmp_path):
@@ -105,7 +105,7 @@ def test_keypoints_in_a_real_detectors_boxes(command, shared, tmp_path):
     assert test.code == 0, test.err
     run = Path("runs/kpt_coco/res2net14-4w4s-basic-8ch/seed0")
     record = json.loads((run / "test.json").read_text())
-    assert "test_coco_det_AP_H_56.json" in record["data"]["person boxes"]
+    assert "test_coco_det_AP_H_56.json" in record["data"]["notes"]["person boxes"]
     results = json.loads((run / "test_results" / "person_keypoints_val2017_sis-lightning_results.json").read_text())
     boxes = json.loads((source / "test_coco_det_AP_H_56.json").read_text())
     assert 0 < len(results) <= len(boxes)
