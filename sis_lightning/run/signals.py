@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, from the first moment of the process on. Imports nothing heavy."""
+"""Signals that ask a run to stop, from the start of the process. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import signal
 from types import FrameType
 from typing import Any
 
-#: SIGTERM: a scheduler wants the process gone; SIGINT: its user; SIGUSR1: SLURM, some time before the limit.
+#: SIGTERM comes from a scheduler, SIGINT from the user, SIGUSR1 from SLURM some time before the time limit.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _early: list[int] = []
 
 
 def remember_early() -> None:
-    """Keeps a SIGUSR1 that comes while torch is being imported, instead of dying of it."""
+    """Remembers a SIGUSR1 that arrives while torch is imported, instead of being killed by it."""
     _early.clear()
     signal.signal(signal.SIGUSR1, lambda number, _: _early.append(number))
 
 
 class StopRequest:
-    """Remembers the first signal that asks to stop; SIGINT a second time stops at once."""
+    """Remembers the first signal that asks to stop; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -28,7 +28,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Answers signals from here on, in this process alone: not in workers that are forked from it."""
+        """Handles signals from now on, in this process alone and not in workers that are forked from it."""
         if _early:
             self.number = _early.pop()
         for number in STOPPING:
@@ -36,7 +36,7 @@ class StopRequest:
             signal.signal(number, self._answer)
 
     def deafen(self) -> None:
-        """Puts back what answered before."""
+        """Restores the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

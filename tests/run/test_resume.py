@@ -489,7 +489,7 @@ def test_a_one_cycle_schedule_is_not_made_longer_by_a_resume(command, small, tmp
     refused = command("fit", *options, *longer, "--resume", "auto", "--resume_changed", "true")
     assert refused.code == 2, refused.out
     assert "ends at step 6, the run at 9" in refused.err
-    assert "a checkpoint brings its own schedule" in refused.err
+    assert "the checkpoint, which brings its own schedule" in refused.err
 
 
 def test_a_directory_that_cannot_be_written(command, small, tmp_path):
