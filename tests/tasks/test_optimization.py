@@ -90,7 +90,7 @@ def test_reduce_on_plateau_follows_a_metric_that_should_rise(tmp_path, kind, int
     run.fit(task, loader(), loader(4))
     assert rates.steps[::interval] == pytest.approx([0.01, 0.01, 0.01, 0.005])
     assert task.notes["learning rate"] == "falls when val/top1 no longer rises"
-    # The rest of the run goes on from a checkpoint with the same state.
+    # A resumed run has the same state.
     run.save_checkpoint(tmp_path / "half.ckpt")
     again = classification(lr_scheduler=functools.partial(kind, patience=0, factor=0.5, **monitor))
     again.val_metrics.compute = lambda: {"top1": next(values)}
