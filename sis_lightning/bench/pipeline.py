@@ -94,6 +94,7 @@ def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
 
 def _bare_step(task: BaseTask, data: SISDataModule) -> Any:
     """A training step as plain PyTorch would write it."""
+    assert task.make_optimizer is not None  # every recipe names an optimizer
     optimizer = task.make_optimizer(task.parameters())
     batches = _batches(data)
 

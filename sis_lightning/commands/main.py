@@ -120,9 +120,7 @@ def _message(error: UserError) -> str:
     if "in DataLoader worker process" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     if isinstance(error, MissingDataError):
-        text = (
-            f"{text.rstrip()}\n  No data at hand? 'sis-lightning synth DIR' makes a synthetic data set for --data.root."
-        )
+        text = f"{text.rstrip()}\n  Name its folder with --data.root DIR; --config configs/demo.yaml needs no data."
     return "\n".join(text.rstrip().splitlines()[:5])
 
 

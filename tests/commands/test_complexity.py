@@ -47,3 +47,37 @@ def test_bad_arguments(command, arguments, words):
     assert result.code == 2
     assert all(word in result.err for word in words)
     assert len(result.err.splitlines()) <= 5
+
+
+OWN_DATA = """
+from sis_lightning.datamodules import VOCSegmentationDataModule
+
+class Mine(VOCSegmentationDataModule):
+    def __init__(self, resolution: int = 96, **kwargs):
+        super().__init__(**kwargs)
+        self.image_size = {size}
+"""
+
+
+def test_the_image_size_comes_from_the_data_module_or_is_asked_for(command, tmp_path, monkeypatch):
+    """Never from the names of options."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, size in {"sized": "(resolution, resolution)", "unsized": "None"}.items():
+        (tmp_path / f"{name}.py").write_text(OWN_DATA.replace("{size}", size))
+        own = {"class_path": f"{name}.Mine", "init_args": {"root": "data", "resolution": 64}}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"data": own}))
+
+    def complexity(name, *options):
+        files = ["tasks/seg_voc.yaml", "configs/demo.yaml", f"{name}.yaml"]
+        return command("complexity", *(f"--config={file}" for file in files), "--json", *options)
+
+    own = complexity("sized")
+    assert own.code == 0, own.err
+    (row,) = json.loads(own.out)
+    assert (row["height"], row["width"]) == (64, 64)
+    unknown = complexity("unsized")
+    assert unknown.code == 2
+    assert "Mine has no image_size" in unknown.err
+    given = complexity("unsized", "--size", "128")
+    assert given.code == 0, given.err
+    assert json.loads(given.out)[0]["width"] == 128

@@ -175,6 +175,6 @@ def test_mismatched_torch_and_torchvision_get_one_sentence(tmp_path):
     )
     assert result.returncode == 2
     assert "torchvision" in result.stderr
-    assert "does not load beside torch" in result.stderr
+    assert "does not load with torch" in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) <= 5
