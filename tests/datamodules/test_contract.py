@@ -64,7 +64,7 @@ def trainer(tmp_path) -> Trainer:
 
 
 @pytest.mark.parametrize("kind", BUILD)
-def test_someone_elses_module_is_given_bytes_and_the_meta_if_it_wants_it(synthetic, tmp_path, kind):
+def test_any_module_gets_uint8_images_and_the_meta_if_it_has_set_meta(synthetic, tmp_path, kind):
     for module in (Foreign(), Curious()):
         data = BUILD[kind](str(synthetic), batch_size=2, num_workers=0)
         trainer(tmp_path).fit(module, data)
@@ -106,7 +106,7 @@ def test_a_mistyped_root_is_an_error_not_new_data(tmp_path):
         datamodules.VOCSegmentationDataModule("root", synthetic={"images": 20})
 
 
-def test_a_folder_to_predict_on_leaves_the_meta_alone(synthetic, tmp_path):
+def test_a_folder_to_predict_on_has_no_meta(synthetic, tmp_path):
     folder = synthetic / "coco" / "val2017"
     data = datamodules.CIFAR100DataModule(str(tmp_path / "nowhere"), predict_path=str(folder), num_workers=0)
     data.setup("predict")

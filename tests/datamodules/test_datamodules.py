@@ -1,4 +1,4 @@
-"""Data sets: read as they lie on disk, augmented by (seed, epoch, index) alone, refused by name where bad."""
+"""DataModules: what they read equals the files, and augmentation depends only on seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from sis_lightning.errors import DataError, MissingDataError, UsageError
 
 
 @given(length=st.integers(0, 50), world=st.integers(1, 7))
-def test_evaluation_deals_every_sample_once(length, world):
+def test_evaluation_yields_every_sample_once(length, world):
     ranks = [list(ShardSampler(length, rank, world)) for rank in range(world)]
     assert sorted(index for rank in ranks for _, index in rank) == list(range(length))
     assert [len(ShardSampler(length, rank, world)) for rank in range(world)] == [len(rank) for rank in ranks]
 
 
 @given(length=st.integers(1, 50), world=st.integers(1, 7), seed=st.integers(0, 9), epoch=st.integers(0, 9))
-def test_training_deals_a_permutation_in_equal_shares(length, world, seed, epoch):
+def test_training_yields_a_permutation_in_equal_shares(length, world, seed, epoch):
     ranks = []
     for rank in range(world):
         sampler = EpochSampler(length, seed, rank, world)
@@ -62,7 +62,7 @@ def batches(root, workers: int, epoch: int) -> torch.Tensor:
     return torch.cat([batch["image"] for batch in loader])
 
 
-def test_augmentation_depends_on_epoch_and_index_alone(synthetic):
+def test_augmentation_depends_only_on_epoch_and_index(synthetic):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = batches(synthetic, 0, epoch=3)
@@ -72,7 +72,7 @@ def test_augmentation_depends_on_epoch_and_index_alone(synthetic):
     assert not torch.equal(batches(synthetic, 0, epoch=4), first)
 
 
-def test_normalising_is_undone():
+def test_denormalize_inverts_normalize():
     mean, std = DatasetMeta().mean, DatasetMeta().std
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
     normal = normalize(images, mean, std)
@@ -118,7 +118,7 @@ def test_cifar_reads_the_python_layout(synthetic):
     assert data.identity().startswith("synthetic")
 
 
-def test_cifar_says_other_where_the_checksum_is_not_the_published_one(synthetic, tmp_path):
+def test_cifar_with_another_checksum_is_other(synthetic, tmp_path):
     shutil.copytree(synthetic / "cifar-100-python", tmp_path / "cifar-100-python")
     (tmp_path / "cifar-100-python" / "SYNTHETIC.json").unlink()
     data = CIFAR100DataModule(str(tmp_path), num_workers=0)
@@ -126,7 +126,7 @@ def test_cifar_says_other_where_the_checksum_is_not_the_published_one(synthetic,
     assert data.identity().startswith("other")
 
 
-def test_cifar_says_official_by_the_published_checksums(synthetic, tmp_path, monkeypatch):
+def test_cifar_with_the_published_checksums_is_official(synthetic, tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR100
 
     from sis_lightning.datasets.download import md5
@@ -166,7 +166,7 @@ def dump(content) -> bytes:
         (dump({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, 100]}), ["label 100", "100 classes"]),
     ],
 )
-def test_cifar_files_that_are_wrong(synthetic, tmp_path, capfd, content, words):
+def test_damaged_cifar_files_are_refused(synthetic, tmp_path, capfd, content, words):
     shutil.copytree(synthetic / "cifar-100-python", tmp_path / "cifar-100-python")
     (tmp_path / "cifar-100-python" / "train").write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -227,7 +227,7 @@ def test_image_folder_errors(folder):
         data.dataset("train")
 
 
-def test_images_that_cannot_be_read(tmp_path):
+def test_unreadable_images_are_refused(tmp_path):
     path = tmp_path / "a.jpg"
     with pytest.raises(DataError, match=r"a\.jpg: no such image"):
         read_image(path)
@@ -266,7 +266,7 @@ def test_folder_to_predict(tmp_path):
     assert sorted(names) == ["b.PNG", "b.jpg", "deep/a"]
 
 
-def test_photographs_are_turned_upright_and_sixteen_bits_become_eight(tmp_path):
+def test_photographs_are_rotated_upright_and_16_bits_become_8(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (50, 30)).save(tmp_path / "a.jpg", exif=exif)
@@ -276,7 +276,7 @@ def test_photographs_are_turned_upright_and_sixteen_bits_become_eight(tmp_path):
     assert read_image(tmp_path / "deep.png").unique().tolist() == [0x7F]
 
 
-def test_synthetic_data_is_made_where_there_is_none(tmp_path, capsys):
+def test_missing_synthetic_data_is_made(tmp_path, capsys):
     root = tmp_path / "made"
     arguments = {"root": str(root), "images": 20, "size": 48, "min_object": 12, "kinds": ["voc"]}
     data = VOCSegmentationDataModule(str(root), synthetic=arguments, num_workers=0)
@@ -347,7 +347,7 @@ def test_palette_is_the_devkits():
     assert voc_palette() == [value for label in range(256) for value in colour(label)]
 
 
-def test_train_aug_is_taken_where_it_is(voc):
+def test_train_aug_is_used_if_it_exists(voc):
     data = VOCSegmentationDataModule(str(voc))
     assert data.dataset("train").names == names(voc, "train")
     augmented = voc / "SegmentationClassAug"
@@ -398,7 +398,7 @@ def test_voc_errors(voc):
 
 @pytest.mark.parametrize("kind", [VOCSegmentationDataModule, CIFAR100DataModule, ImageFolderDataModule])
 @pytest.mark.parametrize("exists", [False, True])
-def test_missing_data_says_what_is_wanted_and_how_to_get_it(tmp_path, kind, exists):
+def test_missing_data_names_the_expected_layout(tmp_path, kind, exists):
     root = tmp_path / "data"
     if exists:
         root.mkdir()
@@ -424,7 +424,7 @@ def test_own_classes(voc):
         read_mask(voc / "x.png", 7)
 
 
-def test_settings_that_cannot_be(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     for arguments in ({"batch_size": 0}, {"num_workers": -1}, {"crop_size": 3}, {"scale": (2.0, 1.0)}):
         with pytest.raises(UsageError, match=next(iter(arguments))):
             VOCSegmentationDataModule(str(tmp_path), **arguments)

@@ -1,4 +1,4 @@
-"""COCO's and VOC's annotations as arrays, and every defect of them found and named."""
+"""COCO's and VOC's annotations as arrays, with every defect found and named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def coco(root: Path, kind: str = "instances", split: str = "train2017") -> Path:
     return root / "coco" / "annotations" / f"{kind}_{split}.json"
 
 
-def test_coco_is_read_as_it_stands(synthetic):
+def test_coco_arrays_equal_the_file(synthetic):
     path = coco(synthetic)
     raw = json.loads(path.read_text())
     got = read_coco(path, path.parents[1] / "train2017")
@@ -76,7 +76,7 @@ def test_voc_boxes_span_their_pixels(synthetic):
         assert image.size == tuple(got.sizes[0])
 
 
-def test_objects_lie_by_image_whatever_their_order_in_the_file(synthetic, tmp_path):
+def test_objects_are_sorted_by_image(synthetic, tmp_path):
     content = json.loads(coco(synthetic).read_text())
     shuffled = copy.deepcopy(content)
     np.random.default_rng(0).shuffle(shuffled["annotations"])
@@ -209,7 +209,7 @@ def test_every_defect_is_found_and_named(damaged, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_check_data_lists_it_and_training_mends_or_refuses(command, small, damaged, damage):
+def test_check_data_lists_a_defect_and_training_applies_its_remedy_or_stops(command, small, damaged, damage):
     root, words, remedy = damaged(damage)
     options = [*small("kpt_coco", steps=1), "--data.root", root]
     check = command("check-data", *options, "--annotations-only")
@@ -243,7 +243,7 @@ def test_check_data_lists_it_and_training_mends_or_refuses(command, small, damag
         ('{"images": [{"id": 1}], "categories": []}', "entry 0 of 'images' has no 'file_name'"),
     ],
 )
-def test_files_that_are_of_another_kind(tmp_path, text, words):
+def test_files_of_other_formats_are_refused(tmp_path, text, words):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=rf"a\.json.*{words}"):
         read_coco(tmp_path / "a.json", tmp_path)
@@ -276,7 +276,7 @@ def too_wide(node):
 
 
 @pytest.mark.parametrize("damage", [unknown_class, words_for_numbers, no_box, turned_round, too_wide])
-def test_defects_of_voc(synthetic, tmp_path, damage):
+def test_voc_defects_are_found_and_named(synthetic, tmp_path, damage):
     home = tmp_path / "VOC2012"
     shutil.copytree(synthetic / "VOCdevkit" / "VOC2012", home)
     names = read_names(voc_list(home, "Main", "train"))
@@ -290,7 +290,7 @@ def test_defects_of_voc(synthetic, tmp_path, damage):
     assert "object 1" in defect.where
 
 
-def test_files_that_voc_lacks(synthetic, tmp_path):
+def test_missing_voc_files_are_defects(synthetic, tmp_path):
     home = tmp_path / "VOC2012"
     shutil.copytree(synthetic / "VOCdevkit" / "VOC2012", home)
     names = read_names(voc_list(home, "Main", "train"))
@@ -306,7 +306,7 @@ def test_files_that_voc_lacks(synthetic, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["seg_voc", "cls_cifar100", "det_voc", "det_coco", "kpt_coco"])
-def test_nothing_is_wrong_with_sound_data(command, small, task):
+def test_check_data_finds_no_defects_in_sound_data(command, small, task):
     result = command("check-data", *small(task))
     assert result.code == 0, result.out + result.err
     assert "no defects" in result.out
@@ -314,7 +314,7 @@ def test_nothing_is_wrong_with_sound_data(command, small, task):
     assert "train:" in result.out
 
 
-def test_images_that_cannot_be_read_are_listed(command, small, synthetic, tmp_path):
+def test_check_data_lists_unreadable_images(command, small, synthetic, tmp_path):
     root = tmp_path / "own"
     shutil.copytree(synthetic / "coco", root / "coco")
     pictures = sorted((root / "coco" / "train2017").iterdir())
@@ -327,7 +327,7 @@ def test_images_that_cannot_be_read_are_listed(command, small, synthetic, tmp_pa
     assert "2 defect(s)" in result.out
 
 
-def test_masks_that_are_wrong_are_listed(command, small, synthetic, tmp_path):
+def test_check_data_lists_defects_of_masks(command, small, synthetic, tmp_path):
     root = tmp_path / "own"
     shutil.copytree(synthetic / "VOCdevkit", root / "VOCdevkit")
     home = root / "VOCdevkit" / "VOC2012"

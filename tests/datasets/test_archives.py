@@ -1,4 +1,4 @@
-"""That data on disk is what its publisher's archives hold: proved byte by byte, or refused with the file."""
+"""Data on disk equals its published archives, byte by byte, or the file that differs is named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def published(request, synthetic, tmp_path, publish) -> tuple[str, Path, Path]:
     return request.param, tmp_path / "copy", tmp_path / "archives"
 
 
-def test_what_the_archives_hold_is_proved_and_nothing_else(published, command):
+def test_only_data_that_equals_the_archives_is_verified(published, command):
     task, copy, folder = published
     line = ["check-data", "--config", f"tasks/{task}.yaml", "--data.root", copy, "--annotations-only"]
     assert "verified" not in command(*line).out
@@ -70,7 +70,7 @@ def test_files_that_are_in_no_archive_are_refused(tmp_path):
         verify_files(sorted((tmp_path / "a").iterdir()), tmp_path, [archive], tmp_path)
 
 
-def test_data_without_a_publisher_cannot_be_proved(command, tmp_path):
+def test_data_without_published_archives_cannot_be_verified(command, tmp_path):
     from PIL import Image
 
     for split in ("train", "val"):
@@ -83,7 +83,7 @@ def test_data_without_a_publisher_cannot_be_proved(command, tmp_path):
     assert "not of a published data set" in result.err
 
 
-def test_two_archives_of_one_folder_are_laid_together(tmp_path):
+def test_two_archives_are_merged_into_one_folder(tmp_path):
     """VOC 2007 comes in two."""
     for name, file in (("trainval", "a.jpg"), ("test", "b.jpg")):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:

@@ -191,7 +191,7 @@ def test_an_entry_is_sound_or_not_for_training_and_scoring_alike(synthetic, tmp_
         evaluate(path, [], kind)
 
 
-def test_an_area_that_is_missing_is_that_of_mask_or_box(synthetic):
+def test_a_missing_area_is_computed_from_mask_or_box(synthetic):
     content = json.loads((synthetic / "coco" / "annotations" / "instances_val2017.json").read_text())
     areas = {kind: read_coco(content, kind=kind).areas for kind in ("bbox", "segm")}
     for row in content["annotations"]:

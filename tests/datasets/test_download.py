@@ -1,4 +1,4 @@
-"""Downloads against a real server that breaks off, and archives that are not what they should be."""
+"""Downloads from a real server that interrupts transfers, and damaged archives."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def patient(monkeypatch):
 SUM = hashlib.md5(CONTENT).hexdigest()
 
 
-def test_a_broken_transfer_goes_on_where_it_broke(server, tmp_path):
+def test_an_interrupted_transfer_is_resumed(server, tmp_path):
     server.limit = 400_000
     target = download(server.url, tmp_path / "a.tar", SUM)
     assert target.read_bytes() == CONTENT
@@ -69,7 +69,7 @@ def test_a_broken_transfer_goes_on_where_it_broke(server, tmp_path):
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == [target]
 
 
-def test_it_goes_on_in_a_later_call(server, tmp_path):
+def test_a_later_call_resumes_a_transfer(server, tmp_path):
     server.limit = 400_000
     with pytest.raises(DataError, match=r"broke off after 400,000 bytes(.|\n)*again to resume"):
         download(server.url, tmp_path / "a.tar", SUM, attempts=1)
@@ -79,13 +79,13 @@ def test_it_goes_on_in_a_later_call(server, tmp_path):
     assert server.starts == [0, 400_000]
 
 
-def test_a_server_that_cannot_go_on_starts_afresh(server, tmp_path):
+def test_a_server_that_cannot_resume_sends_the_whole_file(server, tmp_path):
     (tmp_path / "a.tar.part").write_bytes(b"old")
     server.ranges = False
     assert download(server.url, tmp_path / "a.tar", SUM).read_bytes() == CONTENT
 
 
-def test_what_is_there_already_is_not_fetched(server, tmp_path):
+def test_existing_files_are_not_downloaded(server, tmp_path):
     (tmp_path / "a.tar").write_bytes(CONTENT)
     download(server.url, tmp_path / "a.tar", SUM)
     (tmp_path / "b.tar.part").write_bytes(CONTENT)
@@ -93,13 +93,13 @@ def test_what_is_there_already_is_not_fetched(server, tmp_path):
     assert server.starts == []
 
 
-def test_a_wrong_checksum_is_not_kept(server, tmp_path):
+def test_a_file_with_a_wrong_checksum_is_removed(server, tmp_path):
     with pytest.raises(DataError, match=f"MD5 is {SUM}"):
         download(server.url, tmp_path / "a.tar", "0" * 32)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_no_server(tmp_path):
+def test_unreachable_server(tmp_path):
     with pytest.raises(DataError, match="broke off after 0 bytes"):
         download("http://127.0.0.1:9/a.tar", tmp_path / "a.tar", SUM, attempts=2)
 
@@ -126,7 +126,7 @@ def test_extract_is_all_or_nothing(tmp_path):
         assert not list((tmp_path / "into").glob("*"))
 
 
-def test_cifar_is_downloaded_where_it_is_missing(server, synthetic, tmp_path, monkeypatch):
+def test_missing_cifar_is_downloaded(server, synthetic, tmp_path, monkeypatch):
     folder = synthetic / "cifar-100-python"
     server.content = archive(**{f"cifar-100-python/{n}": (folder / n).read_bytes() for n in ("train", "test", "meta")})
     server.limit = len(server.content) // 3

@@ -1,4 +1,4 @@
-"""Real photographs, where they are at hand: `SIS_SHARED` names the folder."""
+"""Real photographs, if `SIS_SHARED` names the folder that has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The written files are read here by means other than ours: pickle, ElementTree, pycocotools, the devkit's palette."""
+"""Synthetic data, read by independent means: pickle, ElementTree, pycocotools, the palette of VOC's devkit."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def drawn(tmp_path_factory) -> Path:
     return root
 
 
-# The whole
+# Whole data sets
 
 
-def test_nothing_but_the_arguments_decides(drawn, tmp_path):
+def test_output_depends_only_on_the_arguments(drawn, tmp_path):
     write(tmp_path / "again")
     assert tree(tmp_path / "again") == tree(drawn)
     write(tmp_path / "other", seed=4)
@@ -116,7 +116,7 @@ def test_wrong_arguments_are_named(tmp_path, changes, words):
 # A folder that exists already
 
 
-def test_the_same_data_is_left_as_it_is(drawn):
+def test_existing_data_of_the_same_arguments_is_not_changed(drawn):
     before = {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}
     assert write(drawn) == drawn / "contact_sheet.png"
     assert {path: path.stat().st_mtime_ns for path in drawn.rglob("*")} == before

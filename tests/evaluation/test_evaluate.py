@@ -75,7 +75,7 @@ def test_coco_is_as_published(command, reference, kind, evaluator):
 
 
 @pytest.mark.parametrize("kind", KEY)
-def test_evaluators_agree_on_published_cases_and_leave_rows_alone(reference, kind):
+def test_backends_agree_on_published_cases_and_do_not_change_rows(reference, kind):
     truth, results, _ = published(reference, kind)
     content, rows = json.loads(truth.read_bytes()), json.loads(results.read_bytes())
     before = copy.deepcopy((content, rows))
@@ -129,7 +129,7 @@ def random_case(seed: int) -> tuple[dict[str, object], list[dict[str, object]]]:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(KEY)))
-def test_evaluators_agree_on_random_cases(seed, kind):
+def test_backends_agree_on_random_cases(seed, kind):
     content, rows = random_case(seed)
     one, other = (ground_truth(content, kind, evaluator).score(rows) for evaluator in EVALUATORS)
     assert one == pytest.approx(other, abs=1e-12, nan_ok=True)
@@ -138,7 +138,7 @@ def test_evaluators_agree_on_random_cases(seed, kind):
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 @pytest.mark.parametrize("kind", KEY)
-def test_defined_where_there_is_nothing(kind, evaluator):
+def test_metrics_are_defined_without_objects_or_detections(kind, evaluator):
     content, rows = random_case(2)
     truth = ground_truth(content, kind, evaluator)
     assert rows
@@ -177,7 +177,7 @@ def test_persons_without_a_visible_keypoint_are_not_to_be_found(evaluator):
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
-def test_an_object_numbered_0_can_be_found(evaluator):
+def test_an_object_with_id_0_can_be_found(evaluator):
     box = [10, 10, 40, 40]
     content = {
         "images": [{"id": 0}],
@@ -344,7 +344,7 @@ def test_bad_coco_files_are_named(command, tmp_path, case):
         assert word in result.err, (word, result.err)
 
 
-def test_numbers_of_any_json_kind_are_taken(command, tmp_path):
+def test_numbers_of_any_json_type_are_read(command, tmp_path):
     plain = coco_files(tmp_path, "bbox", lambda c, r: None)
     expected = scored(command, *plain)
     whole = coco_files(tmp_path, "bbox", put("results", 0, image_id=float(random_case(2)[1][0]["image_id"])))
@@ -353,7 +353,7 @@ def test_numbers_of_any_json_kind_are_taken(command, tmp_path):
     assert command("evaluate", *huge).code == 0
 
 
-def test_json_has_null_where_nothing_is_to_find(command, tmp_path):
+def test_json_has_null_for_metrics_without_objects(command, tmp_path):
     result = command("evaluate", *coco_files(tmp_path, "bbox", lambda c, r: c.update(annotations=[])), "--json")
     report = json.loads(result.out, parse_constant=pytest.fail)
     assert set(report["metrics"].values()) == {None}
@@ -483,7 +483,7 @@ rules = st.sampled_from(["devkit", "toolkit"])
 
 @settings(max_examples=150, deadline=None)
 @given(objects=objects_of_voc, rows=rows_of_voc, rule=rules, iou=st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]))
-def test_voc_is_the_plain_loop(objects, rows, rule, iou):
+def test_voc_equals_a_plain_loop(objects, rows, rule, iou):
     truth = voc_truth(objects)
     # The loop looks at objects in the order of the file, as the ground truth has them.
     objects = sorted(objects, key=lambda item: item[0])
@@ -500,7 +500,7 @@ def test_voc_is_the_plain_loop(objects, rows, rule, iou):
 
 @settings(max_examples=60, deadline=None)
 @given(objects=objects_of_voc, rows=rows_of_voc, rule=rules, box=boxes, label=st.integers(0, 2), data=st.data())
-def test_voc_does_not_change_with_what_does_not_count(objects, rows, rule, box, label, data):
+def test_voc_is_invariant_to_what_does_not_count(objects, rows, rule, box, label, data):
     rows = [{**row, "score": row["score"] + i / 100} for i, row in enumerate(rows)]  # no two alike
     truth = VOCGroundTruth(voc_truth(objects, images=5), rule)  # the fifth image has no objects
     metrics = truth.score(rows)
@@ -554,7 +554,7 @@ reals = st.floats(0, 1000, width=32)
         st.tuples(st.integers(0, 3), st.integers(0, 2), reals, reals, reals, reals, st.floats(0, 1)), max_size=12
     ),
 )
-def test_comp4_files_come_back(tmp_path_factory, drawn):
+def test_comp4_files_are_read_back(tmp_path_factory, drawn):
     folder = tmp_path_factory.mktemp("comp4")
     truth = voc_truth([])
     rows = [voc_row(i, k, (x, y, x + w, y + h), score) for i, k, x, y, w, h, score in drawn]
