@@ -18,6 +18,8 @@ from rich.text import Text
 console = Console(soft_wrap=True, highlight=False)
 #: About so many lines are printed by a run whose output is not a terminal.
 _LINES = 20
+#: Width of the bar in columns.
+_BAR = 10
 
 
 def first_rank() -> bool:
@@ -80,15 +82,16 @@ def _clock(seconds: float | None) -> str:
 
 
 class _Numbers(ProgressColumn):
-    """The numbers behind the bar; those that do not fit on the line are left out."""
+    """The numbers behind the bar, and the time left; numbers that do not fit on the line are left out."""
 
     def __init__(self, width: int) -> None:
         super().__init__(Column(no_wrap=True))
         self.width = width
 
     def render(self, task: Task) -> Text:
-        parts = [*task.fields["numbers"], f"{_clock(task.elapsed)} < {_clock(task.time_remaining)}"]
-        while len(parts) > 2 and len("  ".join(parts)) > self.width:
+        parts = [*task.fields["numbers"], f"{_clock(task.time_remaining)} left"]
+        width = self.width - len(task.description) - _BAR - 2  # a space on each side of the bar
+        while len(parts) > 2 and len("  ".join(parts)) > width:
             del parts[-2]
         return Text("  ".join(parts))
 
@@ -115,11 +118,10 @@ class ProgressLine(ProgressBar):
         if not self.enabled:
             return
         if self.line is None:
-            width = max(20, console.width - 34)  # beside the description and the bar
             self.line = Progress(
                 "{task.description}",
-                BarColumn(bar_width=10),
-                _Numbers(width),
+                BarColumn(bar_width=_BAR),
+                _Numbers(console.width),
                 console=console,
                 refresh_per_second=4,
                 redirect_stdout=False,

@@ -45,13 +45,12 @@ def test_one_line_in_a_terminal(command, small, monkeypatch, width):
     lines = [line for line in re.split(r"[\r\n]", plain) if line.startswith(("step", "validation"))]
     assert any("loss" in line and "lr" in line for line in lines), plain
     assert max(len(line.rstrip()) for line in lines) <= width
-    assert ("images/s" in plain) == (width == 120) or "images/s" in plain
+    assert any("images/s" in line and "left" in line for line in lines), plain
 
 
 def test_the_numbers_that_do_not_fit_are_left_out():
-    column = progress._Numbers(30)
+    column = progress._Numbers(47)
     line = progress.Progress(console=Console(file=io.StringIO(), width=80))
     line.add_task("step", total=10, numbers=["loss 1.2345", "lr 0.01", "images/s 100.0", "miou 0.5000"])
     text = str(column.render(line.tasks[0]))
-    assert text.startswith("loss 1.2345")
-    assert len(text) <= 30
+    assert text == "loss 1.2345  lr 0.01  -:-- left"
