@@ -28,7 +28,7 @@ def run_parser(command: str, description: str, examples: Sequence[tuple[str, str
     Args:
         command: `fit`, `validate`, `test` or `predict`.
         description: What it does.
-        examples: As for `Parser`.
+        examples: Example command lines, as for `Parser`.
     """
     parser = Parser(command, f"{description} {_MERGING}", examples, usage=_USAGE)
     what = parser.add_argument_group("configuration")
@@ -93,9 +93,9 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
     """Prints help, or runs the command.
 
     Args:
-        parser: That explains the command.
+        parser: The parser that explains the command.
         command: `fit`, `validate`, `test` or `predict`.
-        arguments: As typed, without the command.
+        arguments: Arguments as typed, without the command.
 
     Returns:
         The exit code.

@@ -16,8 +16,8 @@ def main(arguments: list[str]) -> int:
         "List runs with their state, the SLURM job, step and epoch reached, the newest validation metric, and how "
         "often they were restarted.",
         [("status", "all runs below runs/"), ("status runs/seg_voc --json", "")],
-        more="States: running, finished, stopped early (by a callback), killed (ended without a word), SIGTERM and the "
-        "like (stopped by that signal, and resumable), the name of an error, or what SLURM says of the job.",
+        more="States: running, finished, stopped early (by a callback), killed (ended without a note), SIGTERM or "
+        "another signal (stopped by it, and resumable), the name of an error, or the state of the job in SLURM.",
     )
     parser.add_argument("folders", nargs="*", metavar="DIR", help="Folders that contain runs (default: runs).")
     parser.add_json()

@@ -221,7 +221,8 @@ def activation_maps(runs: Sequence[Path], images: int = 4) -> Figure:
             if axis is line[0]:
                 axis.imshow(pixels)
                 continue
-            maps, probabilities = class_activation_map(one.network, normalize(image, one.data.meta.mean, one.data.meta.std)[None])
+            seen = normalize(image, one.data.meta.mean, one.data.meta.std)[None]
+            maps, probabilities = class_activation_map(one.network, seen)
             large = F.interpolate(maps[None], image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
             field = (large / large.max().clamp_min(1e-12)).clamp_min(0).numpy()
             axis.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=1)

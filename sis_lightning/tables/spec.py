@@ -193,7 +193,7 @@ class Table:
         title: Heading of the table.
         columns: The columns, from left to right.
         groups: Groups of rows, from top to bottom.
-        reported_by: Whose values stand beside ours, such as `the paper`; empty if nobody reported any.
+        reported_by: Source of the values beside ours, such as `the paper`; empty if nobody reported any.
         caption: One or two sentences that readers of the table need.
         notes: Names of footnotes of the whole table.
     """

@@ -1,4 +1,4 @@
-"""Benchmarks: what their ratios claim, and that every command measures and keeps what it says."""
+"""Benchmarks: what their ratios mean, and that every command measures and keeps what it says."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from sis_lightning.models.complexity import count_macs
 
 
 @pytest.mark.parametrize("rounds", [6, 11, 20])
-def test_the_interval_holds_the_median_in_95_of_100_cases(rounds):
+def test_the_interval_contains_the_median_in_95_of_100_cases(rounds):
     rng = np.random.default_rng(rounds)
     ratios = [Ratio.of(rng.lognormal(0.3, 0.4, rounds)) for _ in range(2000)]
     share = np.mean([ratio.low <= np.exp(0.3) <= ratio.high for ratio in ratios])
     assert share > 0.94
-    # And is no wider than it needs to be: one value further in, it would hold it too seldom.
+    # It is not wider than needed: one value further in, it would contain the median too rarely.
     assert np.mean([ratio.high - ratio.low for ratio in ratios]) < {6: 1.7, 11: 1.3, 20: 0.8}[rounds]
 
 
 @given(st.lists(st.floats(0.5, 2), min_size=1, max_size=30))
-def test_a_spread_that_covers_1_is_no_win(ratios):
+def test_an_interval_that_contains_1_shows_no_difference(ratios):
     ratio = Ratio.of(ratios)
     assert min(ratios) <= ratio.low <= ratio.median <= ratio.high <= max(ratios)
     assert ratio.verdict == ("faster" if ratio.low > 1 else "slower" if ratio.high < 1 else "no difference shown")
 
 
-def test_turns_tell_the_faster_one(monkeypatch):
-    # By a clock that the work itself moves on, each time a little slower, as on a machine that grows hot.
+def test_alternate_timing_finds_the_faster_function(monkeypatch):
+    # The work itself advances the clock, a little more each time, as on a machine that becomes slower.
     now, calls = [0.0], []
     for name in ("perf_counter", "process_time"):
         monkeypatch.setattr(f"sis_lightning.bench.paired.time.{name}", lambda: now[0])
@@ -55,9 +55,9 @@ def test_turns_tell_the_faster_one(monkeypatch):
     quick, slow = time_alternately([work("quick", 1.0), work("slow", 3.0)], rounds=8, seconds=1.0, warmup=1)
     ratio = quick.faster_than(slow)
     assert (ratio.verdict, slow.faster_than(quick).verdict) == ("faster", "slower")
-    assert ratio.median == pytest.approx(3, rel=0.03)  # although the last turn was slower than the first
+    assert ratio.median == pytest.approx(3, rel=0.03)  # although the last round was slower than the first
     assert len(quick.wall) == len(slow.cpu) == 8
-    # Neither always follows the other.
+    # Neither function always follows the other.
     assert {"quick slow", "slow quick"} <= {f"{one} {two}" for one, two in itertools.pairwise(calls[4:])}
 
 
@@ -130,20 +130,20 @@ def test_networks_are_compared_and_kept(command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "what is to be timed?"),
-        (["sis50", "--eval"], "what is to be timed?"),
+        ([], "what should be timed?"),
+        (["sis50", "--eval"], "what should be timed?"),
         (["sis50", "--batch", "0"], "--batch is 0"),
         (["sis50+fast"], "no treatment 'fast'"),
     ],
 )
-def test_what_cannot_be_timed_is_said(command, arguments, words):
+def test_what_cannot_be_timed_is_refused(command, arguments, words):
     result = command("bench", *arguments, "--out", "kept")
     assert result.code == 2
     assert words in result.err
     assert not Path("kept").exists()
 
 
-def test_bench_keeps_its_figures_and_the_others(command, tmp_path):
+def test_results_are_kept_beside_those_of_other_benchmarks(command, tmp_path):
     # The tables of other benchmarks in the folder stay in its README.
     first = command("bench", "--eval", "--images", "2", "--out", "kept")
     assert first.code == 0, first.err
@@ -170,6 +170,6 @@ def test_bench_keeps_its_figures_and_the_others(command, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
 @pytest.mark.parametrize("what", [["--operators"], ["sis50", "resnet50"]])
-def test_a_device_that_is_not_there_is_told_at_once(command, what):
+def test_a_missing_device_is_reported_at_once(command, what):
     result = command("bench", *what, "--device", "cuda")
-    assert (result.code, result.err) == (2, "sis-lightning: --device cuda: torch sees no GPU here\n")
+    assert (result.code, result.err) == (2, "sis-lightning: device is cuda, but torch finds no GPU here\n")
