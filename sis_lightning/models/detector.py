@@ -272,7 +272,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             module=_OneImage(self),
             shape=(channels, height, width),
             multiples={1: 1, 2: 1},
-            input=f"({channels}, H, W), one image",
+            # Tracing records that an image was not padded, see `_padded`.
+            input=f"({channels}, H, W), one image, the longer side at most {self.max_size // 32} times the shorter one",
             preprocessing="the image at its own size",
             outputs={
                 "boxes": "(objects, 4), x1, y1, x2, y2 in pixels of the image",

@@ -89,7 +89,7 @@ class SISOperator(nn.Module):
             return f"{in_channels} and {out_channels} channels do not divide into {groups} groups"
         width = out_channels // groups
         if width % cls.channel_multiple:
-            per_group = f" / {groups} groups = {width} channels a group" if groups > 1 else ""
+            per_group = f" / {groups} groups = {width} channels per group" if groups > 1 else ""
             return f"out_channels {out_channels}{per_group} is not divisible by {cls.channel_multiple}"
         return None
 

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from sis_lightning import BackboneConfig, Classifier, create_backbone, list_backbones, load_model_weights
 from sis_lightning.backbones import backbone_config
 from sis_lightning.config_files import PACKAGED, config_names
+from sis_lightning.errors import UsageError
 from sis_lightning.operators import SISOperator, list_operators
 
 NAMES = config_names("configs/backbones")
@@ -250,6 +251,29 @@ def test_different_configurations_have_different_slugs():
     configs |= {backbone_config("sis50", **{key: value}) for key, value in {"norm": "gn", "channels": 32}.items()}
     assert len({config.slug for config in configs}) == len(configs)
     assert backbone_config("sis50").slug == "res2net50-26w4s-basic"
+
+
+@pytest.mark.parametrize("in_channels", [1, 3, 5])
+def test_images_may_have_any_number_of_channels(in_channels):
+    net = create_backbone("sis_demo", in_channels, operator="interactive1", norm="gn")
+    assert (net.in_channels, net.config.operator, net.config.norm) == (in_channels, "interactive1", "gn")
+    assert net(torch.randn(1, in_channels, 32, 32))["c5"].shape == (1, 512, 1, 1)
+    assert create_backbone("sis_demo", operator=None).config == backbone_config("sis_demo")
+
+
+@pytest.mark.parametrize("in_channels", [0, -1, 2.5])
+def test_invalid_numbers_of_channels(in_channels):
+    with pytest.raises(UsageError, match="in_channels"):
+        create_backbone("sis_demo", in_channels)
+
+
+def test_backbones_of_the_user_are_listed(tmp_path, monkeypatch):
+    folder = tmp_path / "configs" / "backbones"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("family: resnet\ndepth: 14\n")
+    monkeypatch.setenv("SIS_CONFIG_PATH", str(tmp_path))
+    assert "mine" in list_backbones()
+    assert backbone_config("mine") == BackboneConfig("resnet", 14)
 
 
 def test_backbones_of_the_package_are_listed():
