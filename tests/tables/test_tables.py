@@ -140,7 +140,7 @@ def test_a_record_counts_if_data_recipe_and_code_are_right():
     assert cell_of(piece(tested_otherwise=off)).state == "reproduced"
 
 
-def tested_with(key: str, trained: Any, tested: Any) -> dict[str, Any]:
+def changed_for_test(key: str, trained: Any, tested: Any) -> dict[str, Any]:
     return {"tested_otherwise": {key: {"trained": trained, "tested": tested}}}
 
 
@@ -166,10 +166,13 @@ def code(**changes: Any) -> dict[str, Any]:
         "another configuration by the same name": ("other recipe", {"recipe_hash": "another"}),
         "another configuration by another name": ("not run", {"recipe_hash": "another", "task": "mine"}),
         "the best checkpoint": ("other recipe", {"checkpoint__finished": False}),
-        "some of the test images": ("other recipe", tested_with("trainer.limit_test_batches", None, 5)),
-        "no test images": ("other recipe", tested_with("data.init_args.limit", None, 0)),
-        "without the flipped image": ("other recipe", tested_with("model.init_args.flip_test", True, False)),
-        "persons found by a detector": ("other recipe", tested_with("data.init_args.person_boxes", None, "boxes.json")),
+        "some of the test images": ("other recipe", changed_for_test("trainer.limit_test_batches", None, 5)),
+        "no test images": ("other recipe", changed_for_test("data.init_args.limit", None, 0)),
+        "without the flipped image": ("other recipe", changed_for_test("model.init_args.flip_test", True, False)),
+        "persons found by a detector": (
+            "other recipe",
+            changed_for_test("data.init_args.person_boxes", None, "boxes.json"),
+        ),
         "uncommitted changes in the test": ("other recipe", {"code": code(dirty=True)}),
         "uncommitted changes in the training": ("other recipe", {"training__code": [code(dirty=True)]}),
         "a configuration that was changed during training": ("other recipe", {"training__changed": ["model.lr"]}),
@@ -473,8 +476,7 @@ def test_what_is_missing_is_listed_with_commands_that_hold(results, capfd):
     assert "not begun" in out
     # What is listed is what fit resolves to the cell's recipe.
     command = lines[-1].split()[1:]
-    with pytest.raises(SystemExit):
-        main([*command, "--print_config"])
+    assert main([*command, "--print_config"]) == 0
     assert "operator: basic" in capfd.readouterr().out
     assert results("plan", "--table", "10") == 2
     assert "there is no table '10'" in capfd.readouterr().err
@@ -528,7 +530,7 @@ def test_what_was_run_and_does_not_count_is_told_and_left(results, capfd):
     # Tested on other settings than the table's, and taken in.
     content = json.loads((run / "test.json").read_text())
     content.pop("checksum")
-    write_with_checksum(run / "test.json", content | tested_with("data.init_args.limit", None, 2))
+    write_with_checksum(run / "test.json", content | changed_for_test("data.init_args.limit", None, 2))
     capfd.readouterr()
     assert results("run", "--rows", "Res2Net") == 0
     assert "does not count: it was tested with another data.init_args.limit" in capfd.readouterr().err
