@@ -7,6 +7,8 @@ most runs need.
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,13 +128,19 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
 
 
 def _print_all_options(layers: dict[str, Any]) -> None:
-    """Prints every option of a command: of the run and the Trainer, of the model, and of the data."""
+    """Prints every option of a command: of the run and the Trainer, of the task, and of its data."""
     from sis_lightning.run.parser import run_parser as all_options
 
-    classes = {part: layers.get(part, {}).get("class_path") for part in ("model", "data")}
-    # Each of these options prints its part of the help, and leaves.
-    for option in ["--help", *(f"--{part}.help={name}" for part, name in classes.items() if name)]:
-        with contextlib.suppress(SystemExit):
+    sections = {"--help": "Options of the run and of Lightning's Trainer"}
+    for part in ("model", "data"):
+        if name := layers.get(part, {}).get("class_path"):
+            sections[f"--{part}.help={name}"] = f"Options of {name.rpartition('.')[2]}"
+    for option, title in sections.items():
+        # Each of these options prints its part of the help, and leaves.
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
             all_options().parse_args([option])
-    if not all(classes.values()):
-        print("\nThe options of a task and its data are listed with its configuration: --config tasks/NAME.yaml")
+        # The usage lists all options a first time, without explanations.
+        body = printed.getvalue().partition("\n\n")[2]
+        print(f"{title}\n{'=' * len(title)}\n{re.sub(r'^Help for --.*$', '', body, flags=re.M).strip()}\n")
+    if len(sections) < 3:
+        print("The options of a task and its data are listed with its configuration: --config tasks/NAME.yaml")
