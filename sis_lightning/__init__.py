@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from sis_lightning.version import __version__
 
 # Public names by the module in which they are. They are imported at first use: `sis-lightning --help` must not wait
 # for torch.

@@ -9,8 +9,9 @@ import numpy as np
 
 from sis_lightning.bench.report import Benchmark, benchmark
 from sis_lightning.datasets.coco_reader import read_coco
+from sis_lightning.datasets.meta import Backend
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.evaluation.coco import Backend, COCOGroundTruth
+from sis_lightning.evaluation.coco import COCOGroundTruth
 
 _CLASSES, _BOXES, _FALSE = 80, 36, 4  # classes of the data set; boxes and false detections per image
 _SIDE = 640

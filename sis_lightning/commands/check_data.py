@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sis_lightning.commands.arguments import Parser, config_options, require_torch
+from sis_lightning.datasets.constants import SPLITS
 from sis_lightning.errors import UsageError
 
 if TYPE_CHECKING:
     from sis_lightning.datamodules import SISDataModule
-    from sis_lightning.datamodules.base import Split
-
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def main(arguments: list[str]) -> int:

@@ -26,8 +26,9 @@ import random
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler, sample_seed
 from sis_lightning.datasets.base import ImageDataset, Sample, collate
-from sis_lightning.datasets.constants import SYNTHETIC_MARKER
+from sis_lightning.datasets.constants import SPLITS, SYNTHETIC_MARKER, Split
 from sis_lightning.datasets.download import Archive, download, extract
 from sis_lightning.datasets.folder import UnlabelledDataset
 from sis_lightning.datasets.meta import DatasetMeta
@@ -47,14 +48,34 @@ from sis_lightning.files import digest_files, digest_listing
 from sis_lightning.machine import usable_cores
 from sis_lightning.option_effects import Effect
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+#: Augments or prepares a sample. Loaders send it to their workers, so it must be picklable, and small.
+Transform = Callable[[Sample], Sample]
+
+
+def unchanged(sample: Sample) -> Sample:
+    """Returns a sample as it is."""
+    return sample
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Applies a transform to the image of a sample.
+
+    Attributes:
+        transform: A transform of images, such as those of `torchvision.transforms.v2`.
+    """
+
+    transform: Callable[[Any], Any]
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Returns the sample with the transformed image."""
+        return {**sample, "image": self.transform(sample["image"])}
 
 
 class _Augmented(Dataset[Sample]):
     """Samples by (epoch, index), each transformed under a seed of its own."""
 
-    def __init__(self, dataset: ImageDataset, transform: Callable[[Sample], Sample], seed: int) -> None:
+    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -78,8 +99,8 @@ def _ignore_signals(_: int) -> None:
 class SISDataModule(LightningDataModule, ABC):
     """Loaders over the Datasets of a train, val and test split, and over a folder to predict on.
 
-    A subclass makes the Datasets (`dataset`) and augments samples (`train_transform`). It works with any
-    LightningModule that takes the batch format of `sis_lightning.datamodules.base`; one with a method `set_meta` is
+    A subclass makes the Datasets (`dataset`) and gives the augmentation of samples (`train_transform`). It works with
+    any LightningModule that takes the batch format of `sis_lightning.datamodules.base`; one with a method `set_meta` is
     given the `DatasetMeta` at the end of `setup`. Without a Trainer, call `setup` and then `train_dataloader`.
 
     Args:
@@ -145,13 +166,18 @@ class SISDataModule(LightningDataModule, ABC):
             DataError: If something is missing or damaged: what, where, and where to get it.
         """
 
+    @property
     @abstractmethod
-    def train_transform(self, sample: Sample) -> Sample:
-        """Augments a sample, drawing from the global random generators."""
+    def train_transform(self) -> Transform:
+        """Augments a sample, drawing from the global random generators.
 
-    def eval_transform(self, sample: Sample) -> Sample:
+        It is sent to the loader's workers, so it should not refer to the DataModule, and with it to Trainer and model.
+        """
+
+    @property
+    def eval_transform(self) -> Transform:
         """Prepares a sample for evaluation and prediction, without anything random; by default it stays as it is."""
-        return sample
+        return unchanged
 
     @property
     def meta(self) -> DatasetMeta:
@@ -191,7 +217,7 @@ class SISDataModule(LightningDataModule, ABC):
         return self.batch_size
 
     def identity(self) -> str:
-        """Where the data comes from: `synthetic` by its marker file, else what `provenance` finds."""
+        """The origin of the data: `synthetic` by its marker file, else what `provenance` finds."""
         for folder in (self.home, self.home.parent, self.root):
             marker = folder / SYNTHETIC_MARKER
             if marker.is_file():
@@ -243,7 +269,7 @@ class SISDataModule(LightningDataModule, ABC):
         """
         archives = [archive for archive in self.archives if archive.fetched]
         if not archives:
-            raise UsageError(f"download: {type(self).__name__} has nothing to download")
+            raise UsageError(f"{type(self).__name__} has nothing to download")
         for archive in archives:
             path = download(archive.url, self.root / archive.file, archive.md5)
             extract(path, self.root, archive.folder)
@@ -261,7 +287,7 @@ class SISDataModule(LightningDataModule, ABC):
             self._make_datasets(stage)
         except MissingDataError as error:
             fetched = any(archive.fetched for archive in self.archives)
-            raise MissingDataError(f"{error}\n  `download: true` downloads it." if fetched else str(error)) from None
+            raise MissingDataError(f"{error}\n  download=True downloads it." if fetched else str(error)) from None
         module: Any = self.trainer.lightning_module if self.trainer else None
         if hasattr(module, "set_meta") and self.class_names:
             module.set_meta(self.meta)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torchvision.datasets import CIFAR100
 from torchvision.transforms import v2
 
-from sis_lightning.datamodules.base import SISDataModule, Split
-from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datamodules.base import ImageTransform, SISDataModule, Transform
+from sis_lightning.datasets.base import ImageDataset
 from sis_lightning.datasets.cifar import LAYOUT, CIFAR100Dataset, cifar_home
+from sis_lightning.datasets.constants import Split
 from sis_lightning.datasets.download import Archive, md5
 from sis_lightning.option_effects import Effect
 
@@ -38,8 +39,8 @@ class CIFAR100DataModule(SISDataModule):
 
     def __init__(self, root: str, **loading: Any) -> None:
         super().__init__(root, **loading)
-        self.augmentation = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
-        self.preparation = v2.Resize((32, 32), antialias=True)
+        self._augmentation = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+        self._preparation = v2.Resize((32, 32), antialias=True)
 
     @property
     def home(self) -> Path:
@@ -54,13 +55,15 @@ class CIFAR100DataModule(SISDataModule):
         """CIFAR's three files, and where they are published."""
         return LAYOUT.format(root=self.root)
 
-    def train_transform(self, sample: Sample) -> Sample:
+    @property
+    def train_transform(self) -> Transform:
         """Crops and flips the image."""
-        return {**sample, "image": self.augmentation(sample["image"])}
+        return ImageTransform(self._augmentation)
 
-    def eval_transform(self, sample: Sample) -> Sample:
+    @property
+    def eval_transform(self) -> Transform:
         """Resizes the image to 32×32."""
-        return {**sample, "image": self.preparation(sample["image"])}
+        return ImageTransform(self._preparation)
 
     def provenance(self) -> str:
         """`official` if the MD5 of train, test and meta are the published ones."""

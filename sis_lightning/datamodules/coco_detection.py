@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sis_lightning.datamodules.annotated import checked_limit, flip_image_and_boxes
-from sis_lightning.datamodules.base import SISDataModule, Split
-from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datamodules.base import SISDataModule, Transform
+from sis_lightning.datamodules.flips import flip_image_and_boxes
+from sis_lightning.datasets.base import ImageDataset
 from sis_lightning.datasets.coco import FILE_NAMES, LAYOUT, COCODetectionDataset, coco_home
 from sis_lightning.datasets.coco_reader import Kind
+from sis_lightning.datasets.constants import Split
+from sis_lightning.datasets.detection_dataset import check_limit
 from sis_lightning.datasets.download import Archive
-from sis_lightning.datasets.meta import DatasetMeta
-from sis_lightning.evaluation.coco import Backend
+from sis_lightning.datasets.meta import Backend, DatasetMeta
 from sis_lightning.option_effects import Effect
 
 _COCO = "http://images.cocodataset.org"
@@ -30,7 +31,7 @@ class COCODataModule(SISDataModule):
         test_split: Test split, likewise; None for `val_split`. A split without annotations, such as `test-dev2017`,
             gives no metrics but a results file for COCO's server.
         evaluator: The library that computes the metrics: `pycocotools`, or `faster-coco-eval`, which gives the same
-            metrics sooner.
+            metrics faster.
         limit: Number of images with objects, the first ones of every split, for trials; None for all images.
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
     """
@@ -68,7 +69,7 @@ class COCODataModule(SISDataModule):
     ) -> None:
         super().__init__(root, **loading)
         self.splits: dict[Split, str] = {"train": train_split, "val": val_split, "test": test_split or val_split}
-        self.evaluator, self.limit = evaluator, checked_limit(limit)
+        self.evaluator, self.limit = evaluator, check_limit(limit)
         if limit:
             self.notes["limit"] = f"the first {limit} images with objects of each split"
 
@@ -113,6 +114,7 @@ class COCODetectionDataModule(COCODataModule):
         """The images of a split with their boxes."""
         return COCODetectionDataset(self.root, self.splits[split], evaluation=split != "train", limit=self.limit)
 
-    def train_transform(self, sample: Sample) -> Sample:
-        """Flips image and boxes, or not."""
-        return flip_image_and_boxes(sample)
+    @property
+    def train_transform(self) -> Transform:
+        """Flips image and boxes with probability 1/2."""
+        return flip_image_and_boxes

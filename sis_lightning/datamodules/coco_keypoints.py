@@ -1,33 +1,112 @@
-"""Keypoints of persons on COCO, one crop a person."""
+"""Keypoints of persons on COCO, one crop per person."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from sis_lightning.datamodules.base import Split
+from sis_lightning.datamodules.base import Transform
 from sis_lightning.datamodules.coco_detection import COCODataModule
 from sis_lightning.datasets.base import Batch, ImageDataset, Sample
 from sis_lightning.datasets.coco import COCOKeypointsDataset
+from sis_lightning.datasets.constants import Split
+from sis_lightning.datasets.crops import Crop
 from sis_lightning.datasets.folder import UnlabelledDataset
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.person_boxes import Boxes, PersonBoxes
 from sis_lightning.errors import UsageError
-from sis_lightning.models.heatmap_codec import Crop
 from sis_lightning.option_effects import Effect
 
 WHOLE_IMAGES = "none: each image is taken as one person"
 
 
+@dataclass(frozen=True)
+class RandomPersonCrop:
+    """Crops the person of a training sample, randomly rotated, scaled and flipped.
+
+    Attributes:
+        output: Width and height of the crop in px.
+        rotation: Standard deviation of the rotation in degrees.
+        scale: Standard deviation, and maximum change, of the crop's size, as a share of it.
+        flip_order: For each keypoint, the index of the keypoint whose place it takes in a flipped crop.
+    """
+
+    output: tuple[int, int]
+    rotation: float
+    scale: float
+    flip_order: tuple[int, ...]
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Returns `image` (3, h, w), `name` and `keypoints` (17, 3): x, y in px of the crop, and visibility."""
+        crop = Crop.around(sample["box"], self.output)
+        factor = float(np.clip(1 + self.scale * np.random.randn(), 1 - self.scale, 1 + self.scale))
+        angle = float(np.clip(self.rotation * np.random.randn(), -2 * self.rotation, 2 * self.rotation))
+        crop = Crop(
+            crop.centre,
+            (crop.size[0] * factor, crop.size[1] * factor),
+            self.output,
+            rotation=angle if np.random.rand() < 0.6 else 0.0,
+            flipped=bool(np.random.rand() < 0.5),
+        )
+        keypoints = crop.move_keypoints(sample["keypoints"], self.flip_order)
+        keypoints[keypoints[:, 2] == 0] = 0  # keypoints that are not annotated have no place
+        return {
+            "image": crop.cut(sample["image"]),
+            "name": sample["name"],
+            "keypoints": torch.from_numpy(keypoints).float(),
+        }
+
+
+@dataclass(frozen=True)
+class PersonCrops:
+    """Crops all persons of an evaluation sample.
+
+    Attributes:
+        output: Width and height of the crops in px.
+        box_source: The origin of the boxes of samples that have no `person_boxes`.
+        boxes: Boxes (P, 5) x1, y1, x2, y2 in px and score of these samples, by their names; None takes each whole image
+            as one person.
+    """
+
+    output: tuple[int, int]
+    box_source: str = WHOLE_IMAGES
+    boxes: Mapping[str, Boxes] | None = None
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Adds `crops` (P, 3, h, w), `to_image` (P, 2, 3), `box_scores` and `areas` (P,) to the sample."""
+        sample = dict(sample)
+        persons: Boxes | None = sample.pop("person_boxes", None)
+        if persons is None:
+            sample["box_source"] = self.box_source
+            if self.boxes is not None:
+                persons = self.boxes.get(sample["name"], np.zeros((0, 5)))
+            else:
+                height, width = sample["image"].shape[1:]
+                persons = np.array([[0, 0, width, height, 1]], dtype=np.float64)
+        crops = [Crop.around(person[:4], self.output) for person in persons]
+        width, height = self.output
+        cut = [crop.cut(sample["image"]) for crop in crops]
+        matrices = np.array([crop.to_image for crop in crops]).reshape(-1, 2, 3)
+        return {
+            **sample,
+            "crops": torch.stack(cut) if cut else torch.zeros(0, 3, height, width, dtype=torch.uint8),
+            # Arrays, because a Trainer of half precision would round tensors.
+            "to_image": matrices,
+            "box_scores": persons[:, 4].copy(),
+            "areas": np.array([crop.size[0] * crop.size[1] for crop in crops], dtype=np.float64),
+        }
+
+
 class COCOKeypointsDataModule(COCODataModule):
     """COCO's persons with 17 keypoints, for top-down estimation (Simple Baselines, Xiao et al. 2018).
 
-    Training: one person a sample, a crop of the person's box extended to the input's proportions × 1.25; scale and
+    Training: one person per sample, a crop of the person's box extended to the input's proportions × 1.25; scale and
     rotation from truncated normal distributions, rotation for 60 % of the crops; random horizontal flip with left and
     right exchanged. Crowds and persons without any annotated keypoint are left out. Evaluation: all persons of an
     image, in boxes from the ground truth (of persons with keypoints) or from a detector.
@@ -36,10 +115,10 @@ class COCOKeypointsDataModule(COCODataModule):
         root: Folder that holds `annotations/` (or a folder `coco` that does).
         input_size: Height and width of the crops in px, each divisible by 32.
         rotation: Standard deviation of the rotation in degrees; the rotation is at most twice that.
-        scale: Standard deviation, and greatest change, of the crop's size, as a share of it.
-        person_boxes: A detector's results: a JSON in COCO's format, or the `predictions.json` of our own detection's
-            `predict`; None for the ground truth's boxes.
-        least_box_score: Least score of the boxes of `person_boxes`; others are left out.
+        scale: Standard deviation, and maximum change, of the crop's size, as a share of it.
+        person_boxes: A detector's results: a JSON in COCO's format, or the `predictions.json` of a `predict` of a
+            detection task; None for the ground truth's boxes.
+        least_box_score: Minimum score of the boxes of `person_boxes`; others are left out.
         files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
             other arguments of `SISDataModule`.
 
@@ -96,7 +175,7 @@ class COCOKeypointsDataModule(COCODataModule):
         if split == "train":
             return COCOKeypointsDataset(self.root, name, limit=self.limit)
         return COCOKeypointsDataset(
-            self.root, name, evaluation=True, person_boxes=self.person_boxes, min_box_score=self.least_box_score,
+            self.root, name, evaluation=True, person_boxes=self.person_boxes, least_box_score=self.least_box_score,
             limit=self.limit,
         )  # fmt: skip
 
@@ -111,52 +190,19 @@ class COCOKeypointsDataModule(COCODataModule):
                 self.notes["person boxes"] = boxes.description
                 self._named_boxes = boxes.of_names(dataset.names, self.predict_path)
 
-    def train_transform(self, sample: Sample) -> Sample:
+    @property
+    def train_transform(self) -> Transform:
         """Crops one person, randomly rotated, scaled and flipped; `keypoints` (17, 3) are in px of the crop."""
-        crop = Crop.around(sample["box"], self._output)
-        factor = float(np.clip(1 + self.scale * np.random.randn(), 1 - self.scale, 1 + self.scale))
-        angle = float(np.clip(self.rotation * np.random.randn(), -2 * self.rotation, 2 * self.rotation))
-        crop = Crop(
-            crop.centre,
-            (crop.size[0] * factor, crop.size[1] * factor),
-            self._output,
-            rotation=angle if np.random.rand() < 0.6 else 0.0,
-            flipped=bool(np.random.rand() < 0.5),
-        )
-        keypoints = crop.move_keypoints(sample["keypoints"], self.meta.flip_order)
-        keypoints[keypoints[:, 2] == 0] = 0  # keypoints that are not annotated have no place
-        return {
-            "image": crop.cut(sample["image"]),
-            "name": sample["name"],
-            "keypoints": torch.from_numpy(keypoints).float(),
-        }
+        return RandomPersonCrop(self._output, self.rotation, self.scale, self.meta.flip_order)
 
-    def eval_transform(self, sample: Sample) -> Sample:
+    @property
+    def eval_transform(self) -> Transform:
         """Crops all persons: `crops` (P, 3, h, w), `to_image` (P, 2, 3), `box_scores` and `areas` (P,)."""
-        persons: Boxes | None = sample.pop("person_boxes", None)
-        if persons is None:
-            sample["box_source"] = self.notes.get("person boxes", WHOLE_IMAGES)
-            if self._named_boxes is not None:
-                persons = self._named_boxes.get(sample["name"], np.zeros((0, 5)))
-            else:
-                height, width = sample["image"].shape[1:]
-                persons = np.array([[0, 0, width, height, 1]], dtype=np.float64)
-        crops = [Crop.around(person[:4], self._output) for person in persons]
-        width, height = self._output
-        cut = [crop.cut(sample["image"]) for crop in crops]
-        matrices = np.array([crop.to_image for crop in crops]).reshape(-1, 2, 3)
-        return {
-            **sample,
-            "crops": torch.stack(cut) if cut else torch.zeros(0, 3, height, width, dtype=torch.uint8),
-            # Arrays, because a Trainer of half precision would round tensors.
-            "to_image": matrices,
-            "box_scores": persons[:, 4].copy(),
-            "areas": np.array([crop.size[0] * crop.size[1] for crop in crops], dtype=np.float64),
-        }
+        return PersonCrops(self._output, self.notes.get("person boxes", WHOLE_IMAGES), self._named_boxes)
 
     @property
     def eval_batch_size(self) -> int:
-        """Number of images of several persons each: as many as persons in a training batch would fill memory."""
+        """Images per evaluation step; smaller, because each has several crops."""
         return min(self.batch_size, 16 * self._ranks()[1])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

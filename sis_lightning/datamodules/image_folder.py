@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from torchvision.transforms import v2
 
-from sis_lightning.datamodules.base import SISDataModule, Split
-from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datamodules.base import ImageTransform, SISDataModule, Transform
+from sis_lightning.datasets.base import ImageDataset
+from sis_lightning.datasets.constants import Split
 from sis_lightning.datasets.folder import LAYOUT, ImageFolderDataset
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
@@ -48,15 +49,15 @@ class ImageFolderDataModule(SISDataModule):
         self.image_size, self.crop = (image_size, image_size), crop
         if crop == "pad":
             first: v2.Transform = v2.RandomCrop(image_size, padding=image_size // 8)
-            self.preparation = v2.Resize((image_size, image_size), antialias=True)
+            self._preparation = v2.Resize((image_size, image_size), antialias=True)
         else:
             first = v2.RandomResizedCrop(image_size, antialias=True)
             shorter = round(image_size * 8 / 7)
-            self.preparation = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(image_size)])
-        self.augmentation = v2.Compose([first, v2.RandomHorizontalFlip()])
+            self._preparation = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(image_size)])
+        self._augmentation = v2.Compose([first, v2.RandomHorizontalFlip()])
 
     def dataset(self, split: Split) -> ImageDataset:
-        """The folder of a split; `val` and `test` stand for each other if there is only one of them."""
+        """The folder of a split. Uses `val` for a missing `test`, and vice versa."""
         return ImageFolderDataset(self.root, split, self.image_size if self.crop == "pad" else None)
 
     def describe(self, meta: DatasetMeta) -> DatasetMeta:
@@ -68,10 +69,12 @@ class ImageFolderDataModule(SISDataModule):
         """The folders of the classes."""
         return LAYOUT.format(root=self.root)
 
-    def train_transform(self, sample: Sample) -> Sample:
+    @property
+    def train_transform(self) -> Transform:
         """Crops and flips the image."""
-        return {**sample, "image": self.augmentation(sample["image"])}
+        return ImageTransform(self._augmentation)
 
-    def eval_transform(self, sample: Sample) -> Sample:
+    @property
+    def eval_transform(self) -> Transform:
         """Brings the image to `image_size`."""
-        return {**sample, "image": self.preparation(sample["image"])}
+        return ImageTransform(self._preparation)

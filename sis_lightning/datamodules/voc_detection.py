@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sis_lightning.datamodules.annotated import checked_limit, flip_image_and_boxes
-from sis_lightning.datamodules.base import SISDataModule, Split
-from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datamodules.base import SISDataModule, Transform
+from sis_lightning.datamodules.flips import flip_image_and_boxes
+from sis_lightning.datasets.base import ImageDataset
+from sis_lightning.datasets.constants import Split
+from sis_lightning.datasets.detection_dataset import check_limit
 from sis_lightning.datasets.download import voc_archives
 from sis_lightning.datasets.voc import DETECTION_LAYOUT, VOCDetectionDataset, parse_split, voc_home
 from sis_lightning.errors import UsageError
@@ -64,7 +66,7 @@ class VOCDetectionDataModule(SISDataModule):
                 except UsageError as error:
                     raise UsageError(f"{name}: {error}") from None
         self.train_splits, self.test_splits = tuple(train_splits), tuple(test_splits)
-        self.classes, self.limit = classes, checked_limit(limit)
+        self.classes, self.limit = classes, check_limit(limit)
         if limit:
             self.notes["limit"] = f"the first {limit} images with objects of each split"
 
@@ -83,6 +85,7 @@ class VOCDetectionDataModule(SISDataModule):
         """VOC's folders, and where they are published."""
         return DETECTION_LAYOUT.format(year=self.train_splits[0].partition("/")[0], root=self.root)
 
-    def train_transform(self, sample: Sample) -> Sample:
-        """Flips image and boxes, or not."""
-        return flip_image_and_boxes(sample)
+    @property
+    def train_transform(self) -> Transform:
+        """Flips image and boxes with probability 1/2."""
+        return flip_image_and_boxes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,9 +13,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from sis_lightning.datamodules.base import SISDataModule, Split
+from sis_lightning.datamodules.base import SISDataModule, Transform
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.constants import IMAGENET_MEAN, VOID
+from sis_lightning.datasets.constants import IMAGENET_MEAN, VOID, Split
 from sis_lightning.datasets.download import voc_archives
 from sis_lightning.datasets.voc import SEGMENTATION_LAYOUT, VOCSegmentationDataset, voc_home
 from sis_lightning.errors import UsageError
@@ -25,7 +26,7 @@ class RandomScale(v2.Transform):  # type: ignore[misc]
     """Resizes image and mask by one random factor of the image's own size.
 
     Args:
-        scale_range: Least and greatest factor.
+        scale_range: Minimum and maximum factor.
     """
 
     def __init__(self, scale_range: tuple[float, float]) -> None:
@@ -45,7 +46,23 @@ class RandomScale(v2.Transform):  # type: ignore[misc]
             exact = transforms.InterpolationMode.NEAREST_EXACT
             ids = transforms.resize_image(inpt.as_subclass(Tensor)[None], params["size"], interpolation=exact)[0]
             return tv_tensors.wrap(ids, like=inpt)
-        return self._call_kernel(transforms.resize, inpt, size=params["size"], antialias=True)
+        return transforms.resize(inpt, size=params["size"], antialias=True)
+
+
+@dataclass(frozen=True)
+class ImageAndMaskTransform:
+    """Applies a transform to image and mask of a sample alike.
+
+    Attributes:
+        transform: A transform of an image and a mask, such as those of `torchvision.transforms.v2`.
+    """
+
+    transform: Callable[[Any, Any], tuple[Any, Any]]
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Returns the sample with the transformed image and mask."""
+        image, mask = self.transform(sample["image"], sample["mask"])
+        return {**sample, "image": image, "mask": mask}
 
 
 class VOCSegmentationDataModule(SISDataModule):
@@ -61,7 +78,7 @@ class VOCSegmentationDataModule(SISDataModule):
     Args:
         root: Folder that holds `VOCdevkit/VOC2012/` (or `VOC2012/`, or the content of that folder).
         crop_size: Height and width of the training crops in px.
-        scale: Least and greatest random scale.
+        scale: Minimum and maximum random scale.
         classes: Names of the classes by mask id, background first; None for VOC's 21.
         train_split: `auto`, or a list in `ImageSets/Segmentation/` by its name, such as `train`.
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; the download has 2 GB.
@@ -97,7 +114,7 @@ class VOCSegmentationDataModule(SISDataModule):
         self.image_size = (crop_size, crop_size)
         self.classes, self.train_split = classes, train_split
         colour = [round(255 * value) for value in IMAGENET_MEAN]
-        self.augmentation = v2.Compose(
+        self._augmentation = v2.Compose(
             [
                 RandomScale(scale),
                 v2.RandomCrop(crop_size, pad_if_needed=True, fill={tv_tensors.Image: colour, tv_tensors.Mask: VOID}),
@@ -118,7 +135,7 @@ class VOCSegmentationDataModule(SISDataModule):
         """VOC's folders, and where they are published."""
         return SEGMENTATION_LAYOUT.format(root=self.root)
 
-    def train_transform(self, sample: Sample) -> Sample:
+    @property
+    def train_transform(self) -> Transform:
         """Scales, crops and flips image and mask alike."""
-        image, mask = self.augmentation(sample["image"], sample["mask"])
-        return {**sample, "image": image, "mask": mask}
+        return ImageAndMaskTransform(self._augmentation)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sis_lightning.datasets.annotated import AnnotatedDataset
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.base import Sample
 from sis_lightning.datasets.coco_reader import Kind, read_coco
 from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, COCO_SKELETON
+from sis_lightning.datasets.detection_dataset import DetectionDataset
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.person_boxes import PersonBoxes
 from sis_lightning.errors import DataError, MissingDataError, UsageError
@@ -53,7 +53,7 @@ def _read(root: str | Path, split: str, kind: Kind) -> Annotations:
     return read_coco(annotation_file(Path(root), split, kind), images, kind, split=split)
 
 
-class COCODetectionDataset(AnnotatedDataset):
+class COCODetectionDataset(DetectionDataset):
     """COCO's instances: images with boxes of 80 categories, whose own ids are among 1…90.
 
     Samples have `image` (3, H, W), `name`, `boxes` (n, 4) x1, y1, x2, y2 in px, float32, `labels` (n,) 1…80, and for
@@ -85,7 +85,7 @@ class COCODetectionDataset(AnnotatedDataset):
         return [self.annotations.source]
 
 
-class COCOKeypointsDataset(AnnotatedDataset):
+class COCOKeypointsDataset(DetectionDataset):
     """COCO's persons with 17 keypoints.
 
     For training a sample is one annotated person: `image` (3, H, W), `name`, `box` (4,) x1, y1, x2, y2 in px, and
@@ -102,7 +102,7 @@ class COCOKeypointsDataset(AnnotatedDataset):
         evaluation: Whether a sample is an image instead of a person.
         person_boxes: For evaluation, a file with a detector's boxes (see `PersonBoxes`); None for the boxes of the
             ground truth, of persons with keypoints.
-        min_box_score: Least score of the boxes of `person_boxes`; others are left out.
+        least_box_score: Minimum score of the boxes of `person_boxes`; others are left out.
         limit: Number of images that have persons with keypoints; only the first ones are used. None for all images.
 
     Raises:
@@ -119,7 +119,7 @@ class COCOKeypointsDataset(AnnotatedDataset):
         *,
         evaluation: bool = False,
         person_boxes: str | Path | None = None,
-        min_box_score: float = 0.0,
+        least_box_score: float = 0.0,
         limit: int | None = None,
     ) -> None:
         annotations = _read(root, split, "keypoints")
@@ -133,7 +133,7 @@ class COCOKeypointsDataset(AnnotatedDataset):
             protocol="coco",
             keypoint_names=COCO_KEYPOINTS,
             flip_pairs=COCO_FLIP_PAIRS,
-            skeleton=tuple((start - 1, end - 1) for start, end in COCO_SKELETON),
+            skeleton=COCO_SKELETON,
             sigmas=COCO_SIGMAS,
         )
         if not evaluation:
@@ -150,7 +150,7 @@ class COCOKeypointsDataset(AnnotatedDataset):
                     f"{known.source} has no annotations, and so no person boxes: person_boxes must name a detector's"
                 )
         else:
-            boxes = PersonBoxes(person_boxes, min_box_score, known.category_ids[0])
+            boxes = PersonBoxes(person_boxes, least_box_score, known.category_ids[0])
             self.box_source = boxes.description
             self._detected = boxes.of_images(known.image_ids, [path.stem for path in known.paths], known.source)
         self.notes["person boxes"] = self.box_source

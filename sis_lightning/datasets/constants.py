@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 #: Name of the file in every folder of synthetic data; it holds the arguments that the data was made with.
 SYNTHETIC_MARKER = "SYNTHETIC.json"
@@ -55,10 +59,10 @@ COCO_KEYPOINTS = (
 )
 #: Indices (left, right) of the keypoints that a horizontal flip exchanges.
 COCO_FLIP_PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
-#: Pairs of keypoints that are connected, counted from 1 as in COCO's files.
+#: Pairs of keypoints that are connected, counted from 0 (in COCO's files from 1).
 COCO_SKELETON = (
-    *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10)),
-    *((9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7)),
+    *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9)),
+    *((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
 )
 #: Standard deviations of the annotators, as a share of the object's size, for the object keypoint similarity
 #: (`kpt_oks_sigmas` of pycocotools' cocoeval.py).

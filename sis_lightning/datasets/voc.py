@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from sis_lightning.datasets.annotated import AnnotatedDataset
 from sis_lightning.datasets.annotations import Defect
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.constants import VOC_CLASSES, VOID
+from sis_lightning.datasets.detection_dataset import DetectionDataset
 from sis_lightning.datasets.images import open_image, read_image
-from sis_lightning.datasets.lists import read_names, voc_list
 from sis_lightning.datasets.meta import DatasetMeta
-from sis_lightning.datasets.voc_reader import read_voc
+from sis_lightning.datasets.voc_reader import read_names, read_voc, voc_list
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 
 #: Where the files are expected.
@@ -56,7 +55,7 @@ def parse_split(split: str) -> tuple[str, str]:
     return year, name
 
 
-class VOCDetectionDataset(AnnotatedDataset):
+class VOCDetectionDataset(DetectionDataset):
     """Pascal VOC's boxes: 20 classes, any union of years and splits.
 
     Samples have `image` (3, H, W), `name`, `boxes` (n, 4) x1, y1, x2, y2 in px, float32, `labels` (n,) 1…20, and for

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sis_lightning.datasets.annotations import Annotations, load_json, shortened
 from sis_lightning.datasets.coco_reader import Kind, rle_fault
 from sis_lightning.datasets.constants import COCO_KEYPOINTS, COCO_SIGMAS
+from sis_lightning.datasets.meta import Backend
 from sis_lightning.errors import DataError, UsageError
 
-Backend = Literal["pycocotools", "faster-coco-eval"]
 Row = dict[str, Any]
 
 

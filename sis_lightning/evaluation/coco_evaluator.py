@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from sis_lightning.datasets.meta import Backend
 from sis_lightning.errors import UsageError
-from sis_lightning.evaluation.coco import Backend, COCOGroundTruth
+from sis_lightning.evaluation.coco import COCOGroundTruth
 from sis_lightning.evaluation.gathered import GatheredEvaluator, own_id, own_key, sources_of
 from sis_lightning.files import write_text
 
@@ -22,7 +23,7 @@ class COCOEvaluator(GatheredEvaluator):
     Args:
         kind: `bbox` or `keypoints`.
         category_ids: The data set's own id of each class; for keypoints that of the one class.
-        backend: The library that computes: `pycocotools`, or `faster-coco-eval`, which gives the same metrics sooner.
+        backend: The library that computes: `pycocotools`, or `faster-coco-eval`, which gives the same metrics faster.
         class_names: Class names by label; None for the category ids.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for COCO's 17.
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.coco_reader import Kind, read_coco
 from sis_lightning.datasets.constants import VOC_CLASSES
-from sis_lightning.datasets.lists import read_names, voc_list
-from sis_lightning.datasets.voc_reader import read_voc
+from sis_lightning.datasets.meta import Backend
+from sis_lightning.datasets.voc_reader import read_names, read_voc, voc_list
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.evaluation.coco import COCO_METRICS, Backend, COCOGroundTruth, check_results, read_results
+from sis_lightning.evaluation.coco import COCO_METRICS, COCOGroundTruth, check_results, read_results
 from sis_lightning.evaluation.voc import Rule, VOCGroundTruth, read_comp4
 from sis_lightning.text_tables import table_to_text
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sis_lightning import __version__
 from sis_lightning.backbones import Backbone
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.models.deploy import deploy
+from sis_lightning.version import __version__
 
 Format = Literal["onnx", "pt2"]
 #: Largest accepted difference between the outputs of a file and of the network, as a share of the largest output.

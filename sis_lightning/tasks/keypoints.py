@@ -13,11 +13,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, COCO_SKELETON
+from sis_lightning.datasets.crops import Crop
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation import COCOEvaluator
 from sis_lightning.models import PoseNet
-from sis_lightning.models.heatmap_codec import Crop, HeatmapCodec, flip_back, oks_nms, rescore
+from sis_lightning.models.heatmap_codec import HeatmapCodec, flip_back, oks_nms, rescore
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
 from sis_lightning.tasks.base import BaseTask, Batch, ImageLike, Outputs, captioned
@@ -97,7 +98,7 @@ class KeypointTask(BaseTask):
             meta,
             keypoint_names=COCO_KEYPOINTS,
             flip_pairs=COCO_FLIP_PAIRS,
-            skeleton=tuple((start - 1, end - 1) for start, end in COCO_SKELETON),
+            skeleton=COCO_SKELETON,
             sigmas=COCO_SIGMAS,
         )
 

@@ -15,8 +15,7 @@ from PIL import Image
 
 from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.datasets.constants import COCO_CATEGORIES, VOC_CLASSES
-from sis_lightning.datasets.lists import read_names, voc_list
-from sis_lightning.datasets.voc_reader import read_voc
+from sis_lightning.datasets.voc_reader import read_names, read_voc, voc_list
 from sis_lightning.errors import DataError
 
 

@@ -18,9 +18,9 @@ from sis_lightning.datasets.coco import COCODetectionDataset, COCOKeypointsDatas
 from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.datasets.constants import COCO_KEYPOINTS, VOC_CLASSES
 from sis_lightning.datasets.folder import UnlabelledDataset
-from sis_lightning.datasets.lists import read_names
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.voc import VOCDetectionDataset, VOCSegmentationDataset
+from sis_lightning.datasets.voc_reader import read_names
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 from sis_lightning.evaluation import evaluate
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, flip_order
-from sis_lightning.models.heatmap_codec import Crop, HeatmapCodec, apply, flip_back, invert, oks, oks_nms, rescore
+from sis_lightning.datasets.crops import Crop, apply, invert
+from sis_lightning.models.heatmap_codec import HeatmapCodec, flip_back, oks, oks_nms, rescore
 
 FLIP_ORDER = flip_order(17, COCO_FLIP_PAIRS)
 CROPS = st.builds(

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from sis_lightning import __version__
 from sis_lightning.datasets.constants import SYNTHETIC_MARKER
 from sis_lightning.datasets.synthetic.contact_sheet import write_contact_sheet
 from sis_lightning.datasets.synthetic.drawing import Stage
 from sis_lightning.datasets.synthetic.formats import write_cifar, write_coco, write_voc
 from sis_lightning.errors import UsageError, nearest
+from sis_lightning.version import __version__
 
 __all__ = ["KINDS", "SYNTHETIC_MARKER", "write_synthetic"]
 

@@ -13,8 +13,7 @@ from PIL import Image
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.datasets.constants import COCO_SKELETON, VOC_CLASSES
-from sis_lightning.datasets.lists import read_names, voc_list
-from sis_lightning.datasets.voc_reader import read_voc
+from sis_lightning.datasets.voc_reader import read_names, read_voc, voc_list
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,8 +115,8 @@ def _annotated(known: Annotations, index: int, persons: Annotations | None = Non
         if persons is not None and persons.keypoints is not None:
             for points in persons.keypoints[persons.objects(index)]:
                 for start, end in COCO_SKELETON:
-                    if points[start - 1, 2] and points[end - 1, 2]:
-                        axis.plot(*points[[start - 1, end - 1], :2].T, "w-", linewidth=1.5)
+                    if points[start, 2] and points[end, 2]:
+                        axis.plot(*points[[start, end], :2].T, "w-", linewidth=1.5)
                 axis.plot(*points[points[:, 2] > 0, :2].T, "y.", markersize=5)
 
     return draw

@@ -250,7 +250,7 @@ def _categories(with_keypoints: bool) -> Iterator[dict[str, object]]:
                 yield {
                     **category,
                     "keypoints": list(COCO_KEYPOINTS),
-                    "skeleton": [list(bone) for bone in COCO_SKELETON],
+                    "skeleton": [[start + 1, end + 1] for start, end in COCO_SKELETON],
                 }
 
 

@@ -1,4 +1,4 @@
-"""What the Datasets of COCO's and VOC's annotation files share."""
+"""The base of the Datasets with boxes: images with the objects of COCO's or VOC's annotation files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,24 @@ from sis_lightning.datasets.images import read_image
 from sis_lightning.errors import DataError, UsageError
 
 
-class AnnotatedDataset(ImageDataset):
+def check_limit(limit: int | None) -> int | None:
+    """Checks the number of images that are used of a split.
+
+    Args:
+        limit: The number; None for all images.
+
+    Returns:
+        The same.
+
+    Raises:
+        UsageError: If it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}, must be at least 1, or None for all images")
+    return limit
+
+
+class DetectionDataset(ImageDataset):
     """Images with the objects of an annotation file.
 
     Args:
@@ -38,8 +55,7 @@ class AnnotatedDataset(ImageDataset):
         self, annotations: Annotations, *, evaluation: bool, limit: int | None, ignored_name: str = "crowds"
     ) -> None:
         super().__init__()
-        if limit is not None and limit < 1:
-            raise UsageError(f"limit is {limit}, must be at least 1, or None for all images")
+        check_limit(limit)
         self.evaluation = evaluation
         self.defects = annotations.defects
         self.all_objects = annotations.first(limit) if evaluation else None
@@ -89,7 +105,7 @@ class AnnotatedDataset(ImageDataset):
         missing = {defect.file for defect in self.defects}
         for index, path in enumerate(self.annotations.paths):
             if path not in missing:
-                yield functools.partial(AnnotatedDataset.detection_sample, self, index)
+                yield functools.partial(DetectionDataset.detection_sample, self, index)
 
     def read(self, index: int) -> tv_tensors.Image:
         """Reads an image.
