@@ -5,11 +5,13 @@ Coordinates are continuous: an image spans 0…width and 0…height, and a box x
 continuous by taking 1 from xmin and ymin.
 
 The rules for what is sound are in one place for each format: `coco_reader`, `voc_reader` and, for boxes of both,
-`check_boxes` here. Training, check-data and evaluation all read by them. A defect without a remedy stops all three.
+`check_boxes` here. Training, evaluation and the check of a data set all read by them. A defect without a remedy stops
+all three.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError
 
 #: Ground truth of one image as evaluators take it; see `Annotations.ground_truth`.
@@ -58,7 +61,7 @@ def require_sound(defects: Iterable[Defect]) -> None:
     """
     fatal = [defect for defect in defects if not defect.remedy]
     if fatal:
-        count = f"\n  {len(fatal)} defects of this severity; check-data lists them all." if len(fatal) > 1 else ""
+        count = f"\n  {len(fatal)} defects of this severity; `defects` lists them all." if len(fatal) > 1 else ""
         raise DataError(f"{fatal[0]}{count}")
 
 
@@ -98,7 +101,7 @@ class Annotations:
     source: Path
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    paths: list[Path]
+    paths: PathArray
     image_ids: list[Any]
     sizes: NDArray[np.int64]
     image: NDArray[np.int64]
@@ -118,13 +121,18 @@ class Annotations:
 
     def __post_init__(self) -> None:
         self.splits = self.splits or [("",)] * len(self.paths)
-        self._select(np.argsort(self.image, kind="stable"))
+        if (np.diff(self.image) < 0).any():
+            self._select(np.argsort(self.image, kind="stable"))
+        self._index()
 
     def _select(self, which: NDArray[Any]) -> None:
         for name in _PER_OBJECT:
             values = getattr(self, name)
             if values is not None:
                 setattr(self, name, values[which])
+        self._index()
+
+    def _index(self) -> None:
         self._starts = np.searchsorted(self.image, np.arange(len(self.paths) + 1))
 
     def __len__(self) -> int:
@@ -137,7 +145,9 @@ class Annotations:
 
     def copy(self) -> Annotations:
         """A copy that can be clipped and reduced without a change of the original."""
-        return self._of_images(np.arange(len(self)))
+        copied = copy.copy(self)  # with the same arrays, which are replaced but never changed in place
+        copied.dropped = self.dropped.copy()
+        return copied
 
     def first(self, count: int | None) -> Annotations:
         """A copy with the first `count` images that have objects, or annotated keypoints if these were read.
@@ -161,7 +171,7 @@ class Annotations:
             source=self.source,
             class_names=self.class_names,
             category_ids=self.category_ids,
-            paths=[self.paths[index] for index in chosen.tolist()],
+            paths=self.paths[chosen],
             image_ids=[self.image_ids[index] for index in chosen.tolist()],
             sizes=self.sizes[chosen],
             splits=[self.splits[index] for index in chosen.tolist()],
@@ -200,12 +210,14 @@ class Annotations:
         """Clips boxes to their images, and leaves out those that then have no area."""
         known = self.sizes[self.image]
         limits = np.where(known > 0, known, np.inf)
-        self.boxes = np.clip(self.boxes, 0, np.concatenate([limits, limits], axis=1))
+        clipped = np.clip(self.boxes, 0, np.concatenate([limits, limits], axis=1))
+        if not np.array_equal(clipped, self.boxes):
+            self.boxes = clipped
         sides = self.boxes[:, 2:] - self.boxes[:, :2]
         self.drop(np.any(sides <= 0, axis=1), "boxes of no area")
 
     def ground_truth(self, index: int) -> GroundTruth:
-        """What a prediction for an image is scored against.
+        """Returns the ground truth that predictions for an image are scored against.
 
         Args:
             index: Index of the image.

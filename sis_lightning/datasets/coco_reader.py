@@ -25,6 +25,7 @@ from sis_lightning.datasets.annotations import (
     shortened,
 )
 from sis_lightning.datasets.constants import COCO_KEYPOINTS
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError
 
 Kind = Literal["bbox", "segm", "keypoints"]
@@ -140,7 +141,7 @@ def read_coco(
         source=path,
         class_names=tuple(str(category.get("name", category["id"])) for category in categories),
         category_ids=tuple(int(category["id"]) for category in categories),
-        paths=[Path(name) if images is None else images / name for name in names],
+        paths=PathArray(name if images is None else images / name for name in names),
         image_ids=[image["id"] for image in listed],
         sizes=whole,
         image=owners[sound],

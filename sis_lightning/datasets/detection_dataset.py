@@ -58,8 +58,9 @@ class DetectionDataset(ImageDataset):
         check_limit(limit)
         self.evaluation = evaluation
         self.defects = annotations.defects
-        self.all_objects = annotations.first(limit) if evaluation else None
-        self.annotations = annotations.first(limit)
+        chosen = annotations.first(limit)
+        self.all_objects = chosen if evaluation else None
+        self.annotations = chosen.copy()
         self.annotations.clip()
         if not evaluation:
             self.annotations.drop(self.annotations.ignored.copy(), ignored_name)

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.images import IMAGE_ENDINGS, UNREADABLE, read_image
 from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError, MissingDataError
 
 #: Where the files are expected.
@@ -57,18 +59,20 @@ class ImageFolderDataset(ImageDataset):
                 )
         else:
             trained = classes
-        self.samples = [(Path(path), trained.index(classes[label])) for path, label in listing.samples]
+        self.paths = PathArray(path for path, _ in listing.samples)
+        label_of = np.array([trained.index(name) for name in classes])
+        self.labels = label_of[[label for _, label in listing.samples]]
         self.meta = DatasetMeta(tuple(trained))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     def files(self) -> Sequence[Path]:
         """The images."""
-        return [path for path, _ in self.samples]
+        return self.paths
 
     def __getitem__(self, index: int) -> Sample:
-        path, label = self.samples[index]
+        path = self.paths[index]
         image = read_image(path)
         if self.image_size and tuple(image.shape[1:]) != self.image_size:
             wanted = "×".join(str(side) for side in reversed(self.image_size))
@@ -76,7 +80,11 @@ class ImageFolderDataset(ImageDataset):
                 f"{path}: {image.shape[2]}×{image.shape[1]} px, but all images must have {wanted} px\n"
                 "  With crop: resized they may have any size; image_size is another size."
             )
-        return {"image": image, "label": label, "name": path.relative_to(self.folder).with_suffix("").as_posix()}
+        return {
+            "image": image,
+            "label": int(self.labels[index]),
+            "name": path.relative_to(self.folder).with_suffix("").as_posix(),
+        }
 
 
 class UnlabelledDataset(ImageDataset):

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from sis_lightning.datasets.annotations import Annotations, Defect, check_boxes, file_names
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError
 
 
@@ -103,7 +104,7 @@ def read_voc(
         source=homes_and_names[0][0] if homes_and_names else Path(),
         class_names=tuple(class_names),
         category_ids=tuple(range(len(class_names))),
-        paths=paths,
+        paths=PathArray(paths),
         image_ids=[path.stem for path in paths],
         sizes=wide,
         image=image[sound],

@@ -1,4 +1,4 @@
-"""What evaluators share that score a whole split at once: they gather it from all devices."""
+"""The base of evaluators that score a whole split at once: they gather it from all devices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sis_lightning.datasets.annotations import Annotations, GroundTruth
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import UsageError
 
-Prediction = Mapping[str, Any]
+#: What an evaluator scores of one image, by name, as tensors or arrays.
+Detections = Mapping[str, Any]
 #: The image's key (its split and id), its ground truth and its predictions as arrays.
 _Entry = tuple[Any, GroundTruth, dict[str, NDArray[Any]]]
 
@@ -44,7 +46,7 @@ class GatheredEvaluator(Metric, ABC):
         self._entries: list[_Entry] = []
         self._scored: list[_Entry] = []
 
-    def update(self, predictions: Sequence[Prediction], targets: Sequence[GroundTruth]) -> None:
+    def update(self, predictions: Sequence[Detections], targets: Sequence[GroundTruth]) -> None:
         """Adds the predictions of some images; images without predictions count too.
 
         Args:
@@ -73,8 +75,10 @@ class GatheredEvaluator(Metric, ABC):
         shared = dist.is_available() and dist.is_initialized()
         parts: list[Any] = [self._entries]
         if shared:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self._entries)
+            # Only the first rank scores, so only it needs the memory for all entries.
+            received: list[Any] | None = [None] * dist.get_world_size() if _rank() == 0 else None
+            dist.gather_object(self._entries, received)
+            parts = received or []
         answer: list[Any] = [None]
         if _rank() == 0:
             # The last entry of an image counts, at the place of its first.
@@ -131,7 +135,7 @@ class GatheredEvaluator(Metric, ABC):
             source=Path("ground truth"),
             class_names=self.class_names,
             category_ids=self.category_ids,
-            paths=[Path(str(truth["image_id"])) for truth in truths],
+            paths=PathArray(str(truth["image_id"]) for truth in truths),
             image_ids=[key for key, _, _ in self._scored],
             sizes=np.zeros((len(truths), 2), dtype=np.int64),
             image=np.repeat(np.arange(len(truths)), [len(truth["labels"]) for truth in truths]),

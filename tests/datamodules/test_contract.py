@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -86,6 +87,42 @@ def test_loaders_need_no_trainer(synthetic, kind):
         assert len(next(iter(loader))["name"]) == 2
     assert data.meta.num_classes == data.num_classes > 0
     assert data.meta.primary_metric == ("AP50_voc07" if kind == "voc" else "")
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_loader_workers_get_neither_trainer_nor_model(synthetic, tmp_path, kind):
+    module = Foreign()
+    module.large = torch.nn.Linear(1000, 1000)
+    data = BUILD[kind](str(synthetic), batch_size=2, num_workers=0)
+    trainer(tmp_path).fit(module, data)
+    data.setup("test")
+    assert data.trainer is not None
+    for loader in (data.train_dataloader(), data.test_dataloader()):
+        own = len(pickle.dumps(loader.dataset.dataset))  # the images of CIFAR are in memory
+        assert len(pickle.dumps(loader.dataset)) - own < 5000
+
+
+def test_workers_that_are_spawned_read_the_same(synthetic):
+    def batches(workers: int) -> list:
+        data = BUILD["kpt"](str(synthetic), batch_size=4, num_workers=workers)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        if workers:
+            loader.multiprocessing_context = "spawn"
+        return list(loader)
+
+    for here, there in zip(batches(0), batches(1), strict=True):
+        assert here["name"] == there["name"]
+        assert torch.equal(here["image"], there["image"])
+
+
+def test_every_training_sample_is_flipped_with_probability_one_half(synthetic):
+    data = BUILD["coco"](str(synthetic), batch_size=2, num_workers=0)
+    data.setup("fit")
+    sample = data.datasets["train"][0]
+    torch.manual_seed(0)
+    flipped = [not torch.equal(data.train_transform(sample)["image"], sample["image"]) for _ in range(40)]
+    assert 8 < sum(flipped) < 32
 
 
 def test_image_sizes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,14 +14,59 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sis_lightning.datasets import coco as coco_dataset
+from sis_lightning.datasets.coco import COCODetectionDataset
 from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.datasets.constants import COCO_CATEGORIES, VOC_CLASSES
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.datasets.voc_reader import read_names, read_voc, voc_list
 from sis_lightning.errors import DataError
 
 
 def coco(root: Path, kind: str = "instances", split: str = "train2017") -> Path:
     return root / "coco" / "annotations" / f"{kind}_{split}.json"
+
+
+def test_paths_are_kept_in_one_array():
+    paths = [Path("/data/coco/train2017") / f"{index:012d}.jpg" for index in range(1000)] + [Path("bild-ä.jpg")]
+    array = PathArray(paths)
+    assert list(array) == paths
+    assert (array[-1], list(array[2:4]), list(array[np.array([5, 0])])) == (
+        paths[-1],
+        paths[2:4],
+        [paths[5], paths[0]],
+    )
+    assert list(PathArray([])) == []
+    assert len(pickle.dumps(array)) < 50 * len(paths)
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_dataset_copies_only_what_it_changes(synthetic, monkeypatch, evaluation):
+    read = []
+    original = coco_dataset.read_coco
+    monkeypatch.setattr(coco_dataset, "read_coco", lambda *args, **kw: read.append(original(*args, **kw)) or read[-1])
+    dataset = COCODetectionDataset(synthetic, "val2017", evaluation=evaluation)
+    known = dataset.annotations
+    assert known.paths is read[0].paths
+    if evaluation:
+        for name in ("image", "boxes", "labels", "areas", "extents"):
+            assert np.shares_memory(getattr(known, name), getattr(dataset.all_objects, name))
+            assert np.shares_memory(getattr(dataset.all_objects, name), getattr(read[0], name))
+
+
+def test_a_change_of_a_copy_leaves_the_original(synthetic):
+    annotations = read_coco(coco(synthetic))
+    annotations.boxes[0] = (-5, -5, 10, 10)
+    before = {name: getattr(annotations, name).copy() for name in ("image", "boxes", "labels")}
+    copied = annotations.copy()
+    copied.clip()
+    copied.drop(copied.labels == copied.labels[0], "objects of one class")
+    assert copied.boxes.min() >= 0
+    assert copied.dropped["objects of one class"] > 0
+    assert not annotations.dropped
+    for name, values in before.items():
+        np.testing.assert_array_equal(getattr(annotations, name), values)
+    assert annotations.objects(len(annotations) - 1).stop == len(before["image"])
 
 
 def test_coco_arrays_equal_the_file(synthetic):

@@ -19,6 +19,7 @@ from pycocotools import mask as masks
 
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.coco_reader import read_coco
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.coco import COCOGroundTruth
 from sis_lightning.evaluation.voc import VOCGroundTruth, read_comp4, write_comp4
@@ -413,7 +414,7 @@ def voc_truth(objects, images: int = 4, names: tuple[str, ...] = NAMES) -> Annot
         Path("VOC"),
         names,
         tuple(range(len(names))),
-        [Path(f"im{i}.jpg") for i in range(images)],
+        PathArray(f"im{i}.jpg" for i in range(images)),
         [f"im{i}" for i in range(images)],
         np.full((images, 2), 50),
         np.array([item[0] for item in objects], dtype=np.int64),

@@ -197,12 +197,13 @@ def evaluate_on(rank: int, world: int, port: int, root: Path, answers) -> None:
     mine = [*range(rank, len(truths), world), 0]
     evaluator.update([predictions[i] for i in mine], [truths[i] for i in mine])
     metrics = evaluator.compute()
+    gathered = len(evaluator._scored)
     broken = COCOEvaluator("bbox", dataset.meta.category_ids, "no such library")
     broken.update([predictions[0]], [truths[0]])
     try:
         broken.compute()
     except UsageError as error:
-        answers.put((rank, metrics, str(error)))
+        answers.put((rank, metrics, gathered, str(error)))
     dist.destroy_process_group()
 
 
@@ -228,6 +229,7 @@ def test_two_devices_score_as_one_and_both_hear_of_an_error(synthetic):
     truths, rng = truths_of(dataset), np.random.default_rng(0)
     evaluator = COCOEvaluator("bbox", dataset.meta.category_ids)
     evaluator.update([boxes_near(truth, rng, 80) for truth in truths], truths)
-    for _, metrics, error in got:
+    assert [gathered for _, _, gathered, _ in got] == [len(truths), 0]  # only the first device needs the memory
+    for _, metrics, _, error in got:
         assert metrics == pytest.approx(evaluator.compute(), abs=1e-12, nan_ok=True)
         assert "no such library" in error
