@@ -46,7 +46,7 @@ class BackboneConfig:
         channels: Number of channels of the stem.
         stem: `imagenet` (7×7 convolution and max pooling, both with stride 2) or `cifar` (3×3 convolution with stride
             1).
-        last_split: What happens to the last split in the first block of a stage: `pool` applies average pooling
+        last_split: Operation on the last split in the first block of a stage: `pool` applies average pooling
             (Res2Net for ImageNet), `conv` convolves it like the others (Res2Net for CIFAR).
         norm: `bn` (batch norm), `syncbn` (batch norm over all devices) or `gn` (group norm with up to 32 groups).
 

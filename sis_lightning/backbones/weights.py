@@ -1,4 +1,4 @@
-"""Pretrained weights: published ones of timm and torchvision, files, and checkpoints of our own tasks."""
+"""Pretrained weights: published ones of timm and torchvision, files, and checkpoints of the package's tasks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What loading pretrained weights did.
+    """The result of loading pretrained weights.
 
     Attributes:
         source: Name or path of the weights.
@@ -73,15 +73,15 @@ def load_backbone_weights(backbone: Backbone, source: Source, *, strict: bool = 
             - `timm:NAME`, such as `timm:res2net50_26w_4s.in1k`, which timm downloads, or reads from its cache;
             - `torchvision:WEIGHTS`, such as `torchvision:ResNet50_Weights.IMAGENET1K_V2`, by torchvision in the same
               way;
-            - the path of a run's folder, whose last checkpoint is read, or of a checkpoint of any of our tasks;
-            - the path of a file with a state dict of our backbone, or of a ResNet, ResNeXt, Res2Net or Res2NeXt of
+            - the path of a run's folder, whose last checkpoint is read, or of a checkpoint of any task of the package;
+            - the path of a file with a state dict of a `Backbone`, or of a ResNet, ResNeXt, Res2Net or Res2NeXt of
               torchvision, timm or the Res2Net authors;
             - such a state dict.
         strict: Whether all weights must fit. Otherwise those that the source does not have in the same shape keep their
             values, as for a backbone with another operator.
 
     Returns:
-        What was loaded, which weights kept their values, and notes for the user.
+        The number of tensors that were loaded, the weights that kept their values, and notes for the user.
 
     Raises:
         UsageError: If timm or torchvision does not have these weights, or timm is not installed.
@@ -89,12 +89,12 @@ def load_backbone_weights(backbone: Backbone, source: Source, *, strict: bool = 
     """
     state, name = _read(source)
     prefix = next((key.removesuffix(_STEM) for key in state if key.endswith(_STEM)), None)
-    ours = backbone.state_dict()
+    own = backbone.state_dict()
     if prefix is None:
         weights = {_renamed(key): value for key, value in state.items() if not key.startswith("fc.")}
     else:
         # With a short prefix, weights of a classifier or decoder may have it too.
-        parts = {key.split(".")[0] for key in ours}
+        parts = {key.split(".")[0] for key in own}
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         weights = {key: value for key, value in inner.items() if key.split(".")[0] in parts}
     return _load(backbone, weights, name, f"a backbone {backbone.config.slug}", strict=strict)
@@ -113,7 +113,7 @@ def load_model_weights(model: nn.Module, source: Source, *, strict: bool = True)
         strict: Whether all weights outside the head must fit.
 
     Returns:
-        What was loaded, which weights kept their values, and notes for the user.
+        The number of tensors that were loaded, the weights that kept their values, and notes for the user.
 
     Raises:
         UsageError: If timm or torchvision does not have these weights, or timm is not installed.
@@ -150,25 +150,25 @@ def _load(
     heads: Sequence[str] = (),
 ) -> LoadedWeights:
     weights, notes = dict(weights), []
-    ours = model.state_dict()
-    stem = next((key for key in ours if key.endswith(_STEM)), "")
-    if stem in weights and weights[stem].ndim == 4 and weights[stem].shape[1] == 3 != ours[stem].shape[1]:
-        channels = ours[stem].shape[1]
+    own = model.state_dict()
+    stem = next((key for key in own if key.endswith(_STEM)), "")
+    if stem in weights and weights[stem].ndim == 4 and weights[stem].shape[1] == 3 != own[stem].shape[1]:
+        channels = own[stem].shape[1]
         weights[stem] = adapt_input_channels(weights[stem], channels)
         how = "summed over the channels" if channels == 1 else f"repeated and scaled by 3/{channels}"
         notes.append(f"adapted the first convolution from 3 to {channels} input channels: its kernels are {how}")
     fresh: list[str] = []
     for head in heads:
-        keys = [key for key in ours if key.startswith(f"{head}.")]
-        if any(key not in weights or weights[key].shape != ours[key].shape for key in keys):
+        keys = [key for key in own if key.startswith(f"{head}.")]
+        if any(key not in weights or weights[key].shape != own[key].shape for key in keys):
             weights = {key: value for key, value in weights.items() if not key.startswith(f"{head}.")}
             fresh += keys
             notes.append(f"the head '{head}' keeps its initial weights: those of {name} have other shapes")
-    missing = [key for key in ours if key not in weights and key not in fresh and not key.endswith(_COUNTER)]
-    unknown = [key for key in weights if key not in ours]
-    shapes = [key for key in ours if key in weights and weights[key].shape != ours[key].shape]
+    missing = [key for key in own if key not in weights and key not in fresh and not key.endswith(_COUNTER)]
+    unknown = [key for key in weights if key not in own]
+    shapes = [key for key in own if key in weights and weights[key].shape != own[key].shape]
     wrong = [*missing, *unknown, *shapes]
-    shared = {key: value for key, value in weights.items() if key in ours and key not in shapes}
+    shared = {key: value for key, value in weights.items() if key in own and key not in shapes}
     if not shared:
         raise DataError(
             f"{name}: no weight fits {expected}; the first key is '{next(iter(weights), 'missing: there is none')}'"

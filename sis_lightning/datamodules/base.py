@@ -114,7 +114,7 @@ class SISDataModule(LightningDataModule, ABC):
 
     Attributes:
         datasets: The Dataset of each split, after `setup`.
-        notes: What a reader of a run should know of the data, by a short label.
+        notes: Facts on the data for the record of a run, by a short label.
         image_size: Height and width in px of the training images; None if they keep their own sizes.
         position: The epoch in which training begins, and the number of its batches that are done already.
 
@@ -181,7 +181,7 @@ class SISDataModule(LightningDataModule, ABC):
 
     @property
     def meta(self) -> DatasetMeta:
-        """What a task must know of the data set.
+        """The description of the data set for a task.
 
         Raises:
             UsageError: Before `setup`, and if only unlabelled images were set up.
@@ -193,7 +193,7 @@ class SISDataModule(LightningDataModule, ABC):
         return self.describe(meta)
 
     def describe(self, meta: DatasetMeta) -> DatasetMeta:
-        """Adds to a Dataset's meta what this DataModule decides, such as the image size."""
+        """Adds the values that this DataModule decides, such as the image size, to a Dataset's meta."""
         return dataclasses.replace(meta, primary_metric=self.primary_metric or meta.primary_metric)
 
     @property
@@ -217,7 +217,7 @@ class SISDataModule(LightningDataModule, ABC):
         return self.batch_size
 
     def identity(self) -> str:
-        """The origin of the data: `synthetic` by its marker file, else what `provenance` finds."""
+        """The origin of the data: `synthetic` by its marker file, else as `provenance` says."""
         for folder in (self.home, self.home.parent, self.root):
             marker = folder / SYNTHETIC_MARKER
             if marker.is_file():

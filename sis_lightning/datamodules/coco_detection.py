@@ -36,7 +36,7 @@ class COCODataModule(SISDataModule):
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
     """
 
-    #: What is read of the annotations.
+    #: The kind of annotations that are read.
     kind: ClassVar[Kind] = "bbox"
     # COCO publishes no checksums; PaddleDetection, fast.ai and others check their downloads by these.
     archives = (

@@ -1,4 +1,4 @@
-"""Which samples a device reads, in which order: a function of seed and epoch only."""
+"""Samplers: the samples of each device and their order depend on seed and epoch only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objects of a data set's images as arrays, and what is wrong with them. Needs no torch.
+"""The objects of a data set's images as arrays, and their defects. Needs no torch.
 
 Coordinates are continuous: an image spans 0…width and 0…height, and a box x1, y1, x2, y2 has the area
 (x2 - x1) · (y2 - y1). COCO's boxes are of this kind. VOC's count pixels from 1 and include the last one; they become
@@ -33,13 +33,13 @@ _OVERHANG = 1.0  # px by which a box may reach over the border before it counts 
 
 @dataclass(frozen=True)
 class Defect:
-    """Something that is wrong in a data set.
+    """A defect of a data set.
 
     Attributes:
         file: The file that has the defect.
         where: The image, annotation or line in the file; empty for the whole file.
-        what: What is wrong.
-        remedy: What training does: `clipped` to the image, `dropped` as COCO's own tools do, or, if empty, it stops.
+        what: A description of the defect.
+        remedy: The remedy in training: `clipped` to the image, `dropped` as COCO's own tools do, or empty: it stops.
     """
 
     file: Path
@@ -92,7 +92,7 @@ class Annotations:
             last bit.
         segmentations: COCO's polygons or run-length encoded mask of each object (N,); None if they were not read.
         splits: Names of the splits that list each image, for results files.
-        defects: What is wrong.
+        defects: The defects of the files.
         dropped: Number of objects that were left out, by reason.
         derived: Number of values that the file lacks and that were computed, by what they are.
         annotated: False if the file has no annotations at all, as those of COCO's test sets.
@@ -266,7 +266,7 @@ def check_boxes(
     where: Callable[[int], tuple[Path, str]],
     defects: list[Defect],
 ) -> NDArray[np.bool_]:
-    """Lists what is wrong with boxes.
+    """Lists the defects of boxes.
 
     Args:
         boxes: Boxes x1, y1, x2, y2 in px (N, 4).
@@ -304,7 +304,7 @@ def rows_of_numbers(rows: Sequence[Any], width: int) -> NDArray[np.float64]:
     """Numbers from a file as one array.
 
     Args:
-        rows: What should be sequences of `width` numbers (numbers, for width 0).
+        rows: Values from the file, which should be sequences of `width` numbers (numbers, for width 0).
         width: Length of each row; 0 for single numbers.
 
     Returns:

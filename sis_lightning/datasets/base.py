@@ -1,4 +1,4 @@
-"""What all Datasets share: samples, defects, files and the description of the data set."""
+"""The base of all Datasets: samples, defects, files and the description of the data set."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ImageDataset(Dataset[Sample], ABC):
     the targets that the subclass names.
 
     Attributes:
-        meta: Class names, mean and standard deviation, and what else a task must know.
-        defects: What is wrong in the files, as far as listing them tells.
-        notes: What a reader of a run should know of the data, by a short label.
+        meta: Class names, mean, standard deviation and further facts that a task needs.
+        defects: Defects that were found while the files were listed.
+        notes: Facts on the data for the record of a run, by a short label.
     """
 
     meta: DatasetMeta

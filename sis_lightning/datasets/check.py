@@ -23,7 +23,7 @@ _SMALL, _LARGE = 32**2, 96**2
 
 @dataclass
 class DatasetSummary:
-    """What one split contains; `print` shows it as a table.
+    """The contents of one split; `print` shows them as a table.
 
     Attributes:
         split: Name of the split.
@@ -31,8 +31,8 @@ class DatasetSummary:
         sizes: Width and height in px of each image that was read.
         classes: Number of objects of each class (of images, for classification and segmentation).
         areas: Area of each box in px².
-        notes: What training leaves out, and what else a reader should know, by a short label.
-        defects: What is wrong, as text with file and entry.
+        notes: Objects that training leaves out, and further facts, by a short label.
+        defects: Every defect, as text with file and entry.
     """
 
     split: str
@@ -69,7 +69,7 @@ def summarize(dataset: ImageDataset, split: str, *, decode: bool = True) -> Data
 
     Args:
         dataset: The Dataset.
-        split: What the summary is called.
+        split: Name of the split in the summary.
         decode: Whether all images (and masks) are read too, on all cores.
     """
     summary = DatasetSummary(split, notes=dict(dataset.notes), defects=[str(defect) for defect in dataset.defects])

@@ -1,7 +1,7 @@
 """The reader and validator of COCO's annotation files. Needs no torch.
 
 All rules for COCO's entries are here. Rules for image files (a file name, a file of this name, a width and a height)
-hold if the images are going to be read; all others hold for training, check-data and evaluation alike.
+hold if the images are going to be read; all others hold for training, evaluation and the check of a data set alike.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_coco(
     Args:
         source: The JSON file, or its content, which is not changed.
         images: The folder of the image files; None if they are not going to be read.
-        kind: What is read of each annotation beside its box: `segm` its mask, `keypoints` its 17 keypoints.
+        kind: Further values that are read of each annotation: `segm` its mask, `keypoints` its 17 keypoints.
         split: Name of the split, for results files.
 
     Returns:
@@ -209,7 +209,7 @@ def _known(number: Any, known: Mapping[Any, int]) -> bool:
 
 
 def mask_fault(segmentation: Any, size: NDArray[np.int64]) -> str:
-    """What is wrong with the mask of an annotation: polygons, or a run-length encoding of either kind.
+    """Finds the fault in the mask of an annotation: polygons, or a run-length encoding of either kind.
 
     Args:
         segmentation: The value from the file.
@@ -233,7 +233,7 @@ def mask_fault(segmentation: Any, size: NDArray[np.int64]) -> str:
 
 
 def rle_fault(segmentation: Any, size: NDArray[np.int64]) -> str:
-    """What is wrong with a compressed run-length encoding, as results files have them.
+    """Finds the fault in a compressed run-length encoding, as results files have them.
 
     Args:
         segmentation: The value from the file.
@@ -254,8 +254,8 @@ def rle_fault(segmentation: Any, size: NDArray[np.int64]) -> str:
         return "segmentation's counts are cut off"
     from pycocotools import mask
 
-    area, most = int(mask.area(segmentation)), width * height
-    return f"segmentation's counts are damaged: {area} px of {most}" if area > most else ""
+    area, maximum = int(mask.area(segmentation)), width * height
+    return f"segmentation's counts are damaged: {area} px of {maximum}" if area > maximum else ""
 
 
 def mask_area(segmentation: Any, size: NDArray[np.int64]) -> float:

@@ -41,7 +41,7 @@ class DetectionDataset(ImageDataset):
         annotations: All images and objects of the split.
         evaluation: Whether samples are for scoring: they have `truth`, and ignored objects stay in `annotations`.
         limit: Number of images that have objects; only the first ones are used. None for all images.
-        ignored_name: What objects are called that count neither for nor against a detection.
+        ignored_name: Name of the objects that count neither for nor against a detection.
 
     Attributes:
         annotations: The objects as training takes them: clipped to their images.

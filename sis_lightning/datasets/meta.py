@@ -1,4 +1,4 @@
-"""What a task must know of a data set: names, numbers and conventions, as plain data. Needs no torch."""
+"""The description of a data set that a task needs: names, numbers and conventions. Needs no torch."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ class PersonBoxes:
     """A detector's boxes of persons, by image.
 
     Args:
-        path: A JSON file: results in COCO's format, or the `predictions.json` that our detection's `predict` writes, of
-            which class `person` is taken.
+        path: A JSON file: results in COCO's format, or the `predictions.json` that `predict` of a detection task
+            writes, of which class `person` is taken.
         min_score: Boxes with a lower score are left out.
         category: The category id of persons in COCO's format.
 
@@ -46,8 +46,8 @@ class PersonBoxes:
 
         Args:
             image_ids: The id of each image.
-            names: The name of each image, by which our detection's predictions are found.
-            source: What the split is read from, for the error.
+            names: The name of each image, by which predictions of a detection task are found.
+            source: File or folder that the split is read from, for the error.
 
         Returns:
             Boxes (P, 5) by image id.
@@ -70,7 +70,7 @@ class PersonBoxes:
 
         Args:
             names: The names of the images; COCO's files are named by their ids.
-            folder: What the images are read from, for the error.
+            folder: Folder that the images are read from, for the error.
 
         Returns:
             Boxes (P, 5) by name.

@@ -1,4 +1,4 @@
-"""Evaluators of whole splits, as the benchmarks define their metrics, and scoring of anyone's results files."""
+"""Evaluators of whole splits, as the benchmarks define their metrics, and scoring of results files."""
 
 from __future__ import annotations
 

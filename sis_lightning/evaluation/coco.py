@@ -28,7 +28,7 @@ class COCOMetric(NamedTuple):
         name: Its short name.
         overlap: The IoU (OKS for keypoints) from which a detection counts.
         area: The objects that count, by their area: small ones are below 32² px, large ones from 96² px.
-        detections: The most detections of an image and class that count, in descending order of their scores.
+        detections: Maximum number of detections per image and class that count, in descending order of their scores.
     """
 
     name: str
@@ -78,7 +78,7 @@ class COCOGroundTruth:
 
     Args:
         annotations: Images and objects, as `read_coco` gives them.
-        kind: What is scored.
+        kind: The kind of results.
         backend: The library that computes the metrics.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for COCO's 17.
 
@@ -259,9 +259,9 @@ def check_results(rows: Any, ground_truth: COCOGroundTruth, source: str = "resul
     """Checks result rows against the ground truth that they are to be scored with.
 
     Args:
-        rows: What should be entries of COCO's result format.
+        rows: Values that should be entries of COCO's result format.
         ground_truth: The ground truth, which says what the images and categories are and what is scored.
-        source: What the rows are called in errors.
+        source: Name of the rows in errors.
 
     Raises:
         DataError: If an entry is not a result; the message names the first such entry (counted from 0), its key and

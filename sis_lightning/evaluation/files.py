@@ -1,4 +1,4 @@
-"""Scoring of anyone's results files, by the same rules as a test of ours. Needs no torch."""
+"""Scoring of results files, by the same rules as `sis-lightning test`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Evaluation:
     """The metrics of one results file; `print` shows them as a table.
 
     Attributes:
-        kind: What was scored: COCO's bbox, segm, keypoints or VOC's voc07, voc12.
+        kind: The kind of results: COCO's bbox, segm, keypoints or VOC's voc07, voc12.
         ground_truth: The ground truth's annotation file, or VOC's folder.
         results: The results file, or the folder of VOC's files.
-        settings: The rule, and the library that computed.
+        settings: The rule, and the library that computed the metrics.
         counts: Number of images, objects and detections.
         metrics: The metrics by name in 0…1, NaN if there is nothing to find.
         headings: Headings of the columns of `meanings`.
-        meanings: What each metric means, one cell a column.
-        note: What else a reader must know of the metrics.
+        meanings: The meaning of each metric, one cell per column.
+        note: Further facts on the metrics.
     """
 
     kind: Kind | VOCKind
@@ -98,13 +98,13 @@ def evaluate(
             `Annotations/`.
         results: The results: a file in COCO's result format (or its content), or a folder of VOC's detection files,
             `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
-        kind: What is scored: COCO's `bbox`, `segm` or `keypoints`, or VOC's average precision by the rules of 2007
+        kind: The kind of results: COCO's `bbox`, `segm` or `keypoints`, or VOC's average precision by the rules of 2007
             (`voc07`) or of 2010 and later (`voc12`).
         options: For COCO: `backend` (`pycocotools` or `faster-coco-eval`). For VOC: `split` (a list of
             `ImageSets/Main/`), `rule` (`devkit` or `toolkit`), `iou` and `classes`.
 
     Returns:
-        The metrics, with what was scored and how; `print` shows them as a table.
+        The metrics, with the files and the rule; `print` shows them as a table.
 
     Raises:
         DataError: If the ground truth or the results are not what they should be; the message names the entry.
@@ -140,7 +140,7 @@ def evaluate_coco(
     Args:
         ground_truth: COCO's annotation file, or its content.
         results: A results file, or its content.
-        kind: What is scored.
+        kind: The kind of results.
         backend: The library that computes the metrics.
 
     Raises:
@@ -170,7 +170,7 @@ def evaluate_coco(
         {"backend": backend},
         {"images": len(annotations), "objects": len(annotations.labels), "detections": len(rows)},
         known.score(rows),
-        (overlap, "area", "detections an image and class"),
+        (overlap, "area", "detections per image and class"),
         {metric.name: (metric.overlap, metric.area, f"≤ {metric.detections}") for metric in COCO_METRICS[kind]},
         f"area: small to 32² px, medium to 96² px, large above; .50:.95: the mean over ten thresholds{derived}",
     )

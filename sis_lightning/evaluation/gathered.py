@@ -17,7 +17,7 @@ from sis_lightning.datasets.annotations import Annotations, GroundTruth
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import UsageError
 
-#: What an evaluator scores of one image, by name, as tensors or arrays.
+#: The predictions of one image that an evaluator scores, by name, as tensors or arrays.
 Detections = Mapping[str, Any]
 #: The image's key (its split and id), its ground truth and its predictions as arrays.
 _Entry = tuple[Any, GroundTruth, dict[str, NDArray[Any]]]

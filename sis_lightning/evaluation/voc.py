@@ -181,7 +181,7 @@ def read_comp4(folder: Path, annotations: Annotations) -> list[Row]:
         DataError: If there is no such file at all, or a line is not a detection; the message names file and line.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; VOC's detections are one file a class, CLASS.txt")
+        raise DataError(f"{folder} is not a folder; VOC's detections are one file per class, CLASS.txt")
     label_of = {name: label for label, name in enumerate(annotations.class_names)}
     files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.txt")):

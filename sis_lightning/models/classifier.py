@@ -55,10 +55,10 @@ class Classifier(nn.Module):
     def exportable(self, height: int, width: int) -> Exportable:
         """Describes the network for `export`; files take any number of images of any size."""
         # An exporter takes the size of an axis as constant if it is 1, as in the last map of a very small image.
-        least = 2 * max(info.stride for info in self.backbone.feature_info.values())
+        minimum = 2 * max(info.stride for info in self.backbone.feature_info.values())
         return Exportable(
             module=self,
-            shape=(2, self.backbone.in_channels, max(height, least), max(width, least)),
+            shape=(2, self.backbone.in_channels, max(height, minimum), max(width, minimum)),
             multiples={0: 1, 2: 1, 3: 1},
             input=f"(N, {self.backbone.in_channels}, H, W)",
             preprocessing=f"{height}×{width} px as in training",

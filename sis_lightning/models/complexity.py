@@ -135,7 +135,7 @@ class Complexity:
 
 
 def measure(model: nn.Module, image_size: tuple[int, int], *, name: str = "", kind: str = "") -> Complexity:
-    """Counts the parameters and MACs of a network on one of our backbones, and of the backbone alone.
+    """Counts the parameters and MACs of a network on a `Backbone`, and of the backbone alone.
 
     Args:
         model: One of the four networks, or any network that contains a `Backbone` and maps one image tensor. It is
@@ -145,7 +145,7 @@ def measure(model: nn.Module, image_size: tuple[int, int], *, name: str = "", ki
         kind: Kind of the network for the result; by default the name of its class.
 
     Raises:
-        UsageError: If the network has no backbone of ours, or the image size is invalid.
+        UsageError: If the network has no `Backbone`, or the image size is invalid.
         UncountableError: If an operation of the network is not known.
     """
     height, width = image_size

@@ -1,4 +1,4 @@
-"""Object detection: our backbones in torchvision's Faster R-CNN with a feature pyramid."""
+"""Object detection: a `Backbone` in torchvision's Faster R-CNN with a feature pyramid."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class PyramidBackbone(nn.Module):
 
 
 class Detector(FasterRCNN):  # type: ignore[misc]
-    """Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017) on one of our backbones.
+    """Faster R-CNN with a feature pyramid (Ren et al. 2015, Lin et al. 2017) on a `Backbone`.
 
     Images are a list of normalised tensors (in_channels, H, W) of any sizes. The network resizes them itself.
 
@@ -250,8 +250,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
     def _padded(self, image: Tensor) -> Tensor:
         """Pads a very thin image with 0, of which resizing to `max_size` would leave less than 32 px."""
         height, width = image.shape[1:]
-        least = -(-32 * max(height, width) // self.max_size)
-        return F.pad(image, (0, max(0, least - width), 0, max(0, least - height)))
+        minimum = -(-32 * max(height, width) // self.max_size)
+        return F.pad(image, (0, max(0, minimum - width), 0, max(0, minimum - height)))
 
     def countable(self, image: Tensor) -> None:
         """Runs all layers with weights for one image (1, in_channels, H, W), with `proposals` boxes.

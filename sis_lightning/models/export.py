@@ -144,7 +144,10 @@ def export(
 
 def _exportable(network: nn.Module, image_size: tuple[int, int] | None) -> Exportable:
     if not callable(getattr(network, "exportable", None)):
-        raise UsageError(f"export takes one of our networks, a task or an Exportable, not {type(network).__name__}")
+        raise UsageError(
+            "export takes a Classifier, Segmenter, Detector or PoseNet, a task or an Exportable, "
+            f"not {type(network).__name__}"
+        )
     if image_size is None:
         raise UsageError("export needs image_size=(height, width), the size of images in training")
     return cast(_HasExportable, network).exportable(*image_size)

@@ -1,4 +1,4 @@
-"""Semantic segmentation: our backbones with the decoders of segmentation-models-pytorch (SMP)."""
+"""Semantic segmentation: a `Backbone` with the decoders of segmentation-models-pytorch (SMP)."""
 
 from __future__ import annotations
 

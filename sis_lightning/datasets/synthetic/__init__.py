@@ -40,8 +40,8 @@ def write_synthetic(
         size: Longer side of the images of VOC and COCO in px; the other is as long or 3/4 of it.
         seed: Seed of everything random.
         kinds: The data sets to write, of `KINDS`.
-        min_object: Least size (longer side of the box) of the visible part of an object in VOC and COCO, in px.
-        rotation: Greatest rotation of the shapes of VOC and COCO in degrees, either way.
+        min_object: Minimum size (longer side of the box) of the visible part of an object in VOC and COCO, in px.
+        rotation: Maximum rotation of the shapes of VOC and COCO in degrees, either way.
 
     Returns:
         The path of a contact sheet, an image that shows some images of each kind.
@@ -99,7 +99,7 @@ def _check(images: int, size: int, seed: int, kinds: Sequence[str], min_object: 
 
 
 def _is_free(root: Path, marker: dict[str, object]) -> bool:
-    """Whether `root` is still to be written; False if it holds the same data already."""
+    """Returns whether `root` is still to be written; False if it holds the same data already."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return True
     found = root / SYNTHETIC_MARKER

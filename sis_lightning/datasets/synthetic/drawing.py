@@ -72,7 +72,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Instance:
-    """What can be said of one object in a finished image.
+    """The annotation of one object in a finished image.
 
     Attributes:
         label: Index into `SHAPES`, or `PERSON`.
@@ -120,7 +120,7 @@ def compose(background: Floats, layers: Sequence[Layer], min_object: int) -> Sce
         background: RGB (h, w, 3) in 0…1, which is painted over.
         layers: The layers, from back to front. A layer is left out if less than 5 % of it would remain visible, or less
             than `min_object`.
-        min_object: Least size (longer side of the box) of the visible part of a layer, in px.
+        min_object: Minimum size (longer side of the box) of the visible part of a layer, in px.
 
     Returns:
         The image with its instances.
@@ -606,12 +606,12 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """What all images of one data set share.
+    """The settings that all images of one data set share.
 
     Attributes:
         size: Longer side of the images in px; the other is as long or 3/4 of it.
-        min_object: Least size (longer side of the box) of the visible part of an object, in px.
-        rotation: Greatest rotation of shapes in degrees, either way.
+        min_object: Minimum size (longer side of the box) of the visible part of an object, in px.
+        rotation: Maximum rotation of shapes in degrees, either way.
     """
 
     size: int

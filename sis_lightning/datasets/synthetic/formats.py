@@ -42,7 +42,7 @@ COCO_SHAPES = {
 """COCO category of each shape; one that looks similar if there is one."""
 
 _CIFAR, _VOC2012, _VOC2007, _COCO = range(4)
-_TINY_DIFFICULT = 0.12  # share of the objects smaller than twice the least size; about 3 % of all objects
+_TINY_DIFFICULT = 0.12  # share of the objects smaller than twice the minimum size; about 3 % of all objects
 
 
 def _save_jpeg(image: Bytes, path: Path) -> None:
