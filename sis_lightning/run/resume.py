@@ -23,8 +23,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from sis_lightning.datamodules.samplers import sample_seed
+from sis_lightning import lightning_internals as internals
 from sis_lightning.errors import DataError, UsageError, UserError
-from sis_lightning.run import lightning_internals as internals
 from sis_lightning.run.checkpoints import RUN, Checkpoint, ResumePoint, resume_point, sync_folder
 from sis_lightning.run.effects import effective_changes
 from sis_lightning.run.loggers import MetricsCSV

@@ -1,6 +1,6 @@
 """Everything of Lightning that its documentation does not promise, in one place.
 
-`tests/run/test_lightning_internals.py` fails with a clear message if another release of Lightning has it otherwise.
+`tests/test_lightning_internals.py` fails with a clear message if another release of Lightning has it otherwise.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 
 def loops(trainer: Trainer) -> list[Any]:
@@ -40,7 +40,7 @@ def restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
 
     Args:
         trainer: A Trainer in the middle of `fit`.
-        state: The state that `trainer.fit_loop.state_dict()` returned it.
+        state: State returned by `trainer.fit_loop.state_dict()`.
     """
     flags = [loop.restarting for loop in loops(trainer)]
     trainer.fit_loop.load_state_dict(state)
@@ -77,3 +77,27 @@ def kill_other_ranks(trainer: Trainer) -> None:
     kill = getattr(trainer.strategy.launcher, "kill", None)
     if kill is not None:
         kill(signal.SIGKILL)
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The Trainer that a module is attached to; None without one, where `module.trainer` would raise an error."""
+    trainer: Trainer | None = module._trainer
+    return trainer
+
+
+def replace_hparams(module: LightningModule, values: dict[str, Any]) -> None:
+    """Replaces what `save_hyperparameters` has kept, both for checkpoints and for loggers."""
+    module.hparams.clear()
+    module.hparams.update(values)
+    module._hparams_initial = dict(values)  # type: ignore[assignment]
+
+
+def train_loader(trainer: Trainer) -> Any:
+    """The training loader, built if it is not there yet, as in `configure_optimizers`."""
+    trainer.fit_loop.setup_data()
+    return trainer.train_dataloader
+
+
+def restart_optimizers(trainer: Trainer) -> None:
+    """Calls `configure_optimizers` again in the middle of `fit`, such as after the learning rate was changed."""
+    trainer.strategy.setup_optimizers(trainer)

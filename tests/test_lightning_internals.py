@@ -1,4 +1,4 @@
-"""A contract with Lightning: what `run.lightning_internals` relies on, which another release may change."""
+"""A contract with Lightning: what `lightning_internals` relies on, which another release may change."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from torch.utils.data import DataLoader
 
-from sis_lightning.run import lightning_internals as internals
+from sis_lightning import lightning_internals as internals
 
-RELEASE = f"Lightning {lightning.__version__} has this otherwise: adapt sis_lightning/run/lightning_internals.py"
+RELEASE = f"Lightning {lightning.__version__} has this otherwise: adapt sis_lightning/lightning_internals.py"
 
 
 class Linear(LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, size: int = 1) -> None:
         super().__init__()
+        self.save_hyperparameters()
         self.layer = torch.nn.Linear(2, 1)
 
     def training_step(self, batch: torch.Tensor) -> torch.Tensor:
@@ -99,3 +100,36 @@ def test_the_number_of_steps_can_be_lifted(trainer):
 def test_other_ranks_can_be_killed(trainer):
     assert callable(_Launcher.kill), RELEASE
     internals.kill_other_ranks(trainer)  # of which there are none
+
+
+def test_a_module_knows_whether_it_has_a_trainer(trainer):
+    assert internals.attached_trainer(Linear()) is None, RELEASE
+    assert internals.attached_trainer(trainer.lightning_module) is trainer, RELEASE
+
+
+def test_hparams_are_replaced_for_checkpoints_and_loggers():
+    module = Linear()
+    assert dict(module.hparams) == {"size": 1}
+    internals.replace_hparams(module, {"width": 2})
+    assert (dict(module.hparams), dict(module.hparams_initial)) == ({"width": 2}, {"width": 2}), RELEASE
+
+
+def test_the_training_loader_is_built_early(trainer):
+    seen = []
+
+    class Early(Linear):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            seen.append(internals.train_loader(self.trainer))
+            return super().configure_optimizers()
+
+    loader = DataLoader(torch.ones(6, 2), batch_size=2)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(Early(), loader, loader)
+    assert seen == [trainer.train_dataloader], RELEASE
+
+
+def test_optimizers_are_configured_again(trainer):
+    before = trainer.optimizers
+    internals.restart_optimizers(trainer)
+    assert trainer.optimizers is not before, RELEASE
+    assert len(trainer.optimizers) == 1
