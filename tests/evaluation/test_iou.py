@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from sis_lightning.errors import UsageError
 from sis_lightning.evaluation.iou import IoUEvaluator
 
 
@@ -48,3 +50,28 @@ def test_agrees_with_torchmetrics_where_every_class_occurs():
     theirs = MulticlassJaccardIndex(4, ignore_index=255)
     theirs.update(predicted, truth)
     torch.testing.assert_close(ours.compute()["miou"].float(), theirs.compute(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "targets", "words"),
+    [
+        (torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5), ["float32 (2, 3, 4, 5)", "class ids", "(2, 4, 5)", "argmax"]),
+        (torch.zeros(4, 5, dtype=torch.uint8), torch.zeros(4, 6), ["(4, 5)", "(4, 6)"]),
+        (torch.zeros(4, 5), torch.zeros(4, 5), ["float32", "class ids"]),
+        (torch.full((4, 5), 3), torch.zeros(4, 5), ["predictions have the class id 3", "0…2", "3 classes"]),
+        (torch.full((4, 5), -1), torch.zeros(4, 5), ["predictions have the class id -1"]),
+        (torch.zeros(4, 5).int(), torch.full((4, 5), 254), ["targets have the class id 254", "255"]),
+        ([torch.zeros(4, 5).int()], [], ["1 predictions for 0 images"]),
+    ],
+)
+def test_invalid_predictions_and_targets_are_named(predictions, targets, words):
+    metric = IoUEvaluator(["background", "ant", "bee"])
+    with pytest.raises(UsageError) as caught:
+        metric.update(predictions, targets)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_predictions_at_pixels_that_are_not_annotated_do_not_count():
+    metric = IoUEvaluator(["background", "ant"])
+    metric.update(torch.tensor([[255, 1]]), torch.tensor([[255, 1]], dtype=torch.uint8))
+    assert metric.compute()["pixel_accuracy"] == 1
