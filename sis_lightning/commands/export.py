@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sis_lightning.commands.arguments import Parser, config_options, require_torch
-from sis_lightning.errors import UsageError
+from sis_lightning.errors import DataError, UsageError
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> int:
         "--ckpt",
         default="last",
         metavar="PATH",
-        help="Path of a checkpoint; or last or best, of the run that --config describes (default: %(default)s).",
+        help="Path of a checkpoint or of a run's directory; or last or best, of the run that --config describes "
+        "(default: %(default)s).",
     )
     parser.add_config(help="Configuration file, as for fit (default: config.yaml of the checkpoint's run).")
     parser.add_argument(
@@ -38,11 +39,22 @@ def main(arguments: list[str]) -> int:
     chosen, options = parser.parse_known_args(arguments)
     files = chosen.config
     if not files:
-        files = [str(Path(chosen.ckpt).parent.parent / "config.yaml")]
+        if chosen.ckpt in ("last", "best"):
+            raise UsageError(
+                "export needs a checkpoint, --ckpt RUN/checkpoints/last.ckpt, or the run that it belongs to: --config "
+                "tasks/NAME.yaml and options as for fit"
+            )
+        path = Path(chosen.ckpt)
+        if path.is_dir():
+            path = path / "checkpoints" / "last.ckpt"
+        if not path.is_file():
+            raise DataError(f"--ckpt {chosen.ckpt}: there is no checkpoint {path}")
+        chosen.ckpt = str(path)
+        files = [str(path.parent.parent / "config.yaml")]
         if not Path(files[0]).is_file():
             raise UsageError(
-                "which network? name a checkpoint, --ckpt RUN/checkpoints/last.ckpt, or its run: --config "
-                "tasks/NAME.yaml and options as for fit"
+                f"{path} is not in the directory of a run, which holds config.yaml:\n"
+                "  name its configuration, --config tasks/NAME.yaml and options as for fit"
             )
     require_torch()
     import torch

@@ -114,7 +114,8 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
         require_torch()
         _print_all_options(layers)
         return 0
-    if "model" not in layers and not any(option.startswith("--model") for option in options):
+    named = any(re.fullmatch(r"--model(\.class_path)?(=.*)?", option) for option in options)
+    if "class_path" not in layers.get("model", {}) and not named:
         raise UsageError(f"{command} needs a task: --config tasks/NAME.yaml, with NAME one of {_listed('tasks')}")
     if command == "fit":
         from sis_lightning.run.signals import remember_early

@@ -117,6 +117,12 @@ def compare(
         DataError: If a run does not exist.
     """
     sides = (_side(first, arguments), _side(second, arguments))
+    untested = [side.name for side in sides if side.record is None]
+    if not arguments and len(untested) == 1:
+        raise UsageError(
+            f"{untested[0]} has not been tested, but the other run has:\n"
+            f"  sis-lightning test --config {untested[0]}/config.yaml"
+        )
     before, now = (side.settings for side in sides)
     absent = object()
     keys = [key for key in sorted({*before, *now}) if before.get(key, absent) != now.get(key, absent)]

@@ -80,6 +80,7 @@ CLS = ["--config", "tasks/cls_cifar100.yaml"]
         (["fit", "--config", "seg_vok"], 2, ["seg_vok", "seg_voc"]),
         (["fit", "--config"], 2, ["--config"]),
         (["fit"], 2, ["--config"]),
+        (["fit", "--config", "configs/demo.yaml"], 2, ["needs a task", "seg_voc"]),
         (["fit", *SEG, "--trainer.max_step", "5"], 2, ["max_step", "max_steps"]),
         (["fit", *SEG, "--data.batchsize", "5"], 2, ["batchsize", "batch_size"]),
         (["fit", *SEG, "--model.backbone.operater", "basic"], 2, ["operater", "operator"]),

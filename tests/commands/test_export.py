@@ -52,9 +52,18 @@ def test_a_run_is_tested_deployed_and_then_exported(command, small, tmp_path, ta
 
 
 def test_export_says_what_is_missing(command, tmp_path):
-    result = command("export", "--ckpt", "gone/last.ckpt")
-    assert result.code == 2
-    assert "which network?" in result.err
+    unnamed = command("export")
+    assert unnamed.code == 2
+    assert "export needs a checkpoint" in unnamed.err
+    gone = command("export", "--ckpt", "gone/last.ckpt")
+    assert gone.code == 1
+    assert "there is no checkpoint gone/last.ckpt" in gone.err
+    (tmp_path / "alone.ckpt").write_bytes(b"")
+    alone = command("export", "--ckpt", "alone.ckpt")
+    assert alone.code == 2
+    assert "not in the directory of a run" in alone.err
+    (tmp_path / "folder").mkdir()
+    assert "there is no checkpoint folder/checkpoints/last.ckpt" in command("export", "--ckpt", "folder").err
     missing = command("export", "--config", "tasks/cls_cifar100.yaml", "--config", "configs/demo.yaml")
     assert missing.code == 1
     assert "no checkpoint" in missing.err

@@ -92,6 +92,9 @@ def test_runs(runs, command):
     untested = command("compare", "a/untested", "b/untested", "--rounds", 0)
     assert untested.code == 2
     assert "trainer.precision: 'bf16-mixed' of A, '32-true' of B" in untested.err
+    half = command("compare", "a", "b/untested", "--rounds", 0)
+    assert half.code == 2
+    assert "b/untested has not been tested, but the other run has" in half.err
     # An edited record is refused.
     path = Path("b/test.json")
     record = json.loads(path.read_text())
