@@ -118,7 +118,7 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
     if "class_path" not in layers.get("model", {}) and not named:
         raise UsageError(f"{command} needs a task: --config tasks/NAME.yaml, with NAME one of {_listed('tasks')}")
     if command == "fit":
-        from sis_lightning.run.signals import remember_early
+        from sis_lightning.run.resume.signals import remember_early
 
         remember_early()
     require_torch()

@@ -13,8 +13,9 @@ from filelock import FileLock, Timeout
 
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.run import history
-from sis_lightning.run.checkpoints import ResumePoint, newest_checkpoint, read_checkpoint, resume_point
-from sis_lightning.run.effects import effective_changes
+from sis_lightning.run.recipe import effective_changes
+from sis_lightning.run.resume.checkpoints import ResumePoint, newest_checkpoint, resume_point
+from sis_lightning.tasks.checkpoint_files import read_checkpoint
 
 _held: list[tuple[FileLock, Path, list[Path]]] = []
 
@@ -80,7 +81,7 @@ def set_aside(folder: Path, path: Path, point: ResumePoint) -> None:
         if other.name == "best.ckpt" or other.samefile(path):
             continue
         with contextlib.suppress(DataError):
-            later = resume_point(read_checkpoint(other))
+            later = resume_point(read_checkpoint(other, mmap=True))
             if later is not None and later.batches > point.batches:
                 other.rename(other.with_name(f"{other.name}.set-aside"))
 
@@ -116,7 +117,7 @@ def find_resume_point(
     path = newest_checkpoint(checkpoints, report) if resume == "auto" else Path(resume)
     if path is None:
         return None
-    point = resume_point(read_checkpoint(path))
+    point = resume_point(read_checkpoint(path, mmap=True))
     if point is None:
         raise DataError(f"{path} holds weights for test and predict, but a run cannot be resumed from it")
     shown = [f"  {key}: {before!r} before, {now!r} now" for key, before, now in effective_changes(point.config, config)]

@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import UsageError, nearest
-from sis_lightning.run.failures import MARKS
+from sis_lightning.run.library_errors import MARKS
 from sis_lightning.run.options import RunOptions
 from sis_lightning.tasks import BaseTask
 

@@ -5,7 +5,7 @@ runs/TASK/BACKBONE-OPERATOR/seedN/
     checkpoints/        step-N.ckpt (the newest two), last.ckpt, best.ckpt
     history.json        when the run was started, and how each start ended
     csv/, tensorboard/  the logs of fit, test, …
-    images/             predictions beside the ground truth, one figure a validation
+    images/             predictions beside the ground truth, one figure per validation
     predictions/        what predict wrote
     test.json           what test measured, on which data, with which weights: a record with a checksum
     test_results/       the detections or keypoints that were scored, in the format of COCO's or VOC's servers
@@ -31,12 +31,14 @@ from sis_lightning.config_files import read_yaml
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.option_effects import Effect, effects_of
-from sis_lightning.run.effects import changes, declared_effect
-from sis_lightning.run.failures import explained
+from sis_lightning.run.library_errors import explained
 from sis_lightning.run.options import RunOptions
 from sis_lightning.run.parser import build, run_parser
+from sis_lightning.run.recipe import changes, declared_effect
 from sis_lightning.tasks import BaseTask
 from sis_lightning.tasks.base import weights_deferred
+from sis_lightning.tasks.checkpoint_files import read_checkpoint
+from sis_lightning.tasks.loading import load
 
 
 class Run:
@@ -147,15 +149,11 @@ class Run:
             UsageError: If neither the DataModule nor the task knows it.
         """
         size: tuple[int, int] | None = getattr(self.datamodule, "image_size", None)
+        size = size or getattr(self.task, "image_size", None)
         if size is None:
-            sides = (self.task.hparams.get(name) for name in ("min_size", "max_size"))
-            # Detectors pad images to multiples of 32.
-            low, high = (-(-side // 32) * 32 if isinstance(side, int) else None for side in sides)
-            if low is None or high is None:
-                raise UsageError(
-                    f"{type(self.datamodule).__name__} has no image_size: images keep their own sizes; give a size"
-                )
-            size = (low, high)
+            raise UsageError(
+                f"{type(self.datamodule).__name__} has no image_size: images keep their own sizes; give a size"
+            )
         return size
 
     def checkpoint(self, which: Path | str | None = None) -> Path:
@@ -167,19 +165,20 @@ class Run:
         Raises:
             DataError: If it is missing, unreadable, or holds another network: the message names what differs.
         """
+        return self.read_checkpoint(which)[0]
+
+    def read_checkpoint(self, which: Path | str | None = None) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint as `checkpoint` finds and checks it, and its content, whose tensors stay in the file."""
         named = which in (None, "last", "best")
         path = self.directory / "checkpoints" / f"{which or 'last'}.ckpt" if named else Path(str(which))
         if not path.is_file():
             raise DataError(
                 f"no checkpoint {path}: run 'sis-lightning fit' with the same options first, or give --ckpt_path FILE"
             )
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            saved, weights = content["hyper_parameters"], content["state_dict"]
-        except Exception as error:  # whatever a damaged file makes torch raise
-            raise DataError(
-                f"{path}: not a checkpoint of ours, or damaged ({type(error).__name__}: {error})"[:400]
-            ) from None
+        content = read_checkpoint(path, mmap=True)
+        saved, weights = content.get("hyper_parameters"), content["state_dict"]
+        if saved is None:
+            raise DataError(f"{path}: not a checkpoint of a task of sis-lightning: it has no hyper_parameters")
         effects = effects_of(type(self.task))
         asked = dict(self.task.hparams)
         common = saved.keys() & asked.keys()
@@ -197,18 +196,18 @@ class Run:
                 "\n".join([f"{path} is of another network:", *shown])
                 + "\n  Give the options that it was trained with, or its run's config.yaml as --config."
             )
-        ours = self.task.state_dict()
-        other = [key for key in (*ours, *weights) if key not in ours or key not in weights]
-        other += [key for key in ours if key in weights and ours[key].shape != weights[key].shape]
+        expected = self.task.state_dict()
+        other = [key for key in (*expected, *weights) if key not in expected or key not in weights]
+        other += [key for key in expected if key in weights and expected[key].shape != weights[key].shape]
         if other:
             raise DataError(
                 f"{path} is of another network: {len(other)} of its weights are missing, unknown or of another shape,\n"
                 f"  such as {other[0]}. Give the options that it was trained with."
             )
-        return path
+        return path, content
 
     def load(self, which: Path | str | None = None) -> BaseTask:
-        """The run's task with a checkpoint's weights, in evaluation mode.
+        """A trained task of its own, as `sis_lightning.load` returns it; `task` stays untrained.
 
         Args:
             which: `last` (also for None), `best`, or a file.
@@ -216,9 +215,4 @@ class Run:
         Raises:
             DataError: If the checkpoint is missing, unreadable, or holds another network.
         """
-        content = torch.load(self.checkpoint(which), map_location="cpu", weights_only=True)
-        self.task.load_state_dict(content["state_dict"])
-        meta = content["hyper_parameters"].get("meta")
-        if meta is not None:
-            self.task.set_meta(meta)
-        return self.task.eval().requires_grad_(False)
+        return load(self.checkpoint(which))

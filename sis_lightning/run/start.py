@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -19,15 +18,15 @@ from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from sis_lightning.errors import UsageError
 from sis_lightning.files import write_text
 from sis_lightning.run import directory, history, process
-from sis_lightning.run.callbacks import Announcement, Deploy, PlotPredictions, WritePredictions
-from sis_lightning.run.checkpoints import ResumePoint, SafeCheckpointIO
-from sis_lightning.run.evidence import custom_operators, test_record
-from sis_lightning.run.failures import explained
-from sis_lightning.run.loggers import MetricsCSV, TensorBoard
+from sis_lightning.run.library_errors import explained
 from sis_lightning.run.parser import build
-from sis_lightning.run.progress import console, first_rank, progress, say
 from sis_lightning.run.record import running_code, write_record
-from sis_lightning.run.resume import ExactResume, Stopped
+from sis_lightning.run.record_builder import custom_operators, test_record
+from sis_lightning.run.reporting.callbacks import Announcement, Deploy, PlotPredictions, WritePredictions
+from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
+from sis_lightning.run.reporting.progress import console, first_rank, progress, say
+from sis_lightning.run.resume.callback import ExactResume, Stopped
+from sis_lightning.run.resume.checkpoints import BestCheckpoint, ResumePoint, SafeCheckpointIO
 from sis_lightning.run.run import Run
 
 
@@ -68,8 +67,6 @@ class _Started:
         _refuse(run.config["trainer"])
         seed_everything(run.options.seed_everything, workers=True)
         task, data = run.task, run.datamodule
-        if data.primary_metric:
-            task.monitor = f"val/{data.primary_metric}"
         if self.command == "fit":
             self._settle_resume()
         trainer = self._trainer()
@@ -82,9 +79,8 @@ class _Started:
                 return
             self._fit(trainer)
             return
-        path = run.checkpoint(run.options.ckpt_path)
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        say(f"checkpoint {path}, step {step:,}")
+        path, content = run.read_checkpoint(run.options.ckpt_path)
+        say(f"checkpoint {path}, step {content['global_step']:,}")
         given: dict[str, Any] = {"datamodule": data, "ckpt_path": str(path), "weights_only": True}
         if self.command == "predict":
             # They are on disk; those of ten thousand photographs would fill the memory.
@@ -168,7 +164,7 @@ class _Started:
             functools.partial(history.requeue, self.folder, max_restarts=options.max_restarts),
             running_code(custom_operators(run)),
         )
-        self.best = ModelCheckpoint(
+        self.best = BestCheckpoint(
             dirpath=checkpoints,
             filename="best",
             monitor=run.task.monitor,

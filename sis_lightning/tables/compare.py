@@ -23,7 +23,7 @@ from sis_lightning.config_files import config_names
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.models.complexity import Complexity
 from sis_lightning.operators import list_operators
-from sis_lightning.run.effects import settled
+from sis_lightning.run.recipe import settled
 from sis_lightning.run.record import TestRecord, read_record
 from sis_lightning.run.run import Run
 from sis_lightning.tables.cells import shortcomings

@@ -149,7 +149,7 @@ def _source(experiment: Experiment) -> str:
 
 def _resolve(experiment: Experiment) -> Model:
     """Builds the model of an experiment, and counts it."""
-    from sis_lightning.run.effects import recipe
+    from sis_lightning.run.recipe import recipe
     from sis_lightning.run.run import Run
     from sis_lightning.tables.counting import count_run
 
@@ -390,7 +390,7 @@ def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequ
 
 
 def _refuse_other_recipes(entry: MissingRun, extra: Sequence[str]) -> None:
-    from sis_lightning.run.effects import changes, recipe
+    from sis_lightning.run.recipe import changes, recipe
     from sis_lightning.run.run import Run
 
     for option in extra:

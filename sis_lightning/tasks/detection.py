@@ -123,6 +123,12 @@ class DetectionTask(BaseTask):
         )
         self.finish(model)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in px of the largest images of the network: detectors pad them to multiples of 32."""
+        height, width = (-(-side // 32) * 32 for side in (self.min_size, self.max_size))
+        return height, width
+
     def _default_meta(self) -> DatasetMeta:
         names = tuple(str(label) for label in range(1, self.num_classes + 1))
         return dataclasses.replace(super()._default_meta(), class_names=names)

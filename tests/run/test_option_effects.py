@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 
 from sis_lightning.datamodules import SISDataModule
 from sis_lightning.option_effects import Effect, effects_of
-from sis_lightning.run.effects import changed_recipe, declared_effect, effect_of, effective_changes, recipe, settled
 from sis_lightning.run.options import TRAINER_EFFECTS, RunOptions
+from sis_lightning.run.recipe import changed_recipe, declared_effect, effect_of, effective_changes, recipe, settled
 from sis_lightning.run.run import Run
 from sis_lightning.tasks import BaseTask
 

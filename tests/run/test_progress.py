@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from sis_lightning.run import progress
+from sis_lightning.run.reporting import progress
 
 
 def test_a_short_run_prints_its_loss_and_its_end(command, small):

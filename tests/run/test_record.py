@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest, digest_files, write_text
-from sis_lightning.run.effects import recipe
+from sis_lightning.run.recipe import recipe
 from sis_lightning.run.record import OptionChange, TestRecord, read_record, write_record, write_with_checksum
 
 plain = st.recursive(

@@ -22,10 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sis_lightning.datamodules.samplers import EpochSampler
 from sis_lightning.errors import DataError
-from sis_lightning.run.checkpoints import RUN, ResumePoint, SafeCheckpointIO, newest_checkpoint, read_checkpoint
 from sis_lightning.run.history import begin, reach, read_history, requeue
-from sis_lightning.run.loggers import MetricsCSV
 from sis_lightning.run.record import OptionChange, read_record
+from sis_lightning.run.reporting.loggers import MetricsCSV
+from sis_lightning.run.resume.checkpoints import RUN, ResumePoint, SafeCheckpointIO, newest_checkpoint
+from sis_lightning.tasks.checkpoint_files import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs/seg_voc/res2net14-4w4s-basic-8ch/seed0")

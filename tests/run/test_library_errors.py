@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.run.failures import explained
+from sis_lightning.run.library_errors import explained
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
-from sis_lightning.datamodules.samplers import sample_seed
 from sis_lightning import lightning_internals as internals
+from sis_lightning.datamodules.samplers import sample_seed
 from sis_lightning.errors import DataError, UsageError, UserError
-from sis_lightning.run.checkpoints import RUN, Checkpoint, ResumePoint, resume_point, sync_folder
-from sis_lightning.run.effects import effective_changes
-from sis_lightning.run.loggers import MetricsCSV
+from sis_lightning.run.recipe import effective_changes
 from sis_lightning.run.record import Code
-from sis_lightning.run.signals import StopRequest
+from sis_lightning.run.reporting.loggers import MetricsCSV
+from sis_lightning.run.resume.checkpoints import RUN, Checkpoint, ResumePoint, resume_point, sync_folder
+from sis_lightning.run.resume.signals import StopRequest
 
 
 class Stopped(UserError):  # noqa: N818 - like KeyboardInterrupt, it is no error

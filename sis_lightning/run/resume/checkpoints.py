@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sis_lightning.errors import DataError
 from sis_lightning.run.record import Code
+from sis_lightning.tasks.checkpoint_files import read_checkpoint
 
 Checkpoint = dict[str, Any]
 
@@ -64,6 +66,15 @@ def resume_point(content: Checkpoint) -> ResumePoint | None:
         return ResumePoint.model_validate(content[RUN])
     except (KeyError, ValidationError):
         return None
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the best metric, which the task knows only once the data is set up."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the metric of the task, after the DataModule has handed over its `meta`."""
+        self.monitor = str(getattr(pl_module, "monitor", self.monitor))
+        super().setup(trainer, pl_module, stage)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -122,30 +133,6 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint.
-
-    Raises:
-        DataError: If the file is missing, truncated, altered, or not a checkpoint of a task.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as records:
-            broken = records.testzip()
-        if broken is not None:
-            raise DataError(f"{path}: damaged (checksum of '{broken}')")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except DataError:
-        raise
-    except Exception as error:  # whatever zipfile and torch raise for a damaged file
-        size = path.stat().st_size
-        raise DataError(f"{path}: damaged, {size:,} bytes ({type(error).__name__}: {error})"[:300]) from None
-    if not isinstance(content, dict) or "state_dict" not in content or "global_step" not in content:
-        raise DataError(f"{path}: not a checkpoint of sis-lightning")
-    return content
-
-
 def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
     """The intact checkpoint with the most steps from which a run can be resumed.
 
@@ -163,7 +150,7 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | Non
         if path.name == "best.ckpt":
             continue
         try:
-            point = resume_point(read_checkpoint(path))
+            point = resume_point(read_checkpoint(path, mmap=True))
         except DataError as error:
             report(f"skipped {error}")
             continue

@@ -1,4 +1,4 @@
-"""What a test measured with and on, as a record."""
+"""Builds the record of a test run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lightning.pytorch import Trainer
 from sis_lightning.files import digest, digest_files
 from sis_lightning.operators import operator_class
 from sis_lightning.run import history
-from sis_lightning.run.checkpoints import resume_point
-from sis_lightning.run.effects import changed_recipe, recipe, settled
-from sis_lightning.run.loggers import curves
+from sis_lightning.run.recipe import changed_recipe, recipe, settled
 from sis_lightning.run.record import OptionChange, TestData, TestedCheckpoint, TestRecord, Training, environment
+from sis_lightning.run.reporting.loggers import curves
+from sis_lightning.run.resume.checkpoints import resume_point
 from sis_lightning.run.run import Run
+from sis_lightning.tasks.checkpoint_files import read_checkpoint
 
 
 def custom_operators(run: Run) -> dict[str, type]:
@@ -36,7 +37,7 @@ def test_record(run: Run, trainer: Trainer) -> TestRecord:
     """
     data, task = run.datamodule, run.task
     path = Path(str(trainer.ckpt_path))
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = read_checkpoint(path, mmap=True)
     point = resume_point(content)
     trained = point.config if point else _config_beside(path, run)
     folder = path.parent.parent if path.parent.name == "checkpoints" else run.directory

@@ -18,7 +18,7 @@ from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.files import write_text
 from sis_lightning.models.deploy import deploy
-from sis_lightning.run.progress import console
+from sis_lightning.run.reporting.progress import console
 from sis_lightning.tasks import BaseTask
 
 
