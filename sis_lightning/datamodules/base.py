@@ -45,6 +45,7 @@ from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 from sis_lightning.files import digest_files, digest_listing
+from sis_lightning.lightning_internals import batch_progress
 from sis_lightning.machine import usable_cores
 from sis_lightning.option_effects import Effect
 
@@ -336,8 +337,7 @@ class SISDataModule(LightningDataModule, ABC):
         """The epoch and the number of its batches that are done, so that a resumed run reads the next sample."""
         if self.trainer is None:
             return {}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return {"epoch": self.trainer.current_epoch, "batches": progress.current.completed}
+        return {"epoch": self.trainer.current_epoch, "batches": batch_progress(self.trainer).current.completed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Sets `position` from `state_dict()`."""
