@@ -19,7 +19,6 @@ The batch format, for every task:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -134,8 +133,6 @@ class SISDataModule(LightningDataModule, ABC):
         "synthetic": Effect.NOTHING,
         "download": Effect.NOTHING,
     }
-    #: Name of the metric that selects the best checkpoint; empty for the task's own.
-    primary_metric: ClassVar[str] = ""
     image_size: tuple[int, int] | None = None
 
     def __init__(
@@ -195,7 +192,7 @@ class SISDataModule(LightningDataModule, ABC):
 
     def describe(self, meta: DatasetMeta) -> DatasetMeta:
         """Adds the values that this DataModule decides, such as the image size, to a Dataset's meta."""
-        return dataclasses.replace(meta, primary_metric=self.primary_metric or meta.primary_metric)
+        return meta
 
     @property
     def class_names(self) -> tuple[str, ...]:

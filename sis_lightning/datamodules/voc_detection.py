@@ -38,7 +38,6 @@ class VOCDetectionDataModule(SISDataModule):
             unreadable or of another size than its annotation says.
     """
 
-    primary_metric = "AP50_voc07"
     archives = voc_archives("2007", "2007-test", "2012")
     option_effects: ClassVar[Mapping[str, Effect]] = {
         "train_splits": Effect.RESULT,
