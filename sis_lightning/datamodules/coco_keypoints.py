@@ -13,7 +13,7 @@ import torch
 
 from sis_lightning.datamodules.base import Transform
 from sis_lightning.datamodules.coco_detection import COCODataModule
-from sis_lightning.datasets.base import Batch, ImageDataset, Sample
+from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.coco import COCOKeypointsDataset
 from sis_lightning.datasets.constants import Split
 from sis_lightning.datasets.crops import Crop
@@ -79,7 +79,7 @@ class PersonCrops:
     boxes: Mapping[str, Boxes] | None = None
 
     def __call__(self, sample: Sample) -> Sample:
-        """Adds `crops` (P, 3, h, w), `to_image` (P, 2, 3), `box_scores` and `areas` (P,) to the sample."""
+        """Adds `crops` (P, 3, h, w), `to_image` (P, 2, 3), `person_boxes` (P, 4), `box_scores` and `areas` (P,)."""
         sample = dict(sample)
         persons: Boxes | None = sample.pop("person_boxes", None)
         if persons is None:
@@ -98,6 +98,7 @@ class PersonCrops:
             "crops": torch.stack(cut) if cut else torch.zeros(0, 3, height, width, dtype=torch.uint8),
             # Arrays, because a Trainer of half precision would round tensors.
             "to_image": matrices,
+            "person_boxes": persons[:, :4].copy(),
             "box_scores": persons[:, 4].copy(),
             "areas": np.array([crop.size[0] * crop.size[1] for crop in crops], dtype=np.float64),
         }
@@ -204,10 +205,3 @@ class COCOKeypointsDataModule(COCODataModule):
     def eval_batch_size(self) -> int:
         """Images per evaluation step; smaller, because each has several crops."""
         return min(self.batch_size, 16 * self._ranks()[1])
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Moves the crops only: whole images are only drawn on, and the rest is used in float64 on the CPU."""
-        stay = {key: value for key, value in batch.items() if "crops" in batch and key != "crops"}
-        move = {key: value for key, value in batch.items() if key not in stay}
-        moved: Batch = super().transfer_batch_to_device(move, device, dataloader_idx)
-        return {**stay, **moved}

@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from sis_lightning.backbones import backbone_config
 from sis_lightning.datamodules import COCOKeypointsDataModule
+from sis_lightning.datamodules.coco_keypoints import PersonCrops
+from sis_lightning.datasets.coco import COCOKeypointsDataset
 from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, flip_order
 from sis_lightning.datasets.person_boxes import read_person_boxes
 from sis_lightning.errors import DataError, UsageError
@@ -342,3 +346,24 @@ def test_person_boxes_of_another_split(command, small, synthetic):
     assert result.code == 1
     assert "none of its 1 images" in result.err
     assert "another split" in result.err
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor], ids=["arrays", "tensors"])
+def test_another_loader_validates(synthetic, tmp_path, kind):
+    dataset = COCOKeypointsDataset(synthetic, "val2017", evaluation=True)
+    crop = PersonCrops((32, 64))
+    samples = [crop(sample) for sample in dataset]
+    for sample in samples:
+        sample.update({key: kind(sample[key]) for key in ("to_image", "box_scores", "areas")})
+    loader = DataLoader(
+        samples, batch_size=2, collate_fn=lambda rows: {key: [row[key] for row in rows] for key in rows[0]}
+    )
+    data = COCOKeypointsDataModule(str(synthetic), batch_size=2, num_workers=0, input_size=(64, 32))
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    task = KeypointTask(SMALL, deconv_channels=(8, 8, 8))
+    found = [
+        Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet).validate(task, given, verbose=False)
+        for given in (loader, data)
+    ]
+    assert "val/AP" in found[0][0]
+    assert found[0][0] == pytest.approx(found[1][0], nan_ok=True)
