@@ -12,8 +12,8 @@ The batch format, for every task:
 - detection: lists `boxes` of (n, 4) x1, y1, x2, y2 in px and `labels` of (n,) 1…K.
 - keypoints, training: `keypoints` (N, 17, 3) x, y in px of the crop and visibility 0, 1 or 2.
 - keypoints, evaluation: lists with an entry for each image: `crops` (P, 3, h, w) uint8, `to_image` (P, 2, 3), the
-  affine matrix from a crop's px to the image's, `box_scores` (P,), `areas` (P,) of the crops in px² of the image, and
-  `box_source`, which says where the person boxes are from.
+  affine matrix from a crop's px to the image's, `person_boxes` (P, 4) x1, y1, x2, y2 in px of the image, `box_scores`
+  (P,), `areas` (P,) of the crops in px² of the image, and `box_source`, which says where the boxes are from.
 - evaluation of detection and keypoints: `truth`, a dict for each image; see `Annotations.ground_truth`.
 """
 
