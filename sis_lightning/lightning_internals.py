@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import signal
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
+
+#: The limits of steps that `lift_max_steps` has lifted.
+_lifted: WeakKeyDictionary[Trainer, int] = WeakKeyDictionary()
 
 
 def loops(trainer: Trainer) -> list[Any]:
@@ -65,11 +69,26 @@ def keep_saved_position(checkpoint: dict[str, Any], point: Literal["batch", "val
         validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
-def set_max_steps(trainer: Trainer, steps: int) -> int:
-    """Sets the number of steps at which `fit` ends, -1 for no limit; returns what it was."""
+def lift_max_steps(trainer: Trainer) -> None:
+    """Lets `fit` go on when all of its steps are done, until `restore_max_steps`."""
     loop = trainer.fit_loop.epoch_loop
-    before, loop.max_steps = loop.max_steps, steps
-    return int(before)
+    _lifted[trainer], loop.max_steps = loop.max_steps, -1
+
+
+def restore_max_steps(trainer: Trainer) -> None:
+    """Sets the number of steps at which `fit` ends as it was before `lift_max_steps`."""
+    if trainer in _lifted:
+        trainer.fit_loop.epoch_loop.max_steps = _lifted.pop(trainer)
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Number of optimizer steps of the whole `fit`, infinite if it has no end; a collective call."""
+    loop, now = trainer.fit_loop.epoch_loop, trainer.max_steps
+    loop.max_steps = _lifted.get(trainer, now)
+    try:
+        return trainer.estimated_stepping_batches
+    finally:
+        loop.max_steps = now
 
 
 def kill_other_ranks(trainer: Trainer) -> None:

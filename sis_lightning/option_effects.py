@@ -1,4 +1,4 @@
-"""What an option may change, said where the option is declared.
+"""The effect of an option on a run, declared beside the option.
 
 A class that a configuration can build names the effect of each argument of its constructor in a class attribute
 `option_effects`. Everything else follows from there: which changed options a resume refuses, in which options a
@@ -12,7 +12,7 @@ from enum import Enum
 
 
 class Effect(Enum):
-    """What changes in a run if an option changes."""
+    """Effect of a changed option on a run."""
 
     #: Nothing in the result: where data is read from, what is logged, how many processes work.
     NOTHING = "nothing"

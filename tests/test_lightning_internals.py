@@ -92,9 +92,15 @@ def test_the_saved_position(trainer, point):
 
 
 def test_the_number_of_steps_can_be_lifted(trainer):
-    assert internals.set_max_steps(trainer, 7) == -1, RELEASE
-    assert internals.set_max_steps(trainer, -1) == 7
-    assert trainer.fit_loop.epoch_loop.max_steps == -1
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    internals.lift_max_steps(trainer)
+    assert trainer.max_steps == -1, RELEASE
+    assert internals.total_steps(trainer) == 4, RELEASE
+    assert trainer.max_steps == -1
+    internals.restore_max_steps(trainer)
+    assert trainer.max_steps == 4, RELEASE
+    internals.restore_max_steps(trainer)
+    assert trainer.max_steps == 4
 
 
 def test_other_ranks_can_be_killed(trainer):

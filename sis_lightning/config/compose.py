@@ -92,6 +92,12 @@ def compose(paths: list[str], named: Layer | None = None) -> Layer:
     composed: Layer = {}
     files = [PACKAGED / "configs" / "defaults.yaml", *map(find_config, paths)]
     layers = [(path, load_layer(path)) for path in files]
+    tasks = list(dict.fromkeys(path for path, layer in layers if len(list(_classes(layer))) == 2))
+    if len(tasks) > 1:
+        raise UsageError(
+            f"{tasks[0]} and {tasks[1]} are two tasks, each with a model and data, but a run has one: leave one out.\n"
+            "  Another data set for a task: --data NAME, with a file in datamodules/."
+        )
     named = named or {}
     # Overlays apply to another data set; a trainer is for this run alone, whatever the files say.
     layers.insert(2, (PACKAGED, {key: {**value, _WHOLE: True} for key, value in named.items() if key != "trainer"}))
@@ -154,7 +160,7 @@ def load_named(kind: str, name: str) -> Layer:
 
 
 def _same_class(old: Mapping[str, Any], class_path: Any) -> bool:
-    """Whether a class path, or a class name alone, is that of an object; also if none is given."""
+    """Whether a class path names the object's class; true if None."""
     known = old.get("class_path")
     if class_path is None or known is None or class_path == known:
         return class_path is None or class_path == known
@@ -272,9 +278,16 @@ def _put(layer: Layer, keys: list[str], value: Any, path: Path) -> None:
 
 
 def _refuse_both(path: Path, key: str, other: str) -> None:
+    if key == other:
+        problem, moved = f"'{key}' is set twice in this YAML, as a whole and by its keys", "its keys"
+    else:
+        problem, moved = (
+            f"'{key}' refers to a file or is a value, so '{other}' cannot also be set in this YAML",
+            f"'{other}'",
+        )
     raise UsageError(
-        f"{path}: '{key}' is a file's name or a value, and '{other}' writes into it: one of the two would be lost.\n"
-        f"  Write it out in full, or put '{other}' into a second file after this one, or on the command line."
+        f"{path}: {problem}.\n"
+        f"  Write it out in full, or put {moved} into a second file after this one, or on the command line."
     )
 
 

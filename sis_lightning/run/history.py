@@ -22,7 +22,7 @@ from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
 
 FILE = "history.json"
-#: So many starts in a row without a step, and a job is not requeued again.
+#: Maximum number of consecutive starts without a step.
 STARTS_WITHOUT_A_STEP = 3
 
 
@@ -90,18 +90,18 @@ def _write(run: Path, starts: Sequence[Start]) -> None:
 
 
 def begin(run: Path, step: int, epoch: int = 0) -> None:
-    """Adds a start, which begins after so many steps and epochs."""
+    """Appends an entry that begins at this step and epoch."""
     start = Start(began=_now(), host=socket.gethostname(), job=job_id(), from_step=step, step=step, epoch=epoch)
     _write(run, [*read_history(run), start])
 
 
 def reach(run: Path, step: int, epoch: int) -> None:
-    """Notes how far the newest start has come."""
+    """Sets the step and epoch that the newest start has reached."""
     _update(run, step=step, epoch=epoch)
 
 
 def end(run: Path, how: str) -> None:
-    """Notes how the newest start ended."""
+    """Sets the end of the newest start."""
     _update(run, ended=_now(), how=how)
 
 
@@ -124,10 +124,10 @@ def requeue(run: Path, step: int, max_restarts: int) -> str:
     Args:
         run: The run's directory.
         step: Optimizer steps done by now.
-        max_restarts: How often a job is requeued at most.
+        max_restarts: Maximum number of requeues of a job.
 
     Returns:
-        What was done, as a sentence.
+        A sentence that says whether the job is requeued, and why not.
     """
     job = job_id()
     if job is None or not re.fullmatch(r"\d+(_\d+)?", job):

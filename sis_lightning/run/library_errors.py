@@ -1,4 +1,4 @@
-"""Makes short messages of what Lightning, jsonargparse and torch raise for a mistake of the user.
+"""Makes short messages of the exceptions of Lightning, jsonargparse and torch that a mistake of the user causes.
 
 A library's exception becomes a UsageError with one to five lines that names the option, if it was raised in the
 library's own code. Everything else is a defect of this package, and keeps its traceback.
@@ -29,7 +29,7 @@ MARKS = "\x02{}\x03"
 
 @contextlib.contextmanager
 def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Raises UsageError or DataError in place of what a library raises for a mistake of the user.
+    """Raises UsageError or DataError in place of a library's exception for a mistake of the user.
 
     Args:
         config: The run's resolved configuration, by which the message names the option; None while it is parsed.

@@ -1,4 +1,4 @@
-"""The options of a run beside those of its model, data and Trainer, and what each of them and of Trainer's changes."""
+"""Run options, and the effect of each run and Trainer option."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sis_lightning.option_effects import Effect
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run is called, where it writes, and how it is resumed.
+    """Name, directory and resume of a run.
 
     Args:
         seed_everything: Seed of all random numbers; also names the run's directory.
@@ -23,7 +23,7 @@ class RunOptions:
         resume: fit: `auto` (resumes the directory's run, if there is one), `never`, or a checkpoint file.
         resume_changed: fit: whether a run may be resumed under a changed configuration.
         checkpoint_every: fit: number of steps between two checkpoints.
-        max_restarts: fit: how often a job is requeued by SLURM.
+        max_restarts: fit: maximum number of requeues of a job by SLURM.
         ckpt_path: validate, test, predict: `last` (default), `best`, or a checkpoint file.
         deploy: validate, test, predict: whether the deployed (fused) form of the network is used.
         verbose: validate, test: whether all metrics are printed as a table.
@@ -62,7 +62,18 @@ def _effect_of_precision(value: Any) -> Effect:
     return Effect.NUMERICS if keeps_weights else Effect.RESULT
 
 
-#: What each option of Lightning's Trainer changes, which cannot say so itself. A function tells it by the value.
+#: Plugins, by the ends of their names, that keep the weights in 32 or more bits.
+_PLUGINS_THAT_KEEP_WEIGHTS = ("Environment", "CheckpointIO", "SyncBatchNorm", "MixedPrecision", "DoublePrecision")
+
+
+def _effect_of_plugins(value: Any) -> Effect:
+    """Plugins for precision may store the weights in fewer bits, as `precision: 16-true` does; others do not."""
+    plugins = value if isinstance(value, list) else [value]
+    names = [str(item.get("class_path") if isinstance(item, Mapping) else item) for item in plugins if item]
+    return Effect.NUMERICS if all(name.endswith(_PLUGINS_THAT_KEEP_WEIGHTS) for name in names) else Effect.RESULT
+
+
+#: Effect of each option of Lightning's Trainer, which does not declare them. A function decides by the value.
 TRAINER_EFFECTS: Mapping[str, Effect | Callable[[Any], Effect]] = {
     # Where and on how many devices: the batch is that of all devices together, whatever their number.
     "accelerator": Effect.NOTHING,
@@ -74,7 +85,7 @@ TRAINER_EFFECTS: Mapping[str, Effect | Callable[[Any], Effect]] = {
     "deterministic": Effect.NUMERICS,
     "benchmark": Effect.NUMERICS,
     "sync_batchnorm": Effect.NUMERICS,
-    "plugins": Effect.NUMERICS,
+    "plugins": _effect_of_plugins,
     # What is logged and displayed.
     "logger": Effect.NOTHING,
     "log_every_n_steps": Effect.NOTHING,

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 
-# What these warnings say is either done on purpose here, or said better by a message of the run.
+# Each is about something that is done on purpose here, or that a message of the run says better.
 _EXPECTED_WARNINGS = (
     r".*does not have many workers.*",
     r".*when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",

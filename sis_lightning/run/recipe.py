@@ -1,4 +1,4 @@
-"""What of a run's configuration settles its result, derived from the effects that options declare."""
+"""Selects the options that affect the result, by the effects that options declare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SEED = "seed_everything"
 
 
 def effect_of(key: str, config: Mapping[str, Any], value: Any = None) -> Effect:
-    """What changes in a run if an option changes.
+    """The effect of an option on a run.
 
     Args:
         key: The option's dotted key in the configuration, such as `model.init_args.backbone.depth`.
@@ -58,19 +58,21 @@ def _effects_of_class(class_path: str) -> dict[str, Effect]:
 
 
 def settled(config: Config) -> dict[str, Any]:
-    """What of a configuration settles a run's result, by dotted keys: runs that agree in it differ by chance alone.
+    """Returns all options that affect the result, except the seed, by dotted keys.
+
+    Runs that agree in them differ by chance alone.
 
     Args:
         config: A resolved configuration, as a run's `config.yaml` holds it.
 
     Returns:
-        Every option that is given and has any effect, but for the seed.
+        The options that are given and have any effect.
     """
     return {key: value for key, value in _flat(config) if effect_of(key, config, value) is not Effect.NOTHING}
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    """What of a configuration the experiment is: `settled` without how the numbers are computed.
+    """Returns the recipe: options that affect the result, without numerics, by dotted keys.
 
     An option that is off counts as absent, since the next release of a library may have one more such option.
     """
@@ -107,7 +109,7 @@ def effective_changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]
 
 
 def changed_recipe(trained: Config, tested: Config) -> tuple[list[tuple[str, Any, Any]], list[tuple[str, Any, Any]]]:
-    """In what a test's configuration differs from the training's.
+    """Compares the configuration of a test with that of its training.
 
     Returns:
         The changed options of the recipe, and those of how the numbers are computed, each with both values. An option

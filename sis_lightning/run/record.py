@@ -1,4 +1,4 @@
-"""The record of a test: what was measured, on which data, with which weights, by which code and configuration.
+"""The record of a test: metrics, data, weights, code and configuration.
 
 Only `test` writes a record. It carries a checksum of its content, so that an edited record is told from one that was
 written by `test`. Imports nothing heavy.
@@ -54,11 +54,11 @@ class TestData(_Plain):
 
     Attributes:
         root: Folder of the data set.
-        identity: What the data set says it is, such as `VOC 2012` or `synthetic (seed 0, 240 images)`.
+        identity: Name of the data set by its own files, such as `VOC 2012` or `synthetic (seed 0, 240 images)`.
         fingerprint: SHA-256 of the test split.
         images: Number of images that were scored.
         trained_on: SHA-256 of the training split of each start; more than one if it was changed.
-        notes: What else is to be said of it, such as whose person boxes were used.
+        notes: Further notes, such as the source of the person boxes.
     """
 
     root: str
@@ -93,7 +93,7 @@ class Training(_Plain):
     Attributes:
         restarts: How often the run was resumed.
         seconds: Seconds of all starts together; None if a start was killed, so that nobody knows.
-        devices: The most devices of any start; None if unknown.
+        devices: Maximum number of devices of all starts; None if unknown.
         changed: Options that were changed on the way.
         code: The code of every start.
     """
@@ -106,7 +106,7 @@ class Training(_Plain):
 
 
 class OptionChange(_Plain):
-    """An option that the test had otherwise than the training.
+    """An option whose value differed between training and test.
 
     Attributes:
         trained: Its value in the training.
@@ -118,7 +118,7 @@ class OptionChange(_Plain):
 
 
 class TestRecord(_Plain):
-    """What `sis-lightning test` measured.
+    """The measurements of `sis-lightning test`, and their circumstances.
 
     Attributes:
         version: Version of this layout.
@@ -130,9 +130,9 @@ class TestRecord(_Plain):
         seed: Seed of the training; None if unknown.
         config: Resolved configuration of the training.
         config_hash: SHA-256 of everything in it that has an effect.
-        recipe_hash: SHA-256 of its recipe: without how the numbers are computed.
-        tested_otherwise: The options of the recipe that the test had otherwise, by dotted key.
-        computed_otherwise: The options of how the numbers are computed that the test had otherwise, such as precision.
+        recipe_hash: SHA-256 of its recipe, which leaves out numerical options such as precision.
+        tested_otherwise: Options of the recipe whose values differed in the test, by dotted key.
+        computed_otherwise: Numerical options whose values differed in the test, such as precision, by dotted key.
         checkpoint: The checkpoint.
         training: How it was trained.
         curves: Points (steps done, value) of the training loss and of the primary metric on the val split.

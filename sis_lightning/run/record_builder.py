@@ -76,7 +76,7 @@ def test_record(run: Run, trainer: Trainer) -> TestRecord:
         training=Training(
             restarts=max(0, len(starts) - 1),
             seconds=None if None in seconds else sum(second or 0 for second in seconds),
-            # The most of all its starts: batch norm of each device saw the fewest images then.
+            # The maximum of all starts: batch norm of each device saw the fewest images then.
             devices=max(point.devices) if point else None,
             changed=point.changed if point else [],
             code=point.code if point else [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from sis_lightning.run.record import running_code, write_record
 from sis_lightning.run.record_builder import custom_operators, test_record
 from sis_lightning.run.reporting.callbacks import Announcement, Deploy, PlotPredictions, WritePredictions
 from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
-from sis_lightning.run.reporting.progress import console, first_rank, progress, say
+from sis_lightning.run.reporting.progress import ProgressLines, console, first_rank, progress, say
 from sis_lightning.run.resume.callback import ExactResume, Stopped
 from sis_lightning.run.resume.checkpoints import BestCheckpoint, ResumePoint, SafeCheckpointIO
 from sis_lightning.run.run import Run
@@ -60,6 +61,7 @@ class _Started:
         self.resumed: tuple[Path, ResumePoint] | None = None
         self.exact_resume: ExactResume | None = None
         self.best: ModelCheckpoint | None = None
+        self.line: Callback | None = None
 
     def execute(self) -> None:
         """Checks everything that can be checked before anything is written, then runs the command."""
@@ -81,6 +83,8 @@ class _Started:
             return
         path, content = run.read_checkpoint(run.options.ckpt_path)
         say(f"checkpoint {path}, step {content['global_step']:,}")
+        if isinstance(self.line, ProgressLines):
+            self.line.tested_step = content["global_step"]
         given: dict[str, Any] = {"datamodule": data, "ckpt_path": str(path), "weights_only": True}
         if self.command == "predict":
             # They are on disk; those of ten thousand photographs would fill the memory.
@@ -130,8 +134,8 @@ class _Started:
         callbacks = given.get("callbacks") or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False:
-            line = progress()
-            callbacks.append(line)
+            self.line = progress()
+            callbacks.append(self.line)
             given["enable_progress_bar"] = console.is_terminal
         if given.pop("enable_model_summary", None):
             callbacks.append(RichModelSummary())
@@ -186,13 +190,18 @@ class _Started:
         try:
             trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=path, weights_only=True)
         except BaseException as error:
+            # Lightning makes an exit with code 1 of a KeyboardInterrupt.
+            interrupted = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
             if first_rank():
                 how = error.signal.name if isinstance(error, Stopped) else type(error).__name__
+                how = signal.SIGINT.name if interrupted else how
                 known = history.read_history(self.folder)
                 if known and known[-1].how is None:  # a requeue has noted it already
                     history.end(self.folder, how)
-            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None  # Lightning makes an exit with code 1 of it
+                if isinstance(error, Exception) and not isinstance(error, Stopped):
+                    self._remove_empty_run(trainer)
+            if interrupted:
+                raise KeyboardInterrupt from None
             raise
         if first_rank():
             history.end(self.folder, "finished" if self.exact_resume.ended else "stopped early")
@@ -214,8 +223,13 @@ class _Started:
         point = self.resumed[1] if self.resumed else None
         history.begin(folder, point.step if point else 0, point.epoch if point else 0)
 
+    def _remove_empty_run(self, trainer: Trainer) -> None:
+        """Removes the configuration and history of a run that failed before its first step."""
+        if not self.resumed and not trainer.global_step and not any(self.folder.glob("checkpoints/*.ckpt")):
+            directory.remove_run(self.folder)
+
     def _summarise(self, trainer: Trainer, seconds: float) -> None:
-        """Prints what came out, and what to do next."""
+        """Prints the newest and best metric, the checkpoints, and the next command."""
         assert self.best is not None
         assert self.exact_resume is not None
         metric = self.run.task.monitor
@@ -276,7 +290,9 @@ def _refuse(trainer: Mapping[str, Any]) -> None:
     if trainer.get("overfit_batches"):
         raise UsageError(
             "trainer.overfit_batches does not work with samplers that resume exactly.\n"
-            "  To overfit four images: --config configs/overfit.yaml after a detection or keypoint task and the demo"
+            "  Detection, keypoints: --config configs/overfit.yaml after the task and configs/demo.yaml.\n"
+            "  Segmentation: --data.train_split with a list of four names in ImageSets/Segmentation.\n"
+            "  Classification: --data image_folder, with a few images in each folder of a class"
         )
     if trainer.get("barebones"):
         raise UsageError(

@@ -22,7 +22,7 @@ from sis_lightning.run import history
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a script needs to know about a cluster: a file in `configs/slurm/`.
+    """The properties of a cluster that a script needs: a file in `configs/slurm/`.
 
     Attributes:
         partition: Partition of sbatch; None for the cluster's default.
@@ -35,8 +35,8 @@ class Cluster:
         setup: Lines of shell before the run.
         container: Command before python, such as `apptainer exec --nv image.sif`.
         python: The Python in which sis-lightning is installed.
-        signal_seconds: How many seconds before the time limit the run is saved and the job requeued.
-        max_restarts: How often a job is requeued at most.
+        signal_seconds: Seconds before the time limit at which the run is saved and the job requeued.
+        max_restarts: Maximum number of requeues of a job.
     """
 
     partition: str | None = None

@@ -28,7 +28,7 @@ def test_a_segmentation_run_from_fit_to_predict(command, tiny, synthetic, tmp_pa
     for words in [
         "synthetic (seed 1",
         "stage 1 basic",
-        "4 images a step",
+        "4 images per step",
         "4 steps",
         "ends at step 6",
         "images/s",
@@ -215,11 +215,11 @@ def test_two_ranks_measure_what_one_does(synthetic, small, tmp_path, task):
 
     def call(*arguments: str) -> str:
         line = [sys.executable, "-m", "sis_lightning", *arguments]
-        result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+        result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    assert "4 images a step = 2 on each of 2 device(s)" in call("fit", *options, *ranks)
+    assert "4 images per step = 2 on each of 2 device(s)" in call("fit", *options, *ranks)
     results = []
     for extra in ([], ranks):
         call("test", *options, *extra)

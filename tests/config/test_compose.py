@@ -164,8 +164,8 @@ def test_dotted_keys_and_plain_exponents(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("backbone: sis50\nbackbone.depth: 101\n", ["backbone", "backbone.depth", "lost"]),
-        ("backbone.depth: 101\nbackbone: sis50\n", ["backbone", "lost"]),
+        ("backbone: sis50\nbackbone.depth: 101\n", ["'backbone' refers to a file", "'backbone.depth' cannot"]),
+        ("backbone.depth: 101\nbackbone: sis50\n", ["'backbone' is set twice"]),
         ("a: 1\na: 2\n", ["line 2", "'a'", "twice"]),
         ("a: 1\n b: 2\n", ["line 2"]),
         ("- 1\n", ["mapping", "list"]),
@@ -227,3 +227,9 @@ def test_another_scheduler_or_data_set_by_option_keeps_nothing_of_the_old_one():
     assert scheduler["init_args"] == {"step_size": 5, "gamma": 0.1, "last_epoch": -1}
     data = Run.from_arguments([*SEG, "--data=sis_lightning.datamodules.CIFAR100DataModule", "--data.root=here"]).config
     assert data["data"]["init_args"]["synthetic"] is None
+
+
+def test_a_run_has_one_task():
+    with pytest.raises(UsageError, match=r"seg_voc\.yaml and .*det_coco\.yaml are two tasks"):
+        compose(["tasks/seg_voc.yaml", "configs/demo.yaml", "tasks/det_coco.yaml"])
+    assert compose(["tasks/seg_voc.yaml", "tasks/seg_voc.yaml"]) == compose(["tasks/seg_voc.yaml"])

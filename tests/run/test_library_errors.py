@@ -99,3 +99,12 @@ def test_our_own_errors_and_defects_pass_through():
 def test_too_little_memory_is_said_in_words():
     with pytest.raises(DataError, match=r"memory does not suffice: CUDA out of memory"), explained():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--model.optimizer.lr", "-1"], ["--model.num_classes", "5"], ["--model.weights", "gone.ckpt"]], ids=str
+)
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(command, tiny, wrong):
+    result = command("fit", *tiny, *wrong, "--run_dir", "run")
+    assert result.code in (1, 2), result.err
+    assert not Path("run").exists()

@@ -74,6 +74,20 @@ def test_weights_in_16_bits_are_another_recipe(precision, effect):
     assert effect_of("trainer.precision", {}, precision) is effect
 
 
+@pytest.mark.parametrize(
+    ("plugins", "effect"),
+    [
+        (None, Effect.NUMERICS),
+        ([{"class_path": "lightning.pytorch.plugins.MixedPrecision"}], Effect.NUMERICS),
+        ({"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment"}, Effect.NUMERICS),
+        ([{"class_path": "lightning.pytorch.plugins.HalfPrecision"}], Effect.RESULT),
+        ("BitsandbytesPrecision", Effect.RESULT),
+    ],
+)
+def test_plugins_that_change_the_weights_are_another_recipe(plugins, effect):
+    assert effect_of("trainer.plugins", {}, plugins) is effect
+
+
 def test_the_longest_declared_key_decides():
     effects = {"detector": Effect.NETWORK, "detector.score": Effect.RESULT}
     assert declared_effect(effects, ["detector", "size"]) is Effect.NETWORK

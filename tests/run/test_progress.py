@@ -25,6 +25,9 @@ def test_a_short_run_prints_its_loss_and_its_end(command, small):
     tested = command("test", "--config", "run/config.yaml")
     assert tested.code == 0, tested.err
     assert "test/miou 0." in tested.out
+    validated = command("validate", "--config", "run/config.yaml")
+    assert validated.code == 0, validated.err
+    assert "validation at step 8" in validated.out
 
 
 def test_a_long_run_prints_about_twenty_lines(command, small):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test_twenty_kills_over_the_four_tasks_leave_no_trace(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=900)
+    result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-3000:]
     report = json.loads((tmp_path / "soak.json").read_text())
     assert report["kills"] >= 20
@@ -242,7 +241,7 @@ def test_a_signal_saves_and_the_run_resumes(command, small, tmp_path, number):
         read_until(run, "step      3/40")
         run.send_signal(number)
         rest = run.stdout.read()
-        assert run.wait(60) == 128 + number, rest
+        assert run.wait() == 128 + number, rest
     assert f"stopped by {number.name} at step" in rest
     assert "Traceback" not in rest
     stopped = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -264,12 +263,23 @@ def test_a_signal_saves_and_the_run_resumes(command, small, tmp_path, number):
 
 
 def test_ctrl_c_twice_stops_at_once(small, tmp_path):
-    with start([*small("seg_voc", steps=2000), "--run_dir", "run"], tmp_path) as run:
-        read_until(run, "step      2/2000")
-        run.send_signal(signal.SIGINT)
-        time.sleep(0.002)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(60) == 130
+    (tmp_path / "impatience.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch import Callback\n"
+        "class TwoInterrupts(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *arguments):\n"
+        "        if trainer.global_step == 2:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    callback = ["--trainer.callbacks", "impatience.TwoInterrupts", "--trainer.check_val_every_n_epoch", "100"]
+    with start([*small("seg_voc", steps=2000), "--run_dir", "run", *callback], tmp_path) as run:
+        text = run.stdout.read()
+        assert run.wait() == 130, text
+    assert "step      1/2000" in text
+    assert "saved" not in text
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    assert read_history(tmp_path / "run")[-1].how == "SIGINT"
 
 
 def test_a_damaged_checkpoint_is_skipped_in_favour_of_the_newest_intact_one(command, small, tmp_path):
@@ -332,6 +342,7 @@ def test_a_run_that_was_killed_in_its_last_validation_finishes(command, small, t
     os.link(newest, run / "checkpoints/last.ckpt")
     result = command("fit", *options)
     assert result.code == 0, result.err
+    assert "length  4 steps" in result.out
     assert "validation at step 4" in result.out
     again = read_checkpoint(run / "checkpoints/last.ckpt")
     assert again[RUN]["point"] == "end"
@@ -507,7 +518,7 @@ def test_two_devices_resume_to_the_bit_and_one_from_the_same_sample(small, tmp_p
     def call(*more: str) -> str:
         with start([*options, *more], tmp_path) as run:
             text = run.stdout.read()
-            assert run.wait(300) == 0, text
+            assert run.wait() == 0, text
         return text
 
     call("--run_dir", "undisturbed", *ranks)

@@ -322,7 +322,7 @@ def test_an_array_of_which_one_element_is_requeued(submitted, tmp_path):
 def test_two_tasks_of_one_job_are_two_ranks(submitted, tmp_path):
     job, run = submitted("--tasks-per-node", 2, steps=12)
     wait_for(lambda: finished(run), lambda: waits_or_runs(job), log(run))
-    assert "4 images a step = 2 on each of 2 device(s)" in log(run)()
+    assert "4 images per step = 2 on each of 2 device(s)" in log(run)()
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["run"]["world_size"] == 2
 

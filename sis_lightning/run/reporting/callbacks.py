@@ -1,4 +1,4 @@
-"""What a run prints and writes on the way: a summary at the start, figures of predictions, and predictions."""
+"""Prints a summary at the start of a run; writes figures of predictions, and predictions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.files import write_text
+from sis_lightning.lightning_internals import total_steps
 from sis_lightning.models.deploy import deploy
 from sis_lightning.run.reporting.progress import console
 from sis_lightning.tasks import BaseTask
@@ -31,7 +32,7 @@ class Announcement(Callback):
         if not isinstance(task, BaseTask):
             return
         # Both set up the loaders, which all ranks do together.
-        steps, images = trainer.estimated_stepping_batches, task.images_per_step
+        steps, images = total_steps(trainer), task.images_per_step
         if not trainer.is_global_zero:
             return
         batch, devices = data.batch_size, trainer.world_size
@@ -50,7 +51,7 @@ class Announcement(Callback):
             "data": f"{data.root}: {data.identity()}; " + ", ".join(f"{n:,} {split}" for split, n in counts.items()),
             "model": f"{_millions(task)} parameters, {_millions(task.backbone)} of them in the backbone",
             "backbone": task.backbone.describe(),
-            "batch": f"{images} images a step = {batch // devices} on each of {devices} device(s) "
+            "batch": f"{images} images per step = {batch // devices} on each of {devices} device(s) "
             f"× {trainer.accumulate_grad_batches} accumulated",
             "lr": ", ".join(f"{rate:g}" for rate in rates) + f" {start}{scaled}",
             "length": f"{steps:,} steps",

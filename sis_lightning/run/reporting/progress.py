@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from sis_lightning.lightning_internals import total_steps
+
 console = Console(soft_wrap=True, highlight=False)
 #: About so many lines are printed by a run whose output is not a terminal.
 _LINES = 20
@@ -59,7 +61,7 @@ class Pace:
 def _steps(trainer: Trainer) -> int | None:
     """Steps of the whole run; None if they are not limited, or not known yet."""
     try:
-        steps = trainer.estimated_stepping_batches
+        steps = total_steps(trainer)
     except Exception:  # such as before the loaders are set up
         return None
     return int(steps) if isfinite(steps) and steps > 0 else None
@@ -140,7 +142,7 @@ class ProgressLine(ProgressBar):
             self.line = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks for the number of steps while all ranks do."""
+        """Computes the number of steps; a collective call."""
         self.steps = _steps(trainer)
 
     def on_train_batch_end(
@@ -218,14 +220,19 @@ class ProgressLine(ProgressBar):
 
 
 class ProgressLines(Callback):
-    """The same as separate lines, for output that goes into a file: about 20 a run, and one for each validation."""
+    """The same as separate lines, for output that goes into a file: about 20 per run, and one for each validation.
+
+    Attributes:
+        tested_step: Steps of the checkpoint that is validated; None in `fit`.
+    """
 
     def __init__(self) -> None:
+        self.tested_step: int | None = None
         self.pace = Pace()
         self.shown = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settles after how many steps a line is printed."""
+        """Computes after how many steps a line is printed; a collective call."""
         self.steps = _steps(trainer)
         logged = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self.every = max(1, min(logged, self.steps // _LINES)) if self.steps else logged
@@ -257,7 +264,8 @@ class ProgressLines(Callback):
         if trainer.is_global_zero and not trainer.sanity_checking and value is not None:
             boxes = getattr(trainer.datamodule, "notes", {}).get("person boxes")  # type: ignore[attr-defined]
             note = f" (person boxes: {boxes})" if boxes else ""
-            console.print(f"validation at step {trainer.global_step}: {pl_module.monitor} {float(value):.4f}{note}")
+            step = trainer.global_step if self.tested_step is None else self.tested_step
+            console.print(f"validation at step {step}: {pl_module.monitor} {float(value):.4f}{note}")
 
 
 def progress() -> Callback:

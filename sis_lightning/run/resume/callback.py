@@ -53,7 +53,7 @@ class ExactResume(Callback):
         config: Resolved configuration, as plain data; each checkpoint holds it.
         report: Is called with lines to print, on every rank.
         reached: Is called with (step, epoch) on rank 0 whenever a checkpoint was written.
-        requeue: Requeues the job, given the step; returns a sentence on what it did.
+        requeue: Requeues the job, given the step; returns a sentence to print.
         code: The code that trains; each checkpoint holds that of every start.
         keep: Number of `step-N.ckpt` to keep, at least 2.
 
@@ -83,7 +83,6 @@ class ExactResume(Callback):
         self._point: Literal["", "batch", "validation", "end"] = ""
         self._pending: ResumePoint | None = None
         self._saved_at = -1
-        self._max_steps: int | None = None
         self._asked: tuple[torch.Tensor, Any] | None = None
         self._point_of_ranks: tuple[Any, ...] = ()
         self._trained_on: list[str] = []
@@ -123,7 +122,7 @@ class ExactResume(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a run that was killed in its last validation reach it: all steps are done, so Lightning would stop."""
         if self._pending is not None and self._pending.point == "validation":
-            self._max_steps = internals.set_max_steps(trainer, -1)
+            internals.lift_max_steps(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals from Lightning, and notes which data the run trains on.
@@ -253,8 +252,7 @@ class ExactResume(Callback):
             )
         internals.restore_progress(trainer, self._pending.progress)
         self._pending = None
-        if self._max_steps is not None:
-            internals.set_max_steps(trainer, self._max_steps)
+        internals.restore_max_steps(trainer)
 
     def _save(self, trainer: Trainer, point: Literal["batch", "validation"]) -> None:
         batches = internals.batch_progress(trainer).total.completed

@@ -25,7 +25,7 @@ RUN = "run"
 
 
 class ResumePoint(BaseModel):
-    """What a resume needs beyond Lightning's own checkpoint, and what a record says of the training.
+    """The state that a resume needs beyond Lightning's own checkpoint, and facts of the training for a record.
 
     Attributes:
         version: Version of this layout.
