@@ -96,13 +96,11 @@ def trainer(tmp_path, **options) -> lightning.Trainer:
 @pytest.mark.parametrize("kind", BUILD)
 def test_any_trainer_and_loader_fit_and_the_checkpoint_predicts(tmp_path, kind):
     task, run = BUILD[kind](), trainer(tmp_path)
-    validation = () if kind == "kpt" else (loader(kind),)
-    run.fit(task, loader(kind), *validation)
-    if validation:
-        (metrics,) = run.test(task, *validation, verbose=False)
-        assert task.monitor.replace("val/", "test/") in metrics
-        (first, _) = run.predict(task, *validation)
-        assert len(first) == 4
+    run.fit(task, loader(kind), loader(kind))
+    (metrics,) = run.test(task, loader(kind), verbose=False)
+    assert task.monitor.replace("val/", "test/") in metrics
+    (first, _) = run.predict(task, loader(kind))
+    assert len(first) == 4
     run.save_checkpoint(tmp_path / "task.ckpt")
     content = torch.load(tmp_path / "task.ckpt", weights_only=True)
     assert (
@@ -293,7 +291,136 @@ def test_person_boxes_are_those_that_were_given():
         task.predict([IMAGE, IMAGE], boxes=[[[0, 0, 5, 5]]])
 
 
+def test_person_boxes_keep_their_proportions():
+    found = keypoints(shown_score=0.0, flip_test=False).predict(IMAGE, boxes=[[2, 3, 50, 20]])
+    torch.testing.assert_close(found.boxes, torch.tensor([[2.0, 3, 50, 20]], dtype=torch.float64))
+
+
 # Loading.
+
+
+def saved(path, task, loaders) -> str:
+    run = trainer(path, max_steps=1)
+    run.fit(task, loaders)
+    run.save_checkpoint(path / "task.ckpt")
+    return str(path / "task.ckpt")
+
+
+NAMES = ["ape", "bee", "cat", "dog", "eel", "fox", "gnu"]
+
+
+class Named(lightning.LightningDataModule):
+    """Hands names of classes to the task, as a DataModule of the package does."""
+
+    def __init__(self, kind="cls", **meta):
+        super().__init__()
+        self.kind, self.meta = kind, meta
+
+    def setup(self, stage=None):
+        self.trainer.lightning_module.set_meta(self.meta)
+
+    def train_dataloader(self):
+        return loader(self.kind)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+def test_data_with_other_names_than_the_checkpoint_is_refused(tmp_path):
+    file = saved(tmp_path, classification(meta={"class_names": NAMES}), loader("cls"))
+    swapped = Named(class_names=["bee", "ape", *NAMES[2:]])
+    words = "class 0 is 'bee' in the data, but 'ape' in the checkpoint"
+    with pytest.raises(UsageError, match=words):
+        trainer(tmp_path).test(classification(), datamodule=swapped, ckpt_path=file, weights_only=True)
+    with pytest.raises(UsageError, match=words):
+        trainer(tmp_path, max_epochs=2).fit(classification(), datamodule=swapped, ckpt_path=file, weights_only=True)
+    with pytest.raises(UsageError, match=words):
+        trainer(tmp_path).test(sis_lightning.load(file), datamodule=swapped)
+    trainer(tmp_path).test(sis_lightning.load(file), datamodule=Named(class_names=NAMES), verbose=False)
+    trainer(tmp_path).test(sis_lightning.load(file), loader("cls"), verbose=False)
+    # Training on other classes that happen to be as many.
+    for task in (sis_lightning.load(file, num_classes=7), classification(weights=file)):
+        trainer(tmp_path, max_steps=1).fit(task, datamodule=swapped)
+        assert task.class_names[0] == "bee"
+
+
+def test_classes_that_are_called_by_numbers_are_names_too(tmp_path):
+    digits = list("0123456")
+    file = saved(tmp_path, classification(meta={"class_names": digits}), loader("cls"))
+    with pytest.raises(UsageError, match="class 0 is '6' in the data, but '0' in the checkpoint"):
+        trainer(tmp_path).test(
+            classification(), datamodule=Named(class_names=digits[::-1]), ckpt_path=file, weights_only=True
+        )
+    # Weights of a task that knew no names fit any.
+    unnamed = saved(tmp_path, classification(), loader("cls"))
+    task = sis_lightning.load(unnamed)
+    trainer(tmp_path).test(task, datamodule=Named(class_names=NAMES), verbose=False)
+    assert task.class_names == tuple(NAMES)
+
+
+def test_keypoints_of_another_order_are_refused(tmp_path):
+    points = {"keypoint_names": [*"abcdefghijklmnopq"], "flip_pairs": [[0, 1]]}
+    file = saved(tmp_path, keypoints(meta=points), loader("kpt"))
+    for changed, words in (
+        ({"keypoint_names": [*"abcdefghijklmnoqp"]}, "keypoint 15 is 'q' in the data, but 'p' in the checkpoint"),
+        ({"flip_pairs": [[0, 2]]}, "a flip exchanges the keypoints 'a' and 'b' only in the checkpoint"),
+    ):
+        data = Named("kpt", class_names=["person"], **{**points, **changed})
+        with pytest.raises(UsageError, match=words):
+            trainer(tmp_path).test(keypoints(), datamodule=data, ckpt_path=file, weights_only=True)
+
+
+def test_a_trained_task_takes_other_channels_and_keypoints(tmp_path):
+    file = saved(tmp_path, segmentation(meta={"class_names": NAMES[:5], "mean": [0.1] * 3}), loader("seg"))
+    task = sis_lightning.load(file, in_channels=4)
+    assert (task.in_channels, len(task.meta.mean), task.class_names) == (4, 4, tuple(NAMES[:5]))
+    assert task.predict(torch.zeros(4, 32, 32, dtype=torch.uint8)).mask.shape == (32, 32)
+    file = saved(tmp_path, keypoints(), loader("kpt"))
+    other = sis_lightning.load(file, num_keypoints=3)
+    assert other.meta.keypoint_names == ("0", "1", "2")
+    assert other.predict(IMAGE).keypoints.shape[1:] == (3, 3)
+
+
+def test_arguments_that_load_refuses(tmp_path):
+    file = saved(tmp_path, segmentation(), loader("seg"))
+    for options, words in (
+        ({"weights": file}, "load takes no weights"),
+        ({"backbone_weights": "timm:x"}, "load takes no backbone_weights"),
+        ({"which": "beste"}, "which is 'beste', must be 'last' or 'best'"),
+        ({"num_clases": 3}, "unexpected keyword argument 'num_clases'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            sis_lightning.load(file, **options)
+    with pytest.raises(DataError, match="which a trained network cannot exchange") as failure:
+        sis_lightning.load(file, operator="recurrent1")
+    assert "load_backbone_weights(task.backbone, path, strict=False)" in str(failure.value)
+
+
+# Batches of one's own loader.
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "words"),
+    [
+        ("cls", {"label": torch.tensor([0, 1, 7, 2])}, r"a label of the batch is 7, must be in 0…6"),
+        ("cls", {"label": torch.zeros(4, 7)}, r"label is \(4, 7\), must be a tensor \(4,\)"),
+        ("cls", {"image": torch.zeros(4, 4, 64, 64, dtype=torch.uint8)}, "but the network takes 3 channels"),
+        ("seg", {"mask": torch.full((4, 64, 64), 5, dtype=torch.uint8)}, r"label of the batch is 5, must be in 0…4"),
+        ("seg", {"mask": torch.zeros(4, 32, 64, dtype=torch.uint8)}, r"must be a tensor \(4, 64, 64\)"),
+        ("seg", {"image": [torch.zeros(3, 64, 64, dtype=torch.uint8)] * 4}, "but they are a list"),
+        ("det", {"labels": [torch.tensor([0, 1]), *[torch.zeros(0).long()] * 3]}, "is 0, must be in 1…4"),
+        ("det", {"labels": [torch.tensor([1])] * 4}, r"boxes \(2, 4\) and labels \(1,\) of an image"),
+    ],
+)
+def test_targets_that_do_not_fit_are_named(tmp_path, kind, wrong, words):
+    rows = [sample(kind, 2 if kind == "det" else index) for index in range(4)]
+    if kind == "det":
+        batch = {key: [row[key] for row in rows] for key in rows[0]}
+        if len(wrong["labels"][1]) == 0:
+            batch["boxes"] = [batch["boxes"][0], *[torch.zeros(0, 4)] * 3]
+    else:
+        batch = collate(rows)
+    with pytest.raises(UsageError, match=words):
+        trainer(tmp_path, max_steps=1).fit(BUILD[kind](), DataLoader([{**batch, **wrong}], batch_size=None))
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -35,13 +35,14 @@ from sis_lightning.backbones.weights import load_backbone_weights, load_model_we
 from sis_lightning.datasets.images import IMAGE_ENDINGS, denormalize, normalize, open_image, to_rgb
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.lightning_internals import attached_trainer, replace_hparams, restart_optimizers, train_loader
 from sis_lightning.models.export import Exportable
-from sis_lightning.option_effects import Effect, effects_of
+from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike, LRSchedulerLike, MetaLike, OptimizerLike, as_callable, as_plain
 
 Batch = dict[str, Any]
 Outputs = list[dict[str, Any]]
-#: What `predict` takes: one image.
+#: One image for `predict`.
 ImageLike = str | Path | Image.Image | Tensor
 
 #: Key of a checkpoint under which the class of its task stands.
@@ -91,8 +92,8 @@ class BaseTask(LightningModule, ABC):
             the learning rate constant. `ReduceLROnPlateau` is stepped after each validation by its `monitor`, or by the
             task's own.
         lr_interval: Unit in which the scheduler counts: `epoch` or `step`.
-        lr_batch_size: Number of images a step for which the learning rate is meant. With any other number, the rate is
-            scaled in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
+        lr_batch_size: Number of images per step for which the learning rate is meant. With any other number, the rate
+            is scaled in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
         warmup_steps: Number of steps over which the learning rate rises linearly from `warmup_start` of itself.
         warmup_start: Share of the learning rate at the first step of the warm-up, above 0, at most 1.
         backbone_weights: Weights that the backbone starts from: `timm:NAME`, `torchvision:WEIGHTS`, a file with a
@@ -108,8 +109,8 @@ class BaseTask(LightningModule, ABC):
 
     Attributes:
         meta: The `DatasetMeta` in use.
-        monitor: Metric that selects the best checkpoint, such as `val/miou`. The greatest value is the best.
-        notes: What a reader of the run should know, by a short label.
+        monitor: Metric that selects the best checkpoint, such as `val/miou`. The maximum is the best.
+        notes: Remarks for the reader of the run, by a short label.
 
     Raises:
         UsageError: If an argument is invalid, or data and task do not fit each other. It is also a ValueError.
@@ -215,10 +216,10 @@ class BaseTask(LightningModule, ABC):
         plain["meta"] = None
         # Keys with an underscore are of LightningCLI, which would build the task again from files.
         plain = {key: value for key, value in plain.items() if not key.startswith("_") and not callable(value)}
-        self.hparams.clear()
-        self.hparams.update(plain)
-        self._hparams_initial = dict(plain)
-        self.set_meta(self._default_meta())
+        replace_hparams(self, plain)
+        self._given_names: set[str] = set()
+        self._trained_meta: DatasetMeta | None = None
+        self._take_meta(self._default_meta())
         if self._given_meta is not None:
             self.set_meta(self._given_meta)
         self._weights_pending = bool(self.weights or self.backbone_weights)
@@ -300,7 +301,7 @@ class BaseTask(LightningModule, ABC):
         )
 
     def _resizing(self) -> str:
-        """How `predict` brings an image to the size of training, in words; empty if it does not."""
+        """Describes the resizing in `predict`; empty if there is none."""
         return ""
 
     # Data.
@@ -310,16 +311,18 @@ class BaseTask(LightningModule, ABC):
 
         Args:
             meta: Names, numbers and conventions. If it has no class names (as of a folder of images), the names that
-                the task knows already are kept.
+                the task knows already are kept; likewise for keypoints.
 
         Raises:
-            UsageError: If the number of classes or channels is not that of the network.
+            UsageError: If the number of classes or channels is not that of the network, or the names are not those, in
+                the same order, on which the weights of a loaded checkpoint were trained.
         """
-        meta = meta if isinstance(meta, DatasetMeta) else DatasetMeta.from_dict(meta)
-        known: DatasetMeta | None = self.__dict__.get("meta")
-        if not meta.class_names and known is not None:
-            meta = dataclasses.replace(meta, class_names=known.class_names, category_ids=known.category_ids)
-        if meta.class_names and len(meta.class_names) != self.num_classes:
+        meta = self._as_meta(meta)
+        given = {names for names in _NAMED if getattr(meta, names)}
+        for names, fields in _NAMED.items():
+            if names not in given:
+                meta = dataclasses.replace(meta, **{key: getattr(self.meta, key) for key in fields})
+        if len(meta.class_names) != self.num_classes:
             raise UsageError(
                 f"the data has {len(meta.class_names)} classes, but the network {self.num_classes}: "
                 f"set num_classes to {len(meta.class_names)}"
@@ -329,10 +332,25 @@ class BaseTask(LightningModule, ABC):
                 f"the data has images of {len(meta.mean)} channels, but the network takes {self.in_channels}: "
                 f"set in_channels to {len(meta.mean)}, or mean and std of meta to {self.in_channels} values"
             )
-        if meta == known:
+        if self._trained_meta is not None:
+            _require_same_names(self._trained_meta, meta, given)
+        self._given_names |= given
+        self._take_meta(meta)
+
+    def _as_meta(self, meta: DatasetMeta | Mapping[str, Any]) -> DatasetMeta:
+        if isinstance(meta, DatasetMeta):
+            return meta
+        return DatasetMeta.from_dict({"mean": self.meta.mean, "std": self.meta.std, **meta})
+
+    def _take_meta(self, meta: DatasetMeta) -> None:
+        """Keeps a complete description; default names stay out of the hyperparameters, to be told from given ones."""
+        unnamed: dict[str, Any] = {
+            key: [] for names, fields in _NAMED.items() if names not in self._given_names for key in fields
+        }
+        self.hparams["meta"] = {**meta.to_dict(), **unnamed}
+        if meta == self.__dict__.get("meta"):
             return
         self.meta = meta
-        self.hparams["meta"] = meta.to_dict()
         self.monitor = f"val/{meta.primary_metric or self.primary_metric}"
         self.val_metrics = self.build_evaluator().to(self.device)
         self.test_metrics = self.build_evaluator().to(self.device)
@@ -350,7 +368,15 @@ class BaseTask(LightningModule, ABC):
 
         Returns:
             Images of the same shape in the network's floating-point type.
+
+        Raises:
+            UsageError: If they have another number of channels than the network takes.
         """
+        if images.ndim < 3 or images.shape[-3] != self.in_channels:
+            raise UsageError(
+                f"an image has the shape {tuple(images.shape)}, but the network takes {self.in_channels} channels: "
+                f"(…, {self.in_channels}, H, W)"
+            )
         if not images.is_floating_point():
             images = normalize(images, self.meta.mean, self.meta.std)
         return images.to(self.dtype)
@@ -424,7 +450,14 @@ class BaseTask(LightningModule, ABC):
         try:
             self.note("weights", str(load_model_weights(self.model, state_dict)).replace("the state dict", name))
         except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+            reason, _, hint = str(error).replace("the state dict", "it").partition("\n  Only the operators differ")
+            if hint:
+                reason += (
+                    "\n  Only the operators differ, which a trained network cannot exchange. A new task takes all "
+                    "other\n  weights of the backbone by "
+                    "sis_lightning.load_backbone_weights(task.backbone, path, strict=False)"
+                )
+            raise DataError(f"{name}: {reason}") from None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:
@@ -444,15 +477,21 @@ class BaseTask(LightningModule, ABC):
         return task
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over the checkpoint's `meta` if the data has no class names of its own."""
+        """Takes over the checkpoint's `meta` if the data has no class names of its own.
+
+        Raises:
+            UsageError: If the data has other names of classes or keypoints than the checkpoint, or in another order.
+        """
         self._weights_pending = False
         saved = checkpoint.get("hyper_parameters", {}).get("meta")
-        if saved and self._knows_nothing:
-            self.set_meta(saved)
-
-    @property
-    def _knows_nothing(self) -> bool:
-        return self.meta == self._default_meta() or self.class_names == tuple(map(str, range(self.num_classes)))
+        if not saved:
+            return
+        trained = DatasetMeta.from_dict(saved)
+        if "class_names" in self._given_names:
+            _require_same_names(trained, self.meta, self._given_names)
+        else:
+            self.set_meta(trained)
+        self._trained_meta = trained
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the class of the task; refuses weights that are not finite, so that the last good ones stay."""
@@ -462,6 +501,16 @@ class BaseTask(LightningModule, ABC):
             raise self._not_finite(f"{len(broken)} weights, such as {broken[0]}")
 
     # Training.
+
+    def check_targets(self, batch: Batch) -> None:
+        """Checks the targets of a training batch, as far as that takes no time: shapes, and values on the CPU.
+
+        Args:
+            batch: A training batch as the loader gave it, with all keys.
+
+        Raises:
+            UsageError: If a target does not fit the images or the number of classes.
+        """
 
     def setup(self, stage: str) -> None:
         """Compiles the backbone if asked to; loads deferred weights for a fit that begins without a checkpoint."""
@@ -500,8 +549,7 @@ class BaseTask(LightningModule, ABC):
         Raises:
             UsageError: If the training loader does not say how many images a batch has.
         """
-        self.trainer.fit_loop.setup_data()  # builds the loader, unless there is one
-        loader: Any = self.trainer.train_dataloader
+        loader = train_loader(self.trainer)
         size = getattr(loader, "batch_size", None) or getattr(
             getattr(loader, "batch_sampler", None), "batch_size", None
         )
@@ -614,7 +662,7 @@ class BaseTask(LightningModule, ABC):
             module.training = False
         if self._rate_is_new:  # optimizer and schedulers, warm-up included, start from the rate that was found
             self._rate_is_new = False
-            self.trainer.strategy.setup_optimizers(self.trainer)
+            restart_optimizers(self.trainer)
         elif self.make_lr_scheduler is not None and self.trainer.ckpt_path:
             self._check_horizon(self.trainer.lr_scheduler_configs[0].scheduler)
 
@@ -638,6 +686,7 @@ class BaseTask(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the summed loss, and checks that it is finite."""
         self._require(batch, "image", *self.target_keys)
+        self.check_targets(batch)
         size = len(batch["image"])
         try:
             parts = self.training_loss(self.normalized(batch))
@@ -645,7 +694,7 @@ class BaseTask(LightningModule, ABC):
             if "Expected more than 1 value per channel" not in str(error):
                 raise
             raise UsageError(
-                f"batch norm needs more than one value a channel, but a device has {size} image(s) a step:\n"
+                f"batch norm needs more than one value per channel, but a device has {size} image(s) per step:\n"
                 f"  set batch_size to at least {2 * self.trainer.world_size}, or the norm of the backbone to gn"
             ) from None
         loss = torch.stack(list(parts.values())).sum()
@@ -658,12 +707,15 @@ class BaseTask(LightningModule, ABC):
         return loss
 
     def _not_finite(self, what: str) -> DataError:
-        callbacks: Any = getattr(self._trainer, "callbacks", [])
+        trainer = attached_trainer(self)
+        callbacks: Any = getattr(trainer, "callbacks", [])
         saved = next((path for callback in callbacks if (path := getattr(callback, "last_good", None))), None)
+        remedy = "Try a lower learning rate, or gradient clipping (gradient_clip_val 10 of the Trainer)."
+        if trainer is not None and trainer.precision == "16-true":
+            remedy = "Half precision rounds small numbers, such as the eps of Adam, to 0: use 16-mixed or bf16-true."
         return DataError(
             f"not finite at step {self.global_step} (epoch {self.current_epoch}): {what}\n"
-            f"  last good checkpoint: {saved or 'none was written yet'}\n"
-            "  Try a lower learning rate, or gradient clipping (gradient_clip_val 10 of the Trainer)."
+            f"  last good checkpoint: {saved or 'none was written yet'}\n  {remedy}"
         )
 
     # Evaluation.
@@ -677,6 +729,15 @@ class BaseTask(LightningModule, ABC):
         normalized = self.normalized(batch)
         self.tested.update(len(batch["image"]))
         return {"outputs": self.evaluate(normalized, self.test_metrics)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Resets the metrics: an interrupted epoch leaves them half filled."""
+        self.val_metrics.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Resets the metrics and the number of tested images: an interrupted epoch leaves them half filled."""
+        self.test_metrics.reset()
+        self.tested.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Computes and logs the validation metrics once over the split."""
@@ -796,13 +857,63 @@ class BaseTask(LightningModule, ABC):
             )
         return image
 
-    # Options.
 
-    @property
-    def free_settings(self) -> frozenset[str]:
-        """Options in which a checkpoint may differ from the run that takes it: all that do not change the network."""
-        effects = effects_of(type(self))
-        return frozenset(key.rpartition(".")[2] for key, effect in effects.items() if effect is not Effect.NETWORK)
+#: Fields of a `DatasetMeta` that go together, by the names that they belong to.
+_NAMED = {
+    "class_names": ("class_names", "category_ids"),
+    "keypoint_names": ("keypoint_names", "flip_pairs", "skeleton", "sigmas"),
+}
+
+
+def _require_same_names(trained: DatasetMeta, data: DatasetMeta, given: Collection[str]) -> None:
+    """Compares the names of data with those on which weights were trained, as far as both have them.
+
+    Raises:
+        UsageError: Names the first difference.
+    """
+    remedy = (
+        "\n  Its outputs would be taken for others. To train on other names: sis_lightning.load(path, num_classes=…), "
+        "or the option weights."
+    )
+    for key, what in (("class_names", "class"), ("keypoint_names", "keypoint")):
+        old, new = getattr(trained, key), getattr(data, key)
+        if not old or key not in given:
+            continue
+        for index, (before, now) in enumerate(itertools.zip_longest(old, new, fillvalue="missing")):
+            if before != now:
+                raise UsageError(f"{what} {index} is '{now}' in the data, but '{before}' in the checkpoint{remedy}")
+        if key == "keypoint_names":
+            pairs = [{tuple(sorted(pair)) for pair in meta.flip_pairs} for meta in (trained, data)]
+            if different := sorted(pairs[0] ^ pairs[1]):
+                where = "checkpoint" if different[0] in pairs[0] else "data"
+                names = " and ".join(f"'{new[index]}'" for index in different[0])
+                raise UsageError(f"a flip exchanges the keypoints {names} only in the {where}{remedy}")
+
+
+def stacked_images(batch: Batch) -> Tensor:
+    """The images (N, C, H, W) of a training batch.
+
+    Raises:
+        UsageError: If they are a list, since their sizes differ.
+    """
+    images = batch["image"]
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else "a list, as of different sizes"
+        raise UsageError(f"the images of a training batch must be one tensor (N, C, H, W), but they are {found}")
+    return images
+
+
+def require_labels(labels: Tensor, first: int, last: int) -> None:
+    """Checks the range of labels, if they are on the CPU, where that costs nothing.
+
+    Raises:
+        UsageError: If one is outside of it.
+    """
+    if labels.device.type == "cpu" and labels.numel():
+        least, greatest = (int(value) for value in labels.aminmax())
+        if least < first or greatest > last:
+            wrong = least if least < first else greatest
+            raise UsageError(f"a label of the batch is {wrong}, must be in {first}…{last}: see num_classes")
 
 
 def class_weight_tensor(weights: Sequence[float], num_classes: int) -> Tensor:

@@ -17,7 +17,7 @@ from sis_lightning.evaluation import TopKEvaluator
 from sis_lightning.models import Classifier
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import BaseTask, Batch, Outputs, class_weight_tensor
+from sis_lightning.tasks.base import BaseTask, Batch, Outputs, class_weight_tensor, require_labels, stacked_images
 from sis_lightning.tasks.predictions import ClassificationPrediction
 
 
@@ -73,9 +73,24 @@ class ClassificationTask(BaseTask):
         logits: Tensor = self.model(images)
         return logits
 
+    def check_targets(self, batch: Batch) -> None:
+        """Checks that each image has a label, 0…K-1.
+
+        Args:
+            batch: A batch with `image` and `label`.
+
+        Raises:
+            UsageError: If the labels have another shape or range.
+        """
+        labels, count = batch["label"], len(batch["image"])
+        if not isinstance(labels, Tensor) or labels.shape != (count,):
+            shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise UsageError(f"label is {shape}, must be a tensor ({count},), one class id for each image")
+        require_labels(labels, 0, self.num_classes - 1)
+
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the cross-entropy of a batch: `image` (N, C, H, W) and `label` (N,)."""
-        logits, weight = self(batch["image"]), self.class_weight
+        logits, weight = self(stacked_images(batch)), self.class_weight
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if weight is not None:
             weight = weight.to(logits.dtype)
@@ -89,6 +104,7 @@ class ClassificationTask(BaseTask):
     def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
         """Predicts a batch with `label`, and updates top-1 and top-5 with it."""
         self._require(batch, "image", "label")
+        self.check_targets(batch)
         logits = self._logits(batch)
         metrics.update(logits, batch["label"])
         return self._outputs(logits)

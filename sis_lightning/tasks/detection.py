@@ -18,7 +18,7 @@ from sis_lightning.models import Detector
 from sis_lightning.models.detector import Norm
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import BaseTask, Batch, Outputs, captioned
+from sis_lightning.tasks.base import BaseTask, Batch, Outputs, captioned, require_labels
 from sis_lightning.tasks.predictions import DetectionPrediction
 
 
@@ -26,7 +26,7 @@ class DetectionTask(BaseTask):
     """Detects objects with Faster R-CNN's losses; scored as the data set is, by COCO's 12 metrics or VOC's AP.
 
     Batches are those of `BaseTask`, with the targets `boxes`, a list of (n, 4): x1, y1, x2, y2 in px of the image, and
-    `labels`, a list of (n,), 1…K. Evaluation batches may carry `truth`, a list with one mapping an image (see
+    `labels`, a list of (n,), 1…K. Evaluation batches may carry `truth`, a list with one mapping per image (see
     `sis_lightning.evaluation`), which knows crowds, difficult objects and image ids; without it the boxes and labels
     are the ground truth. `predict` returns `DetectionPrediction`.
 
@@ -46,7 +46,7 @@ class DetectionTask(BaseTask):
         canonical_scale: Side in px of a box whose features come from stride 16.
         detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`.
         freeze_norm: Whether the backbone's batch norm keeps the statistics and scales of `backbone_weights`.
-        shown_score: Least score of the objects that are drawn and that `sis-lightning predict` lists, 0…1.
+        shown_score: Minimum score of the objects that are drawn and that `sis-lightning predict` lists, 0…1.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
             `freeze_backbone`, `compile_mode` and `meta`.
@@ -67,14 +67,9 @@ class DetectionTask(BaseTask):
         "head_norm": Effect.NETWORK,
         "anchor_sizes": Effect.NETWORK,
         "canonical_scale": Effect.NETWORK,
-        "detector": Effect.NETWORK,
-        # Some entries of `detector` change how it is trained or tested, but not the network.
-        "detector.box_score_thresh": Effect.RESULT,
-        "detector.box_nms_thresh": Effect.RESULT,
-        "detector.box_detections_per_img": Effect.RESULT,
-        "detector.rpn_pre_nms_top_n_test": Effect.RESULT,
-        "detector.rpn_post_nms_top_n_test": Effect.RESULT,
-        "detector.rpn_score_thresh": Effect.RESULT,
+        # Thresholds, numbers of boxes and the like: all but the coding of the boxes fit the same weights.
+        "detector": Effect.RESULT,
+        "detector.bbox_reg_weights": Effect.NETWORK,
         "freeze_norm": Effect.RESULT,
         "shown_score": Effect.NOTHING,
     }
@@ -149,6 +144,22 @@ class DetectionTask(BaseTask):
         found: list[dict[str, Tensor]] = self.model(images)
         return found
 
+    def check_targets(self, batch: Batch) -> None:
+        """Checks that each box has a label, 1…K.
+
+        Args:
+            batch: A batch with `image`, `boxes` and `labels`.
+
+        Raises:
+            UsageError: If boxes or labels have another shape or range.
+        """
+        for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True):
+            if boxes.shape != (len(labels), 4) or labels.ndim != 1:
+                raise UsageError(
+                    f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)} of an image must be (n, 4) and (n,)"
+                )
+            require_labels(labels, 1, self.num_classes)
+
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the losses of the region proposals (objectness, boxes) and of the box head (classes, boxes)."""
         # With true bfloat16, Lightning has rounded the boxes to it, but torchvision takes no such boxes.
@@ -174,6 +185,7 @@ class DetectionTask(BaseTask):
         truth = batch.get("truth")
         if truth is None:
             self._require(batch, "image", "boxes", "labels")
+            self.check_targets(batch)
             truth = [
                 {"boxes": boxes.cpu().double().numpy(), "labels": labels.cpu().numpy()}
                 for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)

@@ -21,7 +21,7 @@ from sis_lightning.models import PoseNet
 from sis_lightning.models.heatmap_codec import HeatmapCodec, flip_back, oks_nms, rescore
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import BaseTask, Batch, ImageLike, Outputs, captioned
+from sis_lightning.tasks.base import BaseTask, Batch, ImageLike, Outputs, captioned, stacked_images
 from sis_lightning.tasks.predictions import KeypointPrediction
 
 
@@ -29,14 +29,18 @@ class KeypointTask(BaseTask):
     """Finds the keypoints of people in given boxes, by heatmaps of a crop of each; scored by COCO's 10 metrics.
 
     The loss is the mean squared error of the heatmaps of annotated keypoints. Evaluation averages a crop and its mirror
-    image, multiplies a person's score by that of the keypoints, and drops people who resemble another (OKS above 0.9).
+    image, multiplies a person's score by that of the keypoints, and removes duplicates by OKS-NMS (threshold 0.9).
 
     Training batches are those of `BaseTask`, with `image` a crop of one person (N, C, H, W), H and W multiples of the
     backbone's stride, and the target `keypoints` (N, 17, 3): x, y in px of the crop, and visibility (0: not annotated).
-    Evaluation batches hold whole images and, as lists over these, `crops` (P, C, H, W), uint8, `to_image` (P, 2, 3),
-    the affine map from crop to image, `box_scores` (P,), `areas` (P,) in px², all three as arrays (a Trainer of half
-    precision would round tensors), and `truth` (see
-    `sis_lightning.evaluation`). `predict` returns `KeypointPrediction`.
+    Evaluation takes such batches, too, and scores each crop as an image of one person.
+
+    To find all people of an image, batches hold whole images and, as lists over these, `crops` (P, C, H, W), uint8,
+    `to_image` (P, 2, 3), the affine map from crop to image, `box_scores` (P,), `areas` (P,) in px², and optionally
+    `person_boxes` (P, 4), the boxes of the crops. For evaluation there is also `truth`, a list of one mapping per
+    image, of arrays over its n annotated people: `keypoints` (n, 17, 3) in px of the image, `boxes` (n, 4), `labels`
+    (n,), all 1; and optionally `areas` (n,), `num_keypoints` (n,), `ignored` (n,), bool, for crowds, and `image_id`.
+    `predict` returns `KeypointPrediction`.
 
     Args:
         backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
@@ -45,7 +49,8 @@ class KeypointTask(BaseTask):
             heatmaps is the backbone's, halved by each.
         sigma: Standard deviation of the Gaussians in the heatmaps, in heatmap px, above 0.
         flip_test: Whether evaluation averages the heatmaps of the crop and of its mirror image.
-        shown_score: Least score of the people and keypoints that are drawn and that `sis-lightning predict` lists, 0…1.
+        shown_score: Minimum score of the people and keypoints that are drawn and that `sis-lightning predict` lists,
+            0…1.
         num_classes: Number of classes, 1: person.
         num_keypoints: Number of keypoints of a person.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
@@ -109,23 +114,16 @@ class KeypointTask(BaseTask):
             meta: Names, numbers and conventions. If it has no keypoints, those that the task knows already are kept.
 
         Raises:
-            UsageError: If the number of keypoints, classes or channels is not that of the network.
+            UsageError: If the number of keypoints, classes or channels is not that of the network, or the names differ
+                from those of a loaded checkpoint.
         """
-        meta = meta if isinstance(meta, DatasetMeta) else DatasetMeta.from_dict(meta)
-        known: DatasetMeta | None = self.__dict__.get("meta")
-        if not meta.keypoint_names and known is not None:
-            keys = ("keypoint_names", "flip_pairs", "skeleton", "sigmas")
-            meta = dataclasses.replace(meta, **{key: getattr(known, key) for key in keys})
+        meta = self._as_meta(meta)
         if meta.keypoint_names and len(meta.keypoint_names) != self.num_keypoints:
             raise UsageError(
                 f"the data has {len(meta.keypoint_names)} keypoints, but the network {self.num_keypoints}: "
                 f"set num_keypoints to {len(meta.keypoint_names)}"
             )
         super().set_meta(meta)
-
-    @property
-    def _knows_nothing(self) -> bool:
-        return self.meta == self._default_meta()
 
     def build_evaluator(self) -> Metric:
         """COCO's 10 keypoint metrics over a split."""
@@ -167,6 +165,8 @@ class KeypointTask(BaseTask):
         Returns:
             For each image `keypoints` (P, K, 3): x and y in its px and a score, `scores` (P,) and `boxes` (P, 4).
         """
+        if "crops" not in batch:
+            batch = _with_crops(batch)
         self._require(batch, "image", "crops", "to_image", "box_scores", "areas")
         counts = [len(crops) for crops in batch["crops"]]
         # Positions stay exact, on the CPU, whatever the network computes in.
@@ -182,6 +182,8 @@ class KeypointTask(BaseTask):
             parts = [self._heatmaps(part).float().cpu() for part in torch.split(crops, _CROPS_AT_ONCE)]
             found = self.codec(crops).decode(torch.cat(parts), maps)
             boxes = _boxes_of(maps, crops.shape[-2:])
+        if "person_boxes" in batch:
+            boxes = torch.cat([torch.as_tensor(values).cpu().double() for values in batch["person_boxes"]])
         # Keypoints without published deviations get the mean of COCO's.
         sigmas = self.meta.sigmas or (float(np.mean(COCO_SIGMAS)),) * self.num_keypoints
         outputs = []
@@ -206,11 +208,27 @@ class KeypointTask(BaseTask):
         return (heatmaps + flip_back(self(crops.flip(-1)), order)) / 2
 
     def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
-        """Predicts an evaluation batch with `truth`, and updates the metrics with it."""
-        self._require(batch, "image", "truth")
+        """Predicts an evaluation batch with `truth`, or a batch as for training, and updates the metrics with it."""
+        self._require(batch, "image", "truth" if "crops" in batch else "keypoints")
         outputs = self.infer(batch)
-        metrics.update(outputs, batch["truth"])
+        metrics.update(outputs, self._ground_truth(batch))
         return outputs
+
+    def _ground_truth(self, batch: Batch) -> list[Mapping[str, Any]]:
+        """The annotated people of each image; of a crop, its person."""
+        if "truth" in batch:
+            return list(batch["truth"])
+        height, width = batch["image"].shape[-2:]
+        return [
+            {
+                "keypoints": person[None],
+                "num_keypoints": np.array([(person[:, 2] > 0).sum()]),
+                "boxes": np.array([[0.0, 0.0, width, height]]),
+                "labels": np.array([1]),
+                "areas": np.array([float(height * width)]),
+            }
+            for person in batch["keypoints"].cpu().double().numpy()
+        ]
 
     def predict(
         self,
@@ -267,6 +285,7 @@ class KeypointTask(BaseTask):
             **sample,
             "crops": torch.stack(cut) if cut else empty,
             "to_image": torch.from_numpy(np.array([crop.to_image for crop in crops]).reshape(-1, 2, 3)),
+            "person_boxes": torch.from_numpy(boxes[:, :4].copy()),
             "box_scores": torch.from_numpy(scores.copy()),
             "areas": torch.tensor([crop.size[0] * crop.size[1] for crop in crops], dtype=torch.float64),
         }
@@ -290,7 +309,7 @@ class KeypointTask(BaseTask):
 
     def plot(self, batch: Batch, outputs: Outputs) -> Figure:
         """Draws up to four rows of annotated and predicted skeletons, images with people first."""
-        annotated = [_annotated(truth) for truth in batch["truth"]]
+        annotated = [_annotated(truth) for truth in self._ground_truth(batch)]
         predictions = self.predictions(batch, outputs)
         rows = []
         for index in sorted(range(len(outputs)), key=lambda index: not len(annotated[index]))[:4]:
@@ -318,6 +337,20 @@ def _annotated(truth: Mapping[str, Any]) -> Tensor:
     ignored = torch.as_tensor(np.asarray(truth.get("ignored", np.zeros(len(keypoints), dtype=bool))))
     people: Tensor = keypoints[(keypoints[..., 2] > 0).any(dim=1) & ~ignored]
     return people
+
+
+def _with_crops(batch: Batch) -> Batch:
+    """A batch whose images (N, C, H, W) are crops of one person each, in the form of whole images with crops."""
+    crops = stacked_images(batch)
+    count, (height, width) = len(crops), crops.shape[-2:]
+    return {
+        **batch,
+        "crops": list(crops[:, None]),
+        "to_image": [torch.eye(2, 3, dtype=torch.float64)[None]] * count,
+        "box_scores": [torch.ones(1, dtype=torch.float64)] * count,
+        "areas": [torch.tensor([float(height * width)], dtype=torch.float64)] * count,
+        "person_boxes": [torch.tensor([[0.0, 0.0, width, height]], dtype=torch.float64)] * count,
+    }
 
 
 def _boxes_of(to_image: Tensor, size: Sequence[int], margin: float = 1.25) -> Tensor:

@@ -36,13 +36,19 @@ def load(
         DataError: If there is no checkpoint, or it is damaged, of another kind or of another network.
         UsageError: If it uses an operator that is not registered here, or a changed argument is invalid.
     """
+    for key in ("weights", "backbone_weights"):
+        if key in changes:
+            raise UsageError(f"load takes no {key}: the weights are those of the checkpoint")
+    if which not in ("last", "best"):
+        raise UsageError(f"which is {which!r}, must be 'last' or 'best'")
     file = find_checkpoint(Path(path).expanduser(), which)
     content = read_checkpoint(file)
     cls = _class_of(content, file)
     saved = dict(content.get("hyper_parameters", {}))
     operator_class(saved.get("backbone", {}).get("operator", "conv"))
-    if changes.get("num_classes", saved.get("num_classes")) != saved.get("num_classes") and saved.get("meta"):
-        saved["meta"] = {**saved["meta"], "class_names": [], "category_ids": []}
+    changed = {key for key, value in changes.items() if value != saved.get(key)}
+    outdated = {field for key in changed & _META_OF.keys() for field in _META_OF[key]}
+    saved["meta"] = {key: value for key, value in (saved.get("meta") or {}).items() if key not in outdated} or None
     try:
         with weights_deferred():
             task = cls(**{**saved, **changes})
@@ -62,6 +68,14 @@ def load(
             reason = " ".join(str(error).split())
             raise DataError(f"{file}: its weights do not fit {cls.__name__}: {reason}"[:400]) from None
     return task.to(map_location).eval()
+
+
+#: Fields of the saved `meta` that are no longer valid if a constructor argument changes.
+_META_OF = {
+    "num_classes": ("class_names", "category_ids"),
+    "num_keypoints": ("keypoint_names", "flip_pairs", "skeleton", "sigmas"),
+    "in_channels": ("mean", "std"),
+}
 
 
 def predict(path: str | Path, images: Any, **options: Any) -> Any:

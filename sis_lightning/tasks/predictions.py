@@ -98,15 +98,19 @@ class Prediction(ABC):
 
     def figure(self) -> Figure:
         """The drawn prediction as a matplotlib figure with a title."""
+        figure = Figure(layout="constrained")
+        self._draw_into(figure)
+        return figure
+
+    def _draw_into(self, figure: Figure) -> None:
         drawn = self.draw()
         height, width = drawn.shape[1:]
         size = 7.0 / max(height, width)
-        figure = Figure(figsize=(max(3.0, width * size), height * size + 0.5), layout="constrained")
+        figure.set_size_inches(max(3.0, width * size), height * size + 0.5)
         axes = figure.add_subplot()
         axes.imshow(drawn.permute(1, 2, 0).numpy())
         axes.set_title(self.describe(), fontsize=9, wrap=True)
         axes.set_axis_off()
-        return figure
 
     def show(self) -> None:
         """Displays the figure: in a notebook below the cell, else in a window of matplotlib."""
@@ -115,11 +119,8 @@ class Prediction(ABC):
         if "inline" not in pyplot.get_backend() and pyplot.get_backend().lower() in ("agg", "pdf", "ps", "svg"):
             print(f"{self.describe()} (no display here: save(path) writes an image)")
             return
-        figure = pyplot.figure(figsize=self.figure().get_size_inches(), layout="constrained")
-        axes = figure.add_subplot()
-        axes.imshow(self.draw().permute(1, 2, 0).numpy())
-        axes.set_title(self.describe(), fontsize=9, wrap=True)
-        axes.set_axis_off()
+        figure = pyplot.figure(layout="constrained")
+        self._draw_into(figure)
         pyplot.show()
 
     def save(self, path: str | Path) -> Path:
@@ -330,7 +331,7 @@ class DetectionPrediction(Prediction):
         labels: Class of each box (n,), 1…K.
         scores: Score of each box (n,), 0…1; empty scores (NaN) for annotated objects.
         classes: Names of all K classes.
-        min_score: Least score of the objects that are drawn and listed in `to_dict`.
+        min_score: Minimum score of the objects that are drawn and listed in `to_dict`.
     """
 
     boxes: Tensor
@@ -348,7 +349,7 @@ class DetectionPrediction(Prediction):
         """The prediction without the objects of lower scores.
 
         Args:
-            min_score: Least score that is kept, 0…1.
+            min_score: Minimum score that is kept, 0…1.
         """
         keep = ~(self.scores < min_score)
         boxes, labels, scores = self.boxes[keep], self.labels[keep], self.scores[keep]
@@ -420,7 +421,7 @@ class KeypointPrediction(Prediction):
         boxes: Box of each person (P, 4): x1, y1, x2, y2 in px of the image, float64.
         keypoint_names: Names of the K keypoints.
         skeleton: Pairs of connected keypoints, counted from 0.
-        min_score: Least score of the people and keypoints that are drawn, and of the people in `to_dict`.
+        min_score: Minimum score of the people and keypoints that are drawn, and of the people in `to_dict`.
     """
 
     keypoints: Tensor
@@ -434,7 +435,7 @@ class KeypointPrediction(Prediction):
         """The prediction without the people of lower scores.
 
         Args:
-            min_score: Least score that is kept, 0…1.
+            min_score: Minimum score that is kept, 0…1.
         """
         keep = self.scores >= min_score
         return dataclasses.replace(

@@ -19,7 +19,15 @@ from sis_lightning.evaluation import IoUEvaluator
 from sis_lightning.models import Segmenter
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import BaseTask, Batch, Outputs, captioned, class_weight_tensor
+from sis_lightning.tasks.base import (
+    BaseTask,
+    Batch,
+    Outputs,
+    captioned,
+    class_weight_tensor,
+    require_labels,
+    stacked_images,
+)
 from sis_lightning.tasks.predictions import SegmentationPrediction
 
 
@@ -99,6 +107,21 @@ class SegmentationTask(BaseTask):
         logits: Tensor = self.model(images)
         return logits
 
+    def check_targets(self, batch: Batch) -> None:
+        """Checks that the images are of one size, and the masks of the same.
+
+        Args:
+            batch: A training batch.
+
+        Raises:
+            UsageError: If they are not.
+        """
+        images, masks = stacked_images(batch), batch["mask"]
+        want = (len(images), *images.shape[-2:])
+        if not isinstance(masks, Tensor) or masks.shape != want:
+            shape = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+            raise UsageError(f"mask is {shape}, must be a tensor {want}, a class id for each pixel of the images")
+
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the weighted cross-entropy over all pixels that are not void; 0 if all are.
 
@@ -109,7 +132,11 @@ class SegmentationTask(BaseTask):
         logits = self(batch["image"]).permute(0, 2, 3, 1).reshape(-1, self.num_classes)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target, weight = batch["mask"].long().reshape(-1), self.class_weight.to(logits.dtype)
-        total = F.cross_entropy(logits, target, weight, ignore_index=VOID, reduction="sum")
+        try:
+            total = F.cross_entropy(logits, target, weight, ignore_index=VOID, reduction="sum")
+        except IndexError:
+            require_labels(target[target != VOID], 0, self.num_classes - 1)
+            raise
         weights = weight[target.where(target != VOID, 0)] * (target != VOID)
         return {"cross_entropy": total / weights.sum().clamp_min(1e-6)}
 

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sis_lightning.backbones import backbone_config
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.option_effects import Effect, effects_of
-from sis_lightning.tasks import ClassificationTask, DetectionTask, KeypointTask, SegmentationTask
+from sis_lightning.tasks import ClassificationTask, DetectionTask
 from sis_lightning.tasks.base import weights_deferred
 
 pytestmark = pytest.mark.filterwarnings(
@@ -185,19 +184,3 @@ def test_starting_weights_are_loaded_once_and_not_for_checkpoints(tmp_path):
         later = classification(backbone_weights=str(tmp_path / "body.pth"))
     with pytest.raises(DataError, match="no such file"):
         trainer(tmp_path, max_steps=1).fit(later, loader())
-
-
-@pytest.mark.parametrize("task", [ClassificationTask, SegmentationTask, DetectionTask, KeypointTask])
-def test_every_option_of_a_task_declares_its_effect(task):
-    import inspect
-
-    from sis_lightning.tasks import BaseTask
-
-    names = {*inspect.signature(task).parameters, *inspect.signature(BaseTask).parameters} - {"training"}
-    effects = effects_of(task)
-    assert names == {key for key in effects if "." not in key}
-    assert effects["backbone"] is Effect.NETWORK
-    assert (
-        "optimizer"
-        in task(**({"backbone": SMALL} | ({} if task is KeypointTask else {"num_classes": 3}))).free_settings
-    )

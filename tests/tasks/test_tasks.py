@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch.nn import functional as F
 
@@ -21,7 +21,9 @@ from sis_lightning.datamodules import (
     COCOKeypointsDataModule,
     VOCSegmentationDataModule,
 )
-from sis_lightning.errors import UsageError
+from sis_lightning.errors import DataError, UsageError
+from sis_lightning.option_effects import Effect, effects_of
+from sis_lightning.run.recipe import declared_effect
 from sis_lightning.tasks import BaseTask, ClassificationTask, DetectionTask, KeypointTask, SegmentationTask
 
 SMALL = backbone_config("sis_demo", channels=8, width=4)
@@ -218,3 +220,50 @@ def test_figures_show_ground_truth_and_prediction(synthetic, tmp_path, task):
         assert np.asarray(image).std() > 10
     titles = [axis.get_title() for axis in figure.axes]
     assert any("true" in title or "ground truth" in title for title in titles)
+
+
+def test_an_interrupted_epoch_leaves_nothing_in_the_metrics(synthetic, tmp_path):
+    class InterruptedEpochError(Exception):
+        pass
+
+    class Breaking(Callback):
+        def on_test_batch_end(self, *arguments):
+            raise InterruptedEpochError
+
+        on_validation_batch_end = on_test_batch_end
+
+    task = segmentation()
+    data = VOCSegmentationDataModule(str(synthetic), batch_size=2, num_workers=0)
+    whole = {"limit_val_batches": 1.0}
+    for run in ("test", "validate"):
+        want = getattr(trainer(tmp_path, **whole), run)(task, data, verbose=False)
+        tested = getattr(task, "tested_images", None)
+        with pytest.raises(InterruptedEpochError):
+            getattr(trainer(tmp_path, callbacks=[Breaking()], **whole), run)(task, data, verbose=False)
+        (again,) = getattr(trainer(tmp_path, **whole), run)(task, data, verbose=False)
+        assert again == pytest.approx(want[0], nan_ok=True)
+        assert getattr(task, "tested_images", None) == tested
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*You defined a `validation_step`.*")
+def test_a_loss_that_is_not_finite_in_half_precision_names_the_precisions_that_work(tmp_path):
+    task = classification(num_classes=3, optimizer=functools.partial(torch.optim.AdamW, lr=0.1))
+    row = {"image": torch.randint(256, (3, 32, 32), dtype=torch.uint8), "label": 1}
+    loader = torch.utils.data.DataLoader([row] * 8, batch_size=4)
+    with pytest.raises(DataError, match=r"not finite at step [12](.|\n)*use 16-mixed or bf16-true"):
+        trainer(tmp_path, precision="16-true", max_steps=4, max_epochs=4).fit(task, loader)
+
+
+def test_thresholds_of_the_detector_do_not_change_the_network():
+    effects = effects_of(DetectionTask)
+    for key, effect in (
+        ("rpn_nms_thresh", Effect.RESULT),
+        ("box_batch_size_per_image", Effect.RESULT),
+        ("box_score_thresh", Effect.RESULT),
+        ("bbox_reg_weights", Effect.NETWORK),
+    ):
+        assert declared_effect(effects, ["detector", key]) is effect
+
+
+def test_the_detector_says_the_size_of_its_largest_images():
+    assert detection(min_size=50, max_size=64).image_size == (64, 64)
