@@ -88,7 +88,7 @@ class TestedCheckpoint(_Plain):
 
 
 class Training(_Plain):
-    """How the tested checkpoint was trained.
+    """The training of the tested checkpoint.
 
     Attributes:
         restarts: How often the run was resumed.

@@ -97,7 +97,7 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """Where the run writes."""
+        """The directory that the run writes into."""
         if self._folder is not None:
             return self._folder
         return (

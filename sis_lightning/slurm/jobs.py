@@ -297,8 +297,8 @@ def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
         state = of_slurm.get(job or "")
         if state in (None, "completed", "failed", "cancelled", "timeout", "node_fail", "requeued"):
             ended = starts[-1].how if starts else None
-            ours = "running" if history.is_running(run) else ended or ("killed" if starts else state or "submitted")
-            state = f"{ours} (SLURM: {state})" if state and not ours.startswith(state) else ours
+            noted = "running" if history.is_running(run) else ended or ("killed" if starts else state or "submitted")
+            state = f"{noted} (SLURM: {state})" if state and not noted.startswith(state) else noted
         newest = history.newest_metrics(run)
         metric = next((key for key in sorted(newest) if key.startswith("val/") and key.count("/") == 1), None)
         # The history knows the steps up to the newest checkpoint; the log may be ahead of it.

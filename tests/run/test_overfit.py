@@ -15,7 +15,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("task", "smaller", "metric", "least"),
+    ("task", "smaller", "metric", "minimum"),
     [
         (
             "det_coco",
@@ -26,7 +26,7 @@ def losses(run: Path) -> list[float]:
         ("kpt_coco", ["--data.input_size", "[96,96]"], "test/AP", 0.3),
     ],
 )
-def test_a_photograph_is_overfitted(command, shared, task, smaller, metric, least):
+def test_a_photograph_is_overfitted(command, shared, task, smaller, metric, minimum):
     options = ["--config", f"tasks/{task}.yaml", "--config", "configs/demo.yaml", "--config", "configs/overfit.yaml"]
     options += ["--data.root", shared / "coco_mini", "--data.num_workers", 0, "--run_dir", "run", *smaller]
     options += ["--trainer.max_steps", 120, "--model.lr_scheduler.init_args.total_steps", 120]
@@ -36,4 +36,4 @@ def test_a_photograph_is_overfitted(command, shared, task, smaller, metric, leas
     assert sum(loss[-10:]) < 0.5 * sum(loss[:10])
     test = command("test", *options)
     assert test.code == 0, test.err
-    assert json.loads(Path("run/test.json").read_text())["metrics"][metric] > least
+    assert json.loads(Path("run/test.json").read_text())["metrics"][metric] > minimum
