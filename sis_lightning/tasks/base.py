@@ -1,4 +1,4 @@
-"""What every task shares: the backbone, optimisation, metrics over whole splits, and prediction without a data set."""
+"""The base of all tasks: the backbone, training and evaluation steps, metrics over whole splits, and `meta`."""
 
 from __future__ import annotations
 
@@ -6,44 +6,28 @@ import contextlib
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import (
-    CosineAnnealingWarmRestarts,
-    CyclicLR,
-    LambdaLR,
-    LinearLR,
-    LRScheduler,
-    OneCycleLR,
-    ReduceLROnPlateau,
-)
 from torchmetrics import Metric, SumMetric
-from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.backbones import Backbone, backbone_config
 from sis_lightning.backbones.weights import load_backbone_weights, load_model_weights
-from sis_lightning.datasets.images import IMAGE_ENDINGS, denormalize, normalize, open_image, to_rgb
+from sis_lightning.datasets.base import Batch
+from sis_lightning.datasets.images import denormalize, normalize
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.lightning_internals import attached_trainer, replace_hparams, restart_optimizers, train_loader
+from sis_lightning.lightning_internals import attached_trainer, replace_hparams
 from sis_lightning.models.export import Exportable
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike, LRSchedulerLike, MetaLike, OptimizerLike, as_callable, as_plain
-
-Batch = dict[str, Any]
-Outputs = list[dict[str, Any]]
-#: One image for `predict`.
-ImageLike = str | Path | Image.Image | Tensor
+from sis_lightning.tasks.inference import Inference, Outputs
+from sis_lightning.tasks.names import NAMED_FIELDS, require_same_names
+from sis_lightning.tasks.optimization import Optimization
 
 #: Key of a checkpoint under which the class of its task stands.
 TASK_CLASS = "task_class"
@@ -64,7 +48,7 @@ def weights_deferred() -> Iterator[None]:
         _deferred.reset(token)
 
 
-class BaseTask(LightningModule, ABC):
+class BaseTask(Optimization, Inference, ABC):
     """A network on one of the backbones, with its loss, its metrics and its predictions.
 
     A task works with any `lightning.Trainer` and any loader whose batches are mappings of this format:
@@ -235,7 +219,7 @@ class BaseTask(LightningModule, ABC):
             mean, std = (tuple(itertools.islice(itertools.cycle(v), self.in_channels)) for v in (mean, std))
         return DatasetMeta(class_names=tuple(map(str, range(self.num_classes))), mean=mean, std=std)
 
-    # What a subclass defines.
+    # For subclasses to define.
 
     @abstractmethod
     def build_evaluator(self) -> Metric:
@@ -253,31 +237,11 @@ class BaseTask(LightningModule, ABC):
         """
 
     @abstractmethod
-    def infer(self, batch: Batch) -> Outputs:
-        """Predicts a batch with normalised images.
-
-        Returns:
-            A mapping of tensors for each image, in order.
-        """
-
-    @abstractmethod
     def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
         """Predicts an evaluation batch with normalised images, and updates metrics with it.
 
         Returns:
             What `infer` returns.
-        """
-
-    @abstractmethod
-    def predictions(self, batch: Batch, outputs: Outputs) -> list[Any]:
-        """Makes typed predictions of outputs.
-
-        Args:
-            batch: The batch as the loader gave it.
-            outputs: What `infer` returned for it.
-
-        Returns:
-            One `Prediction` for each image.
         """
 
     @abstractmethod
@@ -318,8 +282,8 @@ class BaseTask(LightningModule, ABC):
                 the same order, on which the weights of a loaded checkpoint were trained.
         """
         meta = self._as_meta(meta)
-        given = {names for names in _NAMED if getattr(meta, names)}
-        for names, fields in _NAMED.items():
+        given = {names for names in NAMED_FIELDS if getattr(meta, names)}
+        for names, fields in NAMED_FIELDS.items():
             if names not in given:
                 meta = dataclasses.replace(meta, **{key: getattr(self.meta, key) for key in fields})
         if len(meta.class_names) != self.num_classes:
@@ -333,7 +297,7 @@ class BaseTask(LightningModule, ABC):
                 f"set in_channels to {len(meta.mean)}, or mean and std of meta to {self.in_channels} values"
             )
         if self._trained_meta is not None:
-            _require_same_names(self._trained_meta, meta, given)
+            require_same_names(self._trained_meta, meta, given)
         self._given_names |= given
         self._take_meta(meta)
 
@@ -345,7 +309,7 @@ class BaseTask(LightningModule, ABC):
     def _take_meta(self, meta: DatasetMeta) -> None:
         """Keeps a complete description; default names stay out of the hyperparameters, to be told from given ones."""
         unnamed: dict[str, Any] = {
-            key: [] for names, fields in _NAMED.items() if names not in self._given_names for key in fields
+            key: [] for names, fields in NAMED_FIELDS.items() if names not in self._given_names for key in fields
         }
         self.hparams["meta"] = {**meta.to_dict(), **unnamed}
         if meta == self.__dict__.get("meta"):
@@ -488,7 +452,7 @@ class BaseTask(LightningModule, ABC):
             return
         trained = DatasetMeta.from_dict(saved)
         if "class_names" in self._given_names:
-            _require_same_names(trained, self.meta, self._given_names)
+            require_same_names(trained, self.meta, self._given_names)
         else:
             self.set_meta(trained)
         self._trained_meta = trained
@@ -540,148 +504,11 @@ class BaseTask(LightningModule, ABC):
         for module in self._frozen():  # until on_train_start, so that Lightning does not warn about them
             module.training = True
 
-    @property
-    def images_per_step(self) -> int:
-        """Number of images that one optimizer step sees, over all devices and accumulated batches.
-
-        An epoch ends with a step, so that no more batches accumulate than an epoch has.
-
-        Raises:
-            UsageError: If the training loader does not say how many images a batch has.
-        """
-        loader = train_loader(self.trainer)
-        size = getattr(loader, "batch_size", None) or getattr(
-            getattr(loader, "batch_sampler", None), "batch_size", None
-        )
-        if not isinstance(size, int):
-            raise UsageError(
-                f"the training loader ({type(loader).__name__}) has no batch_size, which the linear learning rate rule "
-                "needs:\n  set lr_batch_size to None, or give the loader an attribute batch_size"
-            )
-        batches = min(self.trainer.accumulate_grad_batches, self.trainer.num_training_batches)
-        return size * self.trainer.world_size * max(1, int(batches))
-
-    @property
-    def learning_rate(self) -> float | None:
-        """The learning rate that replaces the optimizer's (and the maximum of OneCycleLR), as LearningRateFinder sets.
-
-        None, as usual, if the optimizer's and the scheduler's own are used.
-        """
-        return self._found_rate
-
-    @learning_rate.setter
-    def learning_rate(self, rate: float) -> None:
-        self._found_rate, self._rate_is_new = float(rate), True
-
-    def configure_optimizers(self) -> Any:
-        """Builds optimizer and schedulers, with the linear rule and the warm-up."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        try:
-            if self.make_optimizer is None:
-                optimizer: Optimizer = SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)
-            else:
-                optimizer = self.make_optimizer(trained)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"optimizer: {error}") from error
-        factor = self.images_per_step / self.lr_batch_size if self.lr_batch_size else 1.0
-        given = [float(group["lr"]) for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * factor if self._found_rate is None else self._found_rate
-        schedulers: list[dict[str, Any]] = []
-        if self.make_lr_scheduler is not None:
-            schedulers.append(self._scheduler(optimizer, given, factor))
-        if self.warmup_steps:
-            for entry in schedulers:
-                if isinstance(entry["scheduler"], OneCycleLR):
-                    raise UsageError("warmup_steps: OneCycleLR has a warm-up of its own (pct_start): set it to 0")
-                # Others multiply the rate that they find, as the warm-up does, so that they go together.
-                if isinstance(entry["scheduler"], LambdaLR | CyclicLR | CosineAnnealingWarmRestarts):
-                    kind = type(entry["scheduler"]).__name__
-                    raise UsageError(f"warmup_steps: {kind} replaces the learning rate at each step: set it to 0")
-            warmup = LinearLR(optimizer, self.warmup_start, total_iters=self.warmup_steps)
-            schedulers.append({"scheduler": warmup, "interval": "step"})
-        return [optimizer], schedulers
-
-    def _scheduler(self, optimizer: Optimizer, given: list[float], factor: float) -> dict[str, Any]:
-        """The scheduler as Lightning wants it described."""
-        assert self.make_lr_scheduler is not None
-        try:
-            scheduler: LRScheduler = self.make_lr_scheduler(optimizer)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"lr_scheduler: {error}") from error
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return self._plateau(scheduler)
-        if isinstance(scheduler, OneCycleLR):
-            # It has replaced the optimizer's learning rate by its own.
-            highest = [float(group["max_lr"]) for group in optimizer.param_groups]
-            for group, top in zip(optimizer.param_groups, highest, strict=True):
-                wanted = top * factor if self._found_rate is None else self._found_rate
-                if wanted != top:
-                    for key in ("lr", "initial_lr", "max_lr", "min_lr"):
-                        group[key] *= wanted / top
-            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-            if self.make_optimizer is not None and given != highest:
-                self.note("learning rate", f"max_lr {highest[0]:g} of OneCycleLR; the optimizer's lr has no effect")
-        self._check_horizon(scheduler)
-        return {"scheduler": scheduler, "interval": self.lr_interval}
-
-    def _plateau(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
-        """Has ReduceLROnPlateau follow a metric of the validation, in the direction that is better."""
-        monitor = str(getattr(scheduler, "monitor", None) or self.monitor)
-        # These metrics grow with quality, where the scheduler's default is to follow a loss.
-        grows = monitor.startswith("val/") and not monitor.endswith("error_percent")
-        if grows and scheduler.mode == "min":
-            scheduler.mode, scheduler.mode_worse, scheduler.best = "max", -torch.inf, -torch.inf
-        self.note("learning rate", f"falls when {monitor} no longer {'rises' if scheduler.mode == 'max' else 'falls'}")
-        # on_validation_end steps it. Lightning would do so at the end of each epoch, with or without a new value.
-        never = 2**62 if self.trainer.enable_validation else 1
-        return {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "frequency": never}
-
-    def on_validation_end(self) -> None:
-        """Steps ReduceLROnPlateau by its metric."""
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
-            return
-        for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                known = self.trainer.callback_metrics
-                if config.monitor not in known:
-                    raise UsageError(
-                        f"lr_scheduler: there is no metric '{config.monitor}' to follow; known: {', '.join(known)}"
-                    )
-                config.scheduler.step(float(known[config.monitor]))
-
-    def note(self, label: str, text: str) -> None:
-        """Keeps a note for the reader of the run, and logs it."""
-        if self.notes.get(label) != text:
-            rank_zero_info(f"{label}: {text}")
-        self.notes[label] = text
-
     def on_train_start(self) -> None:
         """Checks the schedule that a checkpoint brought; takes over a learning rate that was found."""
         for module in self._frozen():
             module.training = False
-        if self._rate_is_new:  # optimizer and schedulers, warm-up included, start from the rate that was found
-            self._rate_is_new = False
-            restart_optimizers(self.trainer)
-        elif self.make_lr_scheduler is not None and self.trainer.ckpt_path:
-            self._check_horizon(self.trainer.lr_scheduler_configs[0].scheduler)
-
-    def _check_horizon(self, scheduler: Any) -> None:
-        names = ("total_iters", "total_steps", "T_max")
-        horizon = next((int(getattr(scheduler, name)) for name in names if hasattr(scheduler, name)), None)
-        if horizon is None:
-            return
-        length = self.trainer.estimated_stepping_batches if self.lr_interval == "step" else self.trainer.max_epochs
-        if length in (None, -1, float("inf")) or int(length or 0) == horizon:
-            return
-        kind = type(scheduler).__name__
-        text = f"the learning rate's schedule ({kind}) ends at {self.lr_interval} {horizon}, the run at {length}"
-        if int(length or 0) > horizon and kind == "OneCycleLR":
-            remedy = f"set total_steps of lr_scheduler to {length}"
-            if self.trainer.ckpt_path:
-                remedy += ", and start again without the checkpoint, which brings its own schedule"
-            raise UsageError(f"{text}, and it cannot continue beyond its end: {remedy}")
-        self.note("schedule", text)
+        self._settle_schedule()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Computes the summed loss, and checks that it is finite."""
@@ -767,182 +594,3 @@ class BaseTask(LightningModule, ABC):
             One `Prediction` for each image, in order.
         """
         return self.predictions(batch, self.infer(self.normalized(batch)))
-
-    def predict(self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 8) -> Any:
-        """Predicts images, on the device of the task, without a data set.
-
-        Args:
-            images: Path of an image or of a folder of images, PIL image, or uint8 tensor (C, H, W); or a sequence of
-                these, or a tensor (N, C, H, W). Files are rotated as their EXIF orientation says.
-            batch_size: Number of images that are predicted at once.
-
-        Returns:
-            One `Prediction` for one image; a list of them, in order (a folder's by name), for several.
-
-        Raises:
-            DataError: If a file is missing or not an image.
-            UsageError: If an image is of another type, or has another number of channels than the network takes.
-        """
-        one, samples = self._samples(images)
-        found = self._predict(({"image": image, "name": name} for name, image in samples), batch_size)
-        return found[0] if one else found
-
-    def prepare(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Brings a sample of `predict`, an `image` (C, H, W), uint8, to what `infer` takes: by default as it is."""
-        return sample
-
-    def _predict(self, samples: Iterable[dict[str, Any]], batch_size: int) -> list[Any]:
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}, must be at least 1")
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        found: list[Any] = []
-        try:
-            with torch.no_grad():
-                iterator = iter(samples)
-                while chunk := list(itertools.islice(iterator, batch_size)):
-                    prepared = [self.prepare(sample) for sample in chunk]
-                    batch = {key: [sample[key] for sample in prepared] for key in prepared[0]}
-                    outputs = self.infer(self.normalized(self._on_device(batch)))
-                    # Drawn on the images as they were given.
-                    found += self.predictions({**batch, "image": [sample["image"] for sample in chunk]}, outputs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        return found
-
-    def _on_device(self, batch: Batch) -> Batch:
-        images = [image.to(self.device) for image in batch["image"]]
-        same = len({image.shape for image in images}) == 1
-        return {**batch, "image": torch.stack(images) if same else images}
-
-    def _samples(self, images: Any) -> tuple[bool, Iterator[tuple[str, Tensor]]]:
-        """Whether one image was given, and names and images (C, H, W) as they are read."""
-        if isinstance(images, str | Path) and Path(images).is_dir():
-            folder = Path(images)
-            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-            if not paths:
-                raise DataError(f"{folder}: there are no images in it ({', '.join(IMAGE_ENDINGS)})")
-            named = ((path.relative_to(folder).with_suffix("").as_posix(), self._read(path)) for path in paths)
-            return False, named
-        if isinstance(images, Tensor) and images.ndim == 4:
-            images = list(images)
-        if isinstance(images, str | Path | Image.Image | Tensor):
-            return True, iter([(self._name(images, 0), self._read(images))])
-        if not isinstance(images, Iterable):
-            raise UsageError(f"images is a {type(images).__name__}, must be paths, PIL images or uint8 tensors")
-        return False, ((self._name(image, index), self._read(image)) for index, image in enumerate(images))
-
-    @staticmethod
-    def _name(image: Any, index: int) -> str:
-        return Path(image).stem if isinstance(image, str | Path) else str(index)
-
-    def _read(self, image: Any) -> Tensor:
-        """One image as uint8 (C, H, W)."""
-        if isinstance(image, str | Path):
-            image = open_image(Path(image))
-        if isinstance(image, Image.Image):
-            if self.in_channels == 3:
-                return torch.Tensor.as_subclass(to_rgb(image, upright=True), Tensor)
-            if self.in_channels == 1:
-                grey: Tensor = transforms.pil_to_tensor(ImageOps.exif_transpose(image).convert("L"))
-                return grey
-            raise UsageError(f"the network takes {self.in_channels} channels: give tensors instead of image files")
-        if not isinstance(image, Tensor):
-            raise UsageError(f"an image is a {type(image).__name__}, must be a path, a PIL image or a uint8 tensor")
-        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != self.in_channels:
-            raise UsageError(
-                f"an image is a tensor of {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}, "
-                f"must be uint8 ({self.in_channels}, H, W)"
-            )
-        return image
-
-
-#: Fields of a `DatasetMeta` that go together, by the names that they belong to.
-_NAMED = {
-    "class_names": ("class_names", "category_ids"),
-    "keypoint_names": ("keypoint_names", "flip_pairs", "skeleton", "sigmas"),
-}
-
-
-def _require_same_names(trained: DatasetMeta, data: DatasetMeta, given: Collection[str]) -> None:
-    """Compares the names of data with those on which weights were trained, as far as both have them.
-
-    Raises:
-        UsageError: Names the first difference.
-    """
-    remedy = (
-        "\n  Its outputs would be taken for others. To train on other names: sis_lightning.load(path, num_classes=…), "
-        "or the option weights."
-    )
-    for key, what in (("class_names", "class"), ("keypoint_names", "keypoint")):
-        old, new = getattr(trained, key), getattr(data, key)
-        if not old or key not in given:
-            continue
-        for index, (before, now) in enumerate(itertools.zip_longest(old, new, fillvalue="missing")):
-            if before != now:
-                raise UsageError(f"{what} {index} is '{now}' in the data, but '{before}' in the checkpoint{remedy}")
-        if key == "keypoint_names":
-            pairs = [{tuple(sorted(pair)) for pair in meta.flip_pairs} for meta in (trained, data)]
-            if different := sorted(pairs[0] ^ pairs[1]):
-                where = "checkpoint" if different[0] in pairs[0] else "data"
-                names = " and ".join(f"'{new[index]}'" for index in different[0])
-                raise UsageError(f"a flip exchanges the keypoints {names} only in the {where}{remedy}")
-
-
-def stacked_images(batch: Batch) -> Tensor:
-    """The images (N, C, H, W) of a training batch.
-
-    Raises:
-        UsageError: If they are a list, since their sizes differ.
-    """
-    images = batch["image"]
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else "a list, as of different sizes"
-        raise UsageError(f"the images of a training batch must be one tensor (N, C, H, W), but they are {found}")
-    return images
-
-
-def require_labels(labels: Tensor, first: int, last: int) -> None:
-    """Checks the range of labels, if they are on the CPU, where that costs nothing.
-
-    Raises:
-        UsageError: If one is outside of it.
-    """
-    if labels.device.type == "cpu" and labels.numel():
-        least, greatest = (int(value) for value in labels.aminmax())
-        if least < first or greatest > last:
-            wrong = least if least < first else greatest
-            raise UsageError(f"a label of the batch is {wrong}, must be in {first}…{last}: see num_classes")
-
-
-def class_weight_tensor(weights: Sequence[float], num_classes: int) -> Tensor:
-    """Per-class loss weights (K,), float32.
-
-    Raises:
-        UsageError: If there are not as many weights as classes, or one is negative or not finite.
-    """
-    tensor = torch.tensor([float(weight) for weight in weights])
-    if len(tensor) != num_classes or not (torch.isfinite(tensor) & (tensor >= 0)).all() or not tensor.any():
-        raise UsageError(
-            f"class_weights is {list(weights)}, must be {num_classes} numbers of at least 0, one for each class"
-        )
-    return tensor
-
-
-def captioned(images: Sequence[Sequence[tuple[str, Tensor]]], height: float = 3.0) -> Figure:
-    """Draws rows of images with captions.
-
-    Args:
-        images: Rows of captions and images (3, H, W), uint8.
-        height: Height of a row in inches.
-    """
-    rows, columns = len(images), max(map(len, images), default=1)
-    figure = Figure(figsize=(9, height * max(1, rows)), layout="constrained")
-    for axes, row in zip(figure.subplots(max(1, rows), columns, squeeze=False), images, strict=True):
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, (caption, image) in zip(axes, row, strict=False):
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set_title(caption, fontsize=8)
-    return figure

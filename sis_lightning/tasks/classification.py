@@ -12,13 +12,16 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchvision.transforms import v2
 
+from sis_lightning.datasets.base import Batch
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation import TopKEvaluator
 from sis_lightning.models import Classifier
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import BaseTask, Batch, Outputs, class_weight_tensor, require_labels, stacked_images
+from sis_lightning.tasks.base import BaseTask
+from sis_lightning.tasks.inference import Outputs
 from sis_lightning.tasks.predictions import ClassificationPrediction
+from sis_lightning.tasks.targets import class_weight_tensor, require_labels, stacked_images
 
 
 class ClassificationTask(BaseTask):

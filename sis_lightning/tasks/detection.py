@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
+from sis_lightning.datasets.base import Batch
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation import COCOEvaluator, VOCEvaluator
@@ -18,8 +19,10 @@ from sis_lightning.models import Detector
 from sis_lightning.models.detector import Norm
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import BaseTask, Batch, Outputs, captioned, require_labels
-from sis_lightning.tasks.predictions import DetectionPrediction
+from sis_lightning.tasks.base import BaseTask
+from sis_lightning.tasks.inference import Outputs
+from sis_lightning.tasks.predictions import DetectionPrediction, captioned
+from sis_lightning.tasks.targets import require_labels
 
 
 class DetectionTask(BaseTask):
@@ -67,7 +70,7 @@ class DetectionTask(BaseTask):
         "head_norm": Effect.NETWORK,
         "anchor_sizes": Effect.NETWORK,
         "canonical_scale": Effect.NETWORK,
-        # Thresholds, numbers of boxes and the like: all but the coding of the boxes fit the same weights.
+        # Thresholds and numbers of boxes: of all entries, only the coding of boxes changes the meaning of the weights.
         "detector": Effect.RESULT,
         "detector.bbox_reg_weights": Effect.NETWORK,
         "freeze_norm": Effect.RESULT,

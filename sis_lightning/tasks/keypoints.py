@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
+from sis_lightning.datasets.base import Batch
 from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, COCO_SKELETON
 from sis_lightning.datasets.crops import Crop
 from sis_lightning.datasets.meta import DatasetMeta
@@ -21,8 +22,10 @@ from sis_lightning.models import PoseNet
 from sis_lightning.models.heatmap_codec import HeatmapCodec, flip_back, oks_nms, rescore
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import BaseTask, Batch, ImageLike, Outputs, captioned, stacked_images
-from sis_lightning.tasks.predictions import KeypointPrediction
+from sis_lightning.tasks.base import BaseTask
+from sis_lightning.tasks.inference import ImageLike, Outputs
+from sis_lightning.tasks.predictions import KeypointPrediction, captioned
+from sis_lightning.tasks.targets import stacked_images
 
 
 class KeypointTask(BaseTask):

@@ -1,4 +1,4 @@
-"""What the tasks predict for one image, as typed objects that draw and save themselves."""
+"""Predictions of the tasks for one image, as typed objects that draw and save themselves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _tab10(index: int) -> Color:
 
 @dataclass(eq=False, repr=False)
 class Prediction(ABC):
-    """What a task predicts for one image.
+    """The prediction of a task for one image.
 
     In a notebook it displays itself. Tensors are on the CPU.
 
@@ -490,3 +490,21 @@ class KeypointPrediction(Prediction):
         """
         row = self.to_dict()
         return {"name": row.pop("name"), "image": self._write_drawn(folder), **row}
+
+
+def captioned(images: Sequence[Sequence[tuple[str, Tensor]]], height: float = 3.0) -> Figure:
+    """Draws rows of images with captions.
+
+    Args:
+        images: Rows of captions and images (3, H, W), uint8.
+        height: Height of a row in inches.
+    """
+    rows, columns = len(images), max(map(len, images), default=1)
+    figure = Figure(figsize=(9, height * max(1, rows)), layout="constrained")
+    for axes, row in zip(figure.subplots(max(1, rows), columns, squeeze=False), images, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, (caption, image) in zip(axes, row, strict=False):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set_title(caption, fontsize=8)
+    return figure

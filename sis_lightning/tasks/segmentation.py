@@ -13,22 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from sis_lightning.datasets.base import Batch
 from sis_lightning.datasets.constants import VOID
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation import IoUEvaluator
 from sis_lightning.models import Segmenter
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
-from sis_lightning.tasks.base import (
-    BaseTask,
-    Batch,
-    Outputs,
-    captioned,
-    class_weight_tensor,
-    require_labels,
-    stacked_images,
-)
-from sis_lightning.tasks.predictions import SegmentationPrediction
+from sis_lightning.tasks.base import BaseTask
+from sis_lightning.tasks.inference import Outputs
+from sis_lightning.tasks.predictions import SegmentationPrediction, captioned
+from sis_lightning.tasks.targets import class_weight_tensor, require_labels, stacked_images
 
 
 class SegmentationTask(BaseTask):

@@ -61,7 +61,7 @@ def test_it_is_torchvisions_detector_with_the_same_weights():
     # Scores of fresh heads are nearly equal: rounding alone would settle their order.
     for head in (theirs.rpn.head.cls_logits, theirs.roi_heads.box_predictor.cls_score):
         head.weight.data.mul_(10)
-    ours = detection(
+    task = detection(
         backbone=backbone_config("resnet50"),
         num_classes=3,
         min_size=96,
@@ -75,18 +75,18 @@ def test_it_is_torchvisions_detector_with_the_same_weights():
     theirs.eval().roi_heads.score_thresh = 0.0
     state = theirs.state_dict()
     body = {key.removeprefix("backbone.body."): value for key, value in state.items() if "backbone.body." in key}
-    load_backbone_weights(ours.backbone, body, strict=False)
-    ours.model.backbone.fpn.load_state_dict(
+    load_backbone_weights(task.backbone, body, strict=False)
+    task.model.backbone.fpn.load_state_dict(
         {key.removeprefix("backbone.fpn."): value for key, value in state.items() if "backbone.fpn." in key}
     )
-    ours.model.rpn.load_state_dict(theirs.rpn.state_dict())
-    ours.model.roi_heads.load_state_dict(theirs.roi_heads.state_dict())
+    task.model.rpn.load_state_dict(theirs.rpn.state_dict())
+    task.model.roi_heads.load_state_dict(theirs.roi_heads.state_dict())
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (theirs.transform.image_mean, theirs.transform.image_std)
     )
     image = torch.rand(3, 80, 120)
     with torch.no_grad():
-        (want,), (got,) = theirs([image]), ours([(image - mean) / std])
+        (want,), (got,) = theirs([image]), task([(image - mean) / std])
     assert len(want["boxes"]) > 10
     want, got = (torch.cat([r["boxes"], r["labels"][:, None], r["scores"][:, None]], dim=1) for r in (want, got))
     # A pair whose overlap is the threshold's to a rounding may be kept by one and not by the other.
