@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 import yaml
 
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.run.run import Run
+from sis_lightning.run import Run
 
 SEG = ["--config", "tasks/seg_voc.yaml", "--config", "configs/demo.yaml"]
 
@@ -65,6 +67,8 @@ def test_a_run_is_what_its_folder_says(command, tiny, tmp_path):
     saved = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[key]) for key, value in task.state_dict().items())
     assert not task.training
+    assert all(parameter.requires_grad for parameter in task.parameters())
+    assert task is not found.task
     assert list(task.meta.class_names)[:2] == ["background", "aeroplane"]
     other = Run.from_arguments([*tiny, "--run_dir", "run", "--model.backbone.operator", "recurrent1"])
     with pytest.raises(DataError, match=r"backbone\.operator: 'basic' in the checkpoint, 'recurrent1' asked for"):
@@ -80,3 +84,12 @@ def test_what_is_no_run_is_refused(tmp_path):
         Run.from_arguments([*SEG, "--data.batchsize", "3"])
     with pytest.raises(UsageError, match="output_stride is 12"):
         _ = Run.from_arguments([*SEG, "--model.output_stride", "12"]).task
+    for hidden in ("operator", "meta"):  # the backbone has the operator, the data set its description
+        with pytest.raises(UsageError, match=f"model.{hidden}: there is no such key"):
+            Run.from_arguments([*SEG, f"--model.{hidden}", "null"])
+
+
+def test_the_package_of_runs_imports_nothing_heavy():
+    code = "import sys, sis_lightning.run.record, sis_lightning.run.history, sis_lightning.run.resume.signals\n"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'jsonargparse')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
