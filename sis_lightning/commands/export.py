@@ -57,17 +57,14 @@ def main(arguments: list[str]) -> int:
                 "  name its configuration, --config tasks/NAME.yaml and options as for fit"
             )
     require_torch()
-    import torch
-
     from sis_lightning.models.export import export
-    from sis_lightning.run.run import Run
+    from sis_lightning.run import Run
 
     run = Run.from_arguments(config_options(files, options))
-    checkpoint = run.checkpoint(chosen.ckpt)
+    checkpoint, content = run.read_checkpoint(chosen.ckpt)
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else run.directory
     out = Path(chosen.out) if chosen.out else folder / f"model.{chosen.format}"
-    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    metadata = {"checkpoint": {"file": checkpoint.name, "step": step}}
+    metadata = {"checkpoint": {"file": checkpoint.name, "step": content["global_step"]}}
     done = export(run.load(checkpoint), out, run.image_size, metadata=metadata)
     shapes = ", ".join("×".join(map(str, shape)) for shape in done.shapes)
     print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, verified on images of shape {shapes}")
