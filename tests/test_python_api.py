@@ -551,3 +551,12 @@ def test_the_import_is_quick_and_without_torch():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         sis_lightning.lode  # noqa: B018 - the access raises
+
+
+def test_loading_leaves_the_callers_random_numbers_as_they_were(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(classification(), loader("cls"))
+    run.save_checkpoint(tmp_path / "task.ckpt")
+    before = torch.get_rng_state()
+    sis_lightning.load(tmp_path / "task.ckpt")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sis_lightning.commands.arguments import Parser, config_options, require_torch
-from sis_lightning.datasets.constants import SPLITS
 from sis_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ def main(arguments: list[str]) -> int:
     chosen, options = parser.parse_known_args(arguments)
     require_torch()
     from sis_lightning.datasets.check import summarize_splits
+    from sis_lightning.datasets.constants import SPLITS
     from sis_lightning.run.run import Run
 
     data = Run.from_arguments(config_options(chosen.config, options)).datamodule

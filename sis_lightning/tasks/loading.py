@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.operators import operator_class
 from sis_lightning.tasks.base import TASK_CLASS, BaseTask, weights_deferred
@@ -50,7 +52,8 @@ def load(
     outdated = {field for key in changed & _META_OF.keys() for field in _META_OF[key]}
     saved["meta"] = {key: value for key, value in (saved.get("meta") or {}).items() if key not in outdated} or None
     try:
-        with weights_deferred():
+        # Weights that the checkpoint replaces must not cost the caller random numbers; a new head draws from them.
+        with weights_deferred(), torch.random.fork_rng(devices=[], enabled=not changes):
             task = cls(**{**saved, **changes})
     except TypeError as error:
         if changes:
