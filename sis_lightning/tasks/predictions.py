@@ -329,7 +329,7 @@ class DetectionPrediction(Prediction):
         name: File name without its ending, name within the data set, or a running number.
         boxes: Boxes (n, 4): x1, y1, x2, y2 in px of the image, float32.
         labels: Class of each box (n,), 1…K.
-        scores: Score of each box (n,), 0…1; empty scores (NaN) for annotated objects.
+        scores: Score of each box (n,), 0…1, or NaN for ground truth objects, which have no score.
         classes: Names of all K classes.
         min_score: Minimum score of the objects that are drawn and listed in `to_dict`.
     """
