@@ -90,9 +90,9 @@ class COCODataModule(SISDataModule):
 class COCODetectionDataModule(COCODataModule):
     """COCO's instances: 80 categories with ids among 1…90; the model's labels are 1…80.
 
-    Training: random horizontal flip; each batch holds either portrait or landscape images; crowds and boxes of no area
-    are left out, images without objects are kept. The metrics are computed by COCO's own code, for which detections on crowds count neither for
-    nor against. The detector resizes images.
+    Training: random horizontal flip; each batch holds either portrait or landscape images; crowds and boxes of no
+    area are left out, images without objects are kept. The metrics are computed by COCO's own code, for which
+    detections on crowds count neither for nor against. The detector resizes images.
 
     Args:
         root: Folder that holds `annotations/` (or a folder `coco` that does).
