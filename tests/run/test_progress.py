@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from sis_lightning.run.reporting import progress
 
@@ -36,12 +38,20 @@ def test_a_long_run_prints_about_twenty_lines(command, small):
     assert len([line for line in result.out.splitlines() if line.startswith("step ")]) == 20
 
 
+class EveryUpdateShown(Progress):
+    """Draws at each update: by its clock, a run of a second shows some of its steps, others on each machine."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update(*args, **{**kwargs, "refresh": True})
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_one_line_in_a_terminal(command, small, monkeypatch, width):
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=width, soft_wrap=True, highlight=False)
     monkeypatch.setattr(progress, "console", console)
     monkeypatch.setattr("sis_lightning.run.start.console", console)
+    monkeypatch.setattr(progress, "Progress", EveryUpdateShown)
     result = command("fit", *small("seg_voc", steps=8))
     assert result.code == 0, result.err
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
