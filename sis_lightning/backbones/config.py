@@ -32,23 +32,26 @@ class BackboneConfig:
     4 · channels · 2^(i-1) channels. Source: section 3.4 of the paper.
 
     Args:
-        family: `resnet` (one path), `resnext` (groups), `res2net` (hierarchical splits) or `res2next` (both). It must
-            agree with `scale` and `cardinality`.
-        depth: Number of layers: 29 (three stages of three bottlenecks), 50, 101, 152, or one of the small ones: 11 and
-            20 (three stages of one and two bottlenecks), 14 and 26 (four stages of one and two).
+        family: Kind of bottleneck: `resnet` (one path), `resnext` (groups), `res2net` (hierarchical splits) or
+            `res2next` (both). Splits need `scale` above 1, and groups need `cardinality` above 1; otherwise each of
+            them must be 1.
+        depth: Number of layers: 50, 101 or 152 (four stages); 29 (three stages of three bottlenecks); 11 or 20 (three
+            stages of one or two bottlenecks); 14 or 26 (four stages of one or two bottlenecks).
         operator: Operator in place of each 3×3 convolution: `conv`, `basic`, `interactive1`, `interactive2`,
-            `recurrent1`, `recurrent2`, or a registered one. A stage whose split width does not suit the operator keeps
-            plain convolutions (section 4.1).
-        steps: Number of time steps T of the recurrent operators (Table 1-1); 2 for all others.
+            `recurrent1`, `recurrent2`, or a registered one. All but `conv` need a split width that is divisible by 4; a
+            stage with another split width keeps plain convolutions (section 4.1 of the paper).
+        steps: Number of time steps T of the recurrent operators (Table 1-1 of the paper). It must be 2 for all other
+            operators.
         width: Number of channels of one split of one group in stage 1. It doubles with each stage.
-        scale: Number of hierarchical splits of a bottleneck, s of Res2Net; 1 for none.
-        cardinality: Number of groups of each 3×3 convolution, c of ResNeXt; 1 for none.
+        scale: Number of hierarchical splits of a bottleneck (s of Res2Net); 1 for no splits.
+        cardinality: Number of groups of each 3×3 convolution (C of ResNeXt); 1 for no groups.
         channels: Number of channels of the stem.
-        stem: `imagenet` (7×7 convolution and max pooling, both with stride 2) or `cifar` (3×3 convolution with stride
-            1).
+        stem: First layers: `imagenet` (7×7 convolution and max pooling, both with stride 2) or `cifar` (3×3 convolution
+            with stride 1).
         last_split: Operation on the last split in the first block of a stage: `pool` applies average pooling
             (Res2Net for ImageNet), `conv` convolves it like the others (Res2Net for CIFAR).
-        norm: `bn` (batch norm), `syncbn` (batch norm over all devices) or `gn` (group norm with up to 32 groups).
+        norm: Norm layers: `bn` (batch norm), `syncbn` (batch norm over all devices) or `gn` (group norm with up to 32
+            groups).
 
     Raises:
         UsageError: If a value is invalid, or values do not fit each other. It is also a ValueError.

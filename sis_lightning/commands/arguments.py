@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_config(self, *, required: bool = False, help: str | None = None) -> None:
         """Adds `--config FILE`, which may be given several times."""
-        text = "Configuration file, as for fit: tasks/NAME.yaml, then any overlays. May be repeated."
+        text = "Configuration file, as for fit; may be repeated: first tasks/NAME.yaml, then files that override it."
         self.add_argument(
             "-c", "--config", action="append", required=required, default=[], metavar="FILE", help=help or text
         )

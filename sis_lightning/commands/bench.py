@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "bench",
-        "Time networks, operators, data loading or evaluators, print the result, and write it to a folder with the "
-        "machine that it was measured on. Networks are timed alternately in one process, and the first is compared "
-        "with each of the others.",
+        "Time networks, operators, data loading or evaluators. The result is printed and, with a description of the "
+        "machine, written to a folder. Networks are timed alternately in one process, and the first is compared with "
+        "each of the others.",
         [
             ("bench sis50 timm:res2net50_26w_4s --mode train --batch 8", ""),
             ("bench sis50:interactive2+deploy torchvision:resnet50+deploy --mode inference", ""),
@@ -53,15 +53,21 @@ def _parser() -> Parser:
         nargs="*",
         metavar="NETWORK",
         help="BACKBONE[:OPERATOR], torchvision:NAME or timm:NAME, followed by any of +deploy (fused batch norm), "
-        "+compile (torch.compile), +graphs (compiled, with CUDA graphs), +nchw (contiguous memory format).",
+        "+compile (torch.compile), +graphs (torch.compile with CUDA graphs), +nchw (contiguous memory format instead "
+        "of channels_last). +deploy needs --mode inference.",
     )
     models = parser.add_argument_group("how to time")
     models.add_argument(
-        "--mode", choices=("train", "inference"), default="train", help="What a step does (default: %(default)s)."
+        "--mode",
+        choices=("train", "inference"),
+        default="train",
+        help="train: a step is forward, backward and SGD. inference: a step is a forward pass (default: %(default)s).",
     )
-    models.add_argument("--batch", type=int, default=8, metavar="N", help="Images per step (default: %(default)s).")
     models.add_argument(
-        "--size", type=int, default=224, metavar="PX", help="Side of the images (default: %(default)s)."
+        "--batch", type=int, default=8, metavar="N", help="Number of images per step (default: %(default)s)."
+    )
+    models.add_argument(
+        "--size", type=int, default=224, metavar="PX", help="Side of the images in px (default: %(default)s)."
     )
     models.add_argument(
         "--precision",
@@ -71,32 +77,37 @@ def _parser() -> Parser:
     )
     models.add_argument("--device", default="cpu", help="Device: cpu or cuda (default: %(default)s).")
     models.add_argument(
-        "--rounds", type=int, default=11, metavar="N", help="Timed repetitions of each (default: %(default)s)."
+        "--rounds", type=int, default=11, metavar="N", help="Number of timed rounds (default: %(default)s)."
     )
     models.add_argument(
-        "--seconds", type=float, default=1.0, metavar="S", help="Duration of a repetition (default: %(default)s)."
+        "--seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="Seconds for which each network or operator runs in a round (default: %(default)s).",
     )
     others = parser.add_argument_group("what to time, instead of networks")
     others.add_argument(
         "--operators",
         action="store_true",
-        help="The fast form of each operator against its equations, and against a plain convolution.",
+        help="Time the fast form of each operator against a literal form of its equations, and against a plain "
+        "convolution.",
     )
     others.add_argument(
-        "--data", action="store_true", help="Data loading of every task, against the training that it feeds."
+        "--data", action="store_true", help="Time the data loading of every task, and the training steps that it feeds."
     )
     others.add_argument(
-        "--loop", action="store_true", help="fit on the segmentation demo, against a plain PyTorch loop."
+        "--loop", action="store_true", help="Time fit on the segmentation demo against a plain PyTorch loop."
     )
-    others.add_argument("--start", action="store_true", help="Commands that compute nothing, such as --help.")
-    others.add_argument("--eval", action="store_true", help="pycocotools against faster-coco-eval.")
+    others.add_argument("--start", action="store_true", help="Time commands that compute nothing, such as --help.")
+    others.add_argument("--eval", action="store_true", help="Time pycocotools against faster-coco-eval.")
     others.add_argument(
         "--runs", nargs="+", metavar="DIR", help="Collect the test metrics and training times of these runs."
     )
     parser.add_argument(
-        "--images", type=int, default=5000, metavar="N", help="Images for --eval (default: %(default)s)."
+        "--images", type=int, default=5000, metavar="N", help="Number of images for --eval (default: %(default)s)."
     )
-    parser.add_argument("--name", help="Name of the result's file (default: made from what was timed).")
+    parser.add_argument("--name", help="Name of the result file (default: derived from what was timed).")
     parser.add_argument(
         "--out", default="results/benchmarks", metavar="DIR", help="Folder to write to (default: %(default)s)."
     )

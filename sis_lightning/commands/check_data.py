@@ -18,26 +18,34 @@ def main(arguments: list[str]) -> int:
     parser = Parser(
         "check-data",
         "Summarise each split of a data set (images, sizes, objects, classes), and list every defect with its file: "
-        "missing and truncated images, masks of another size, boxes outside of the image, unknown classes and so on.",
+        "missing or truncated images, masks that differ in size from their image, boxes outside the image, unknown "
+        "classes and others.",
         [
             ("check-data --config tasks/det_coco.yaml --data.root /data/coco", ""),
-            ("check-data --config tasks/seg_voc.yaml --data.root /data/voc --annotations-only", "in seconds"),
+            (
+                "check-data --config tasks/seg_voc.yaml --data.root /data/voc --annotations-only",
+                "check the annotations only, in seconds",
+            ),
             (
                 "check-data --config tasks/det_coco.yaml --data.root /data/coco --archives downloads",
-                "verify that these are the official files",
+                "verify that the files are the official ones",
             ),
         ],
         usage="--config FILE [options] [options of fit]",
         more="Further options are those of fit, such as --data.root. The exit code is 1 if there is any defect.",
     )
     parser.add_config(required=True)
-    parser.add_argument("--annotations-only", action="store_true", help="Do not decode images and masks.")
+    parser.add_argument(
+        "--annotations-only",
+        action="store_true",
+        help="Check the annotations only, and do not decode images and masks.",
+    )
     parser.add_argument(
         "--archives",
         type=Path,
         metavar="DIR",
-        help="Folder that contains the published archives. Their checksums are verified, and each file of the data set "
-        "is compared with the one in the archive.",
+        help="Folder that contains the archives as published, such as train2017.zip. Their checksums are verified, and "
+        "each file of the data set is compared with the one in its archive.",
     )
     chosen, options = parser.parse_known_args(arguments)
     require_torch()

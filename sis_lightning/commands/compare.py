@@ -12,7 +12,8 @@ def main(arguments: list[str]) -> int:
     parser = Parser(
         "compare",
         "Compare two runs, or two backbones or operators in one configuration: settings that differ, parameters, MACs, "
-        "speed, metrics and learning curves. It is refused if anything but the operator differs and is not allowed to.",
+        "speed, metrics and learning curves. Only the operator may differ; any other difference is an error unless "
+        "--allow names it.",
         [
             ("compare basic conv --config tasks/seg_voc.yaml", "two operators in one configuration"),
             ("compare sis50 resnet50 --config tasks/seg_voc.yaml --allow backbone --rounds 0", "two backbones"),
@@ -29,26 +30,31 @@ def main(arguments: list[str]) -> int:
         metavar="A",
         help="A run's directory or its test.json; with --config an operator, or BACKBONE[:OPERATOR].",
     )
-    parser.add_argument("second", metavar="B", help="What A is compared with, in the same form.")
-    parser.add_config(help="Configuration file that both share, as for fit. May be repeated.")
+    parser.add_argument(
+        "second", metavar="B", help="The run, operator or backbone that A is compared with, in the same form."
+    )
+    parser.add_config(help="Configuration file that A and B share; as for fit, may be repeated.")
     parser.add_argument(
         "--allow",
         nargs="+",
         default=[],
         metavar="KEY",
-        help="Settings that may differ too, by their keys or parts of them: backbone, steps.",
+        help="Settings that may differ as well, by their keys or by parts of keys, such as backbone or steps.",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=7,
         metavar="N",
-        help="Rounds in which both backbones are timed alternately; 0 for none (default: %(default)s).",
+        help="Number of rounds in which both backbones are timed alternately; 0 skips the timing (default: "
+        "%(default)s).",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="Device for the timing (default: %(default)s)."
     )
-    parser.add_argument("--out", metavar="FILE", help="Also plot the learning curves of both: a .png, .svg or .pdf.")
+    parser.add_argument(
+        "--out", metavar="FILE", help="Also plot the learning curves of A and B into this file: .png, .svg or .pdf."
+    )
     chosen, options = parser.parse_known_args(arguments)
     if not chosen.config:
         parser.refuse_unknown(options)

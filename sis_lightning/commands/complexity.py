@@ -10,8 +10,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = Parser(
         "complexity",
-        "Count the parameters and the multiply-accumulates (MACs) of one image: of backbones alone and as classifiers, "
-        "or of the whole model of a run.",
+        "Count the parameters of networks, and their multiply-accumulates (MACs) for one image. The networks are "
+        "backbones, alone and as classifiers; or, with --config, the whole model of a run.",
         [
             ("complexity sis50 res2net50 resnet50", ""),
             ("complexity sis50 --operator interactive1 --size 256", ""),
@@ -25,23 +25,21 @@ def main(arguments: list[str]) -> int:
     if (
         not of_run or "--help" in arguments or "-h" in arguments
     ):  # else values of fit's options would be taken for names
-        parser.add_argument("names", nargs="*", metavar="BACKBONE", help=f"Of {', '.join(names)} (default: all).")
-    parser.add_config(help="Configuration file of a run, as for fit: count its whole model. May be repeated.")
-    parser.add_argument(
-        "--operator", metavar="NAME", help="Operator, instead of the one that the backbone's file names."
-    )
+        parser.add_argument("names", nargs="*", metavar="BACKBONE", help=f"Any of {', '.join(names)} (default: all).")
+    parser.add_config(help="Configuration file of a run, whose whole model is counted; as for fit, may be repeated.")
+    parser.add_argument("--operator", metavar="NAME", help="Operator that replaces the backbone's own.")
     parser.add_argument(
         "--size",
         type=int,
         metavar="PX",
-        help="Side of the image (default: of backbones 32 with the CIFAR stem, else 224; of a run the size that it "
-        "trains on).",
+        help="Side of the square image in px (default: for a backbone, 32 with the CIFAR stem and 224 otherwise; for a "
+        "run, the size that it trains on).",
     )
     parser.add_argument(
         "--num-classes",
         type=int,
         metavar="N",
-        help="Classes of the classifier (default: 100 with the CIFAR stem, else 1000).",
+        help="Number of classes of the classifier (default: 100 with the CIFAR stem, 1000 otherwise).",
     )
     parser.add_json()
     chosen, options = parser.parse_known_args(arguments)

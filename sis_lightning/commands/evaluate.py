@@ -11,8 +11,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = Parser(
         "evaluate",
-        "Score detections or keypoints of any program, in the results format of COCO or of the Pascal VOC devkit, with "
-        "the same code as test.",
+        "Score the detections, instance masks or keypoints of any program, in the results format of COCO or of the "
+        "Pascal VOC devkit. The metrics are computed by the same code as in sis-lightning test.",
         [
             ("evaluate --type bbox --truth instances_val2017.json --results detections.json", ""),
             ("evaluate --type voc07 --truth VOCdevkit/VOC2007 --split test --results comp4", ""),
@@ -22,15 +22,16 @@ def main(arguments: list[str]) -> int:
         "--type",
         required=True,
         choices=KINDS,
-        help="bbox, segm, keypoints: the COCO metrics. voc07, voc12: average precision by the rule of Pascal VOC "
-        "2007 (11 recalls) or 2010 and later (area under the curve).",
+        help="bbox, segm, keypoints: the COCO metrics. voc07: average precision of Pascal VOC 2007 (mean precision at "
+        "11 recalls). voc12: that of Pascal VOC 2010 and later (area under the precision-recall curve).",
     )
     parser.add_argument(
         "--truth",
         "--ground-truth",
         required=True,
         metavar="PATH",
-        help="Ground truth: a COCO annotation file, or the folder of a VOC year, which contains Annotations/.",
+        help="Ground truth: a COCO annotation file, or a folder such as VOCdevkit/VOC2007, which contains "
+        "Annotations/.",
     )
     parser.add_argument(
         "--results",
@@ -40,7 +41,9 @@ def main(arguments: list[str]) -> int:
         "comp4_det_SPLIT_CLASS.txt.",
     )
     parser.add_argument(
-        "--json", action="store_true", help="Print JSON with all digits; null stands for a metric without ground truth."
+        "--json",
+        action="store_true",
+        help="Print JSON with all digits; null is the value of a metric for which there are no ground truth objects.",
     )
     coco = parser.add_argument_group("COCO")
     coco.add_argument(
@@ -49,13 +52,15 @@ def main(arguments: list[str]) -> int:
         help="Library that computes the metrics; both give the same values (default: pycocotools).",
     )
     voc = parser.add_argument_group("Pascal VOC")
-    voc.add_argument("--split", metavar="NAME", help="Image list in ImageSets/Main (default: all annotated images).")
+    voc.add_argument(
+        "--split", metavar="NAME", help="Name of an image list in ImageSets/Main (default: all annotated images)."
+    )
     voc.add_argument(
         "--voc-rule",
         dest="rule",
         choices=("devkit", "toolkit"),
-        help="devkit (default): difficult objects are ignored, and a match has IoU > the threshold. toolkit: they "
-        "count as objects, and a match has IoU >= the threshold.",
+        help="devkit (default): difficult objects are ignored, and the IoU of a match is above the threshold. toolkit "
+        "(of Padilla et al.): difficult objects count like all others, and the IoU may equal the threshold.",
     )
     voc.add_argument("--iou", type=float, metavar="T", help="IoU threshold (default: 0.5).")
     voc.add_argument("--classes", nargs="+", metavar="NAME", help="Class names (default: the 20 classes of VOC).")

@@ -13,27 +13,30 @@ def main(arguments: list[str]) -> int:
     parser = Parser(
         "export",
         "Write the deployed (fused) model of a checkpoint as ONNX or as a program of torch.export, run the file, and "
-        "compare its outputs with those of the model. The file contains the class names and the preprocessing.",
+        "compare its outputs with those of the model. The model takes preprocessed images; the metadata of the file "
+        "describes the preprocessing and names the classes.",
         [
             ("export --ckpt runs/seg_voc/sis50-26w4s-basic/seed0/checkpoints/last.ckpt", ""),
             ("export --config tasks/seg_voc.yaml --data.root /data/voc --ckpt best --format pt2 --out voc.pt2", ""),
         ],
         usage="[--ckpt PATH] [--config FILE] [options] [options of fit]",
-        more="Further options are those of fit, see sis-lightning fit --help. A detector can be written as ONNX only.",
+        more="Further options are those of fit; see sis-lightning fit --help. Detection models can be written as ONNX "
+        "only.",
     )
     parser.add_argument(
         "--ckpt",
         default="last",
         metavar="PATH",
-        help="Path of a checkpoint or of a run's directory; or last or best, of the run that --config describes "
-        "(default: %(default)s).",
+        help="Path of a checkpoint or of a run's directory; or last or best, for the checkpoint of the run that "
+        "--config describes (default: %(default)s).",
     )
     parser.add_config(help="Configuration file, as for fit (default: config.yaml of the checkpoint's run).")
     parser.add_argument(
         "--format",
         choices=("onnx", "pt2"),
         default="onnx",
-        help="onnx: for onnxruntime and others. pt2: for torch.export.load (default: %(default)s).",
+        help="onnx: ONNX, for onnxruntime and other runtimes. pt2: a program for torch.export.load (default: "
+        "%(default)s).",
     )
     parser.add_argument("--out", metavar="FILE", help="File to write (default: model.FORMAT in the run's directory).")
     chosen, options = parser.parse_known_args(arguments)

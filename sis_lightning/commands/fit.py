@@ -24,24 +24,28 @@ def main(arguments: list[str]) -> int:
     training.add_argument(
         "--model.backbone_weights",
         metavar="WEIGHTS",
-        help="Initial weights of the backbone: timm:NAME, torchvision:WEIGHTS, a file, a checkpoint or a run's "
-        "directory.",
+        help="Initial weights of the backbone: timm:NAME, torchvision:WEIGHTS, a file with a state dict, a checkpoint "
+        "or a run's directory (default: random).",
     )
     training.add_argument(
-        "--model.optimizer", metavar="CLASS", help="Optimizer, such as SGD; --model.optimizer.lr is its learning rate."
+        "--model.optimizer",
+        metavar="CLASS",
+        help="Optimizer: a class of torch.optim, such as SGD. --model.optimizer.lr sets its learning rate.",
     )
     training.add_argument("--trainer.max_epochs", metavar="N", help="Number of epochs.")
     training.add_argument(
-        "--trainer.max_steps", metavar="N", help="Number of optimizer steps; any option of Lightning's Trainer works."
+        "--trainer.max_steps",
+        metavar="N",
+        help="Number of optimizer steps. Other options of Lightning's Trainer are given in the same way.",
     )
-    training.add_argument(
-        "--checkpoint_every", metavar="N", help="Steps from one checkpoint to the next (default: 500)."
-    )
+    training.add_argument("--checkpoint_every", metavar="N", help="Steps between two checkpoints (default: 500).")
     training.add_argument(
         "--resume",
         metavar="WHAT",
-        help="auto: resume the run in the directory if there is one, else start it; never (default); or the path of "
-        "a checkpoint.",
+        help="auto: resume the run in --run_dir if there is one, otherwise start one. never (default): start a run, "
+        "and stop with an error if --run_dir holds one already. A path: resume from this checkpoint.",
     )
-    training.add_argument("--overwrite", metavar="BOOL", help="If true, remove an earlier run in the directory.")
+    training.add_argument(
+        "--overwrite", metavar="BOOL", help="If true, delete an earlier run in --run_dir, and start from the beginning."
+    )
     return start(parser, "fit", arguments)

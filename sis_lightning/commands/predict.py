@@ -9,15 +9,15 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = run_parser(
         "predict",
-        "Predict on images, and write the predictions to predictions/ in the run's directory: a table as JSON and CSV, "
-        "and the images with the predictions drawn in.",
+        "Predict on images. The predictions are written to predictions/ in the run's directory: as JSON, as CSV and, "
+        "for all tasks but classification, drawn on the images.",
         [
             ("predict --config tasks/seg_voc.yaml --config configs/demo.yaml", "on the val split"),
             ("predict --config tasks/det_coco.yaml --run_dir runs/boxes --data.predict_path photos", "on a folder"),
             (
                 "predict --config tasks/kpt_coco.yaml --data.predict_path photos "
                 "--data.person_boxes runs/boxes/predictions/predictions.json",
-                "keypoints of the persons that the detector found",
+                "keypoints of the persons that the previous command detected",
             ),
         ],
     )
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     images.add_argument(
         "--data.person_boxes",
         metavar="FILE",
-        help="Keypoints: person boxes, as predict writes them for a detector or in COCO's results format.",
+        help="For keypoints: file with person boxes, either predictions.json of predict for a detector, or results in "
+        "COCO's format (default: the ground truth boxes, or with --data.predict_path each whole image as one person).",
     )
     return start(parser, "predict", arguments)

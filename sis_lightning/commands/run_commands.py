@@ -38,8 +38,9 @@ def run_parser(command: str, description: str, examples: Sequence[tuple[str, str
         "-c",
         "--config",
         metavar="FILE",
-        help=f"Configuration file; may be repeated. Tasks: {_listed('tasks')}, each in tasks/. "
-        "Overlays: configs/demo.yaml (synthetic data, minutes on a CPU), configs/overfit.yaml (four images).",
+        help=f"Configuration file; may be repeated. First a task, tasks/NAME.yaml with NAME one of {_listed('tasks')}. "
+        "Then files that override it, such as configs/demo.yaml (synthetic data, minutes on a CPU) and after it "
+        "configs/overfit.yaml (four images of your data, for detection and keypoints).",
     )
     what.add_argument("--print_config", action="store_true", help="Print the merged configuration, and stop.")
     what.add_argument(
@@ -48,40 +49,57 @@ def run_parser(command: str, description: str, examples: Sequence[tuple[str, str
         help="List all options of the Trainer; with --config also those of the task and its data.",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model.backbone", metavar="NAME", help=f"One of {_listed('configs/backbones')}.")
-    model.add_argument("--model.backbone.operator", metavar="NAME", help=f"One of {', '.join(listed_operators())}.")
+    model.add_argument("--model.backbone", metavar="NAME", help=f"Backbone: one of {_listed('configs/backbones')}.")
     model.add_argument(
-        "--model.backbone.steps", metavar="T", help="Number of steps of the recurrent operators (default: 2)."
+        "--model.backbone.operator",
+        metavar="NAME",
+        help=f"Operator in place of the backbone's 3x3 convolutions: one of {', '.join(listed_operators())} "
+        "(default: the backbone's own).",
+    )
+    model.add_argument(
+        "--model.backbone.steps", metavar="T", help="Number of time steps in a recurrent operator (default: 2)."
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="NAME", help=f"Another data set: one of {_listed('datamodules')}.")
+    data.add_argument(
+        "--data", metavar="NAME", help=f"Data in place of the task's own: one of {_listed('datamodules')}."
+    )
     data.add_argument("--data.root", metavar="DIR", help="Folder that contains the data set.")
-    data.add_argument("--data.batch_size", metavar="N", help="Images per step, summed over all devices.")
-    data.add_argument("--data.num_workers", metavar="N", help="Processes per device that load data.")
+    data.add_argument("--data.batch_size", metavar="N", help="Number of images per step, in total over all devices.")
+    data.add_argument("--data.num_workers", metavar="N", help="Number of data-loading processes per device.")
     if command != "predict":
         data.add_argument(
             "--data.person_boxes",
             metavar="FILE",
-            help="Keypoints: evaluate on the person boxes of this results file of a detector instead of the ground "
-            "truth boxes.",
+            help="For keypoints: results file of a detector, whose person boxes replace the ground truth boxes in "
+            "evaluation.",
         )
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--trainer", metavar="NAME", help=f"Devices: one of {_listed('configs/trainers')} (default: the task's own)."
+        "--trainer",
+        metavar="NAME",
+        help=f"Devices and precision, as a file in configs/trainers sets them: one of {_listed('configs/trainers')} "
+        "(default: as the configuration says, else Lightning's defaults).",
     )
     run.add_argument(
         "--run_dir",
         metavar="DIR",
-        help="Directory of the run: configuration, checkpoints, logs and results "
+        help="Directory for the run's configuration, checkpoints, logs and results "
         "(default: runs/TASK/BACKBONE-OPERATOR/seedN).",
     )
-    run.add_argument("--seed_everything", metavar="N", help="Random seed; part of the run's directory (default: 0).")
+    run.add_argument(
+        "--seed_everything", metavar="N", help="Random seed, which is also part of the default --run_dir (default: 0)."
+    )
     if command != "fit":
-        run.add_argument("--ckpt_path", metavar="PATH", help="Checkpoint: last (default), best, or the path of a file.")
+        run.add_argument(
+            "--ckpt_path",
+            metavar="PATH",
+            help="Checkpoint: last (default) or best of the run, or the path of a checkpoint.",
+        )
         run.add_argument(
             "--deploy",
             metavar="BOOL",
-            help="If true, use the deployed (fused) model, which is faster and has the same outputs.",
+            help="If true, use the deployed (fused) model: batch norm is folded into the convolutions, which is faster "
+            "and gives the same outputs up to rounding.",
         )
     run.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser

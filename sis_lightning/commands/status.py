@@ -8,16 +8,26 @@ from typing import Any
 
 from sis_lightning.commands.arguments import Parser
 
+_STATES = {
+    "running": "a process is training",
+    "finished": "training reached its end",
+    "stopped early": "training reached trainer.max_time, and can be resumed",
+    "killed": "the process ended without recording why, such as by SIGKILL",
+    "requeued": "the job has requeued itself in SLURM",
+    "a signal": "such as SIGTERM: the signal stopped training, which can be resumed",
+    "an exception": "such as DataError: training failed with it",
+    "other states": "submitted, or the state of the SLURM job, such as pending",
+}
+
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = Parser(
         "status",
-        "List runs with their state, the SLURM job, step and epoch reached, the newest validation metric, and how "
-        "often they were restarted.",
+        "List runs. Each row has the state of the run, its SLURM job, the step and epoch that it has reached, its "
+        "newest validation metric and its number of restarts.",
         [("status", "all runs below runs/"), ("status runs/seg_voc --json", "")],
-        more="States: running, finished, stopped early (by a callback), killed (ended without a note), SIGTERM or "
-        "another signal (stopped by it, and resumable), the name of an error, or the state of the job in SLURM.",
+        more="states:\n" + "\n".join(f"  {name:<15}{meaning}" for name, meaning in _STATES.items()),
     )
     parser.add_argument("folders", nargs="*", metavar="DIR", help="Folders that contain runs (default: runs).")
     parser.add_json()

@@ -10,8 +10,8 @@ def submit_parser() -> Parser:
     """The parser of the command; options that it does not know are those of `fit`."""
     parser = Parser(
         "submit",
-        "Write a job script for SLURM into the run's directory, and submit it with sbatch. Before its time limit the "
-        "job saves a checkpoint and requeues itself, until the training has finished.",
+        "Write a job script for SLURM into the run's directory, and submit it with sbatch. Shortly before its time "
+        "limit, the job saves a checkpoint and requeues itself. This repeats until training has finished.",
         [
             (
                 "submit --config tasks/seg_voc.yaml --data.root /data/voc --gpus-per-node 4 --time 4:00:00 --dry-run",
@@ -20,20 +20,28 @@ def submit_parser() -> Parser:
             ("submit --config tasks/seg_voc.yaml --data.root /data/voc --gpus-per-node 4 --array seeds=0..4", ""),
         ],
         usage="--config FILE [options] [options of fit]",
-        more="Further options are those of fit, see sis-lightning fit --help.",
+        more="Further options are those of fit, except --resume and --overwrite; see sis-lightning fit --help.",
     )
     parser.add_config(required=True)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="Number of nodes (default: %(default)s).")
     parser.add_argument(
-        "--gpus-per-node", type=int, default=0, metavar="N", help="GPUs of each node (default: 0, training on CPUs)."
+        "--gpus-per-node",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Number of GPUs per node (default: 0, which trains on CPUs).",
     )
     parser.add_argument(
-        "--tasks-per-node", type=int, metavar="N", help="Processes of each node (default: one per GPU, or one)."
+        "--tasks-per-node",
+        type=int,
+        metavar="N",
+        help="Number of processes per node (default: one per GPU, or one without GPUs).",
     )
     parser.add_argument(
         "--time",
         default="24:00:00",
-        help="Time limit of one job, as sbatch takes it; training continues in the next job (default: %(default)s).",
+        help="Time limit of the job in the format of sbatch. Training continues when the job is requeued (default: "
+        "%(default)s).",
     )
     parser.add_argument(
         "--array", metavar="seeds=A..B", help="Submit a job array with one job per seed: seeds=0..4 or seeds=0,2,7."
@@ -43,7 +51,8 @@ def submit_parser() -> Parser:
         "--cluster",
         default="default",
         metavar="NAME",
-        help="Settings of the cluster: a file in configs/slurm (default: %(default)s).",
+        help="Name of a file in configs/slurm with the settings of the cluster, such as its partition (default: "
+        "%(default)s).",
     )
     parser.add_argument("--dry-run", action="store_true", help="Print the script; write and submit nothing.")
     return parser

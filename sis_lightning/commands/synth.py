@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
         "Pascal VOC and COCO. The same arguments always write the same files.",
         [("synth data/synthetic", ""), ("synth data/more --images 200 --size 96 --kinds voc coco", "")],
     )
-    parser.add_argument("root", metavar="ROOT", help="Folder to write to; must be new.")
+    parser.add_argument("root", metavar="ROOT", help="New or empty folder to write to.")
     parser.add_argument(
         "--images",
         type=int,
@@ -25,7 +25,11 @@ def main(arguments: list[str]) -> int:
         "(default: %(default)s).",
     )
     parser.add_argument(
-        "--size", type=int, default=256, metavar="PX", help="Longer side of the images (default: %(default)s)."
+        "--size",
+        type=int,
+        default=256,
+        metavar="PX",
+        help="Longer side of the images of VOC and COCO in px (default: %(default)s).",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Random seed (default: %(default)s).")
     parser.add_argument(
@@ -40,14 +44,15 @@ def main(arguments: list[str]) -> int:
         type=int,
         default=8,
         metavar="PX",
-        help="Smallest extent of an object, along its longer side (default: %(default)s).",
+        help="Minimum length in px of the longer side of an object's visible part, in VOC and COCO (default: "
+        "%(default)s).",
     )
     parser.add_argument(
         "--rotation",
         type=float,
         default=180,
         metavar="DEGREES",
-        help="Largest rotation of a shape, in either direction (default: %(default)s).",
+        help="Maximum rotation of a shape in degrees, in either direction (default: %(default)s).",
     )
     chosen = parser.parse_args(arguments)
     from sis_lightning.datasets.synthetic import write_synthetic

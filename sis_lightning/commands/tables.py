@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from sis_lightning.tables.results import Results
 
 _ACTIONS = {
-    "plan": "list the runs that the tables lack, each with its command",
-    "run": "train and test these runs, or resume them; options of fit (with --launcher slurm: of submit) follow --",
-    "add": "add the records of tested runs: files, or folders that contain runs",
-    "count": "count the parameters and MACs of all rows, and resolve their configurations",
+    "plan": "list the runs that are missing in the tables, each with its command",
+    "run": "train and test the missing runs; options of fit (with --launcher slurm: of submit) follow after --",
+    "add": "add the records (test.json) of tested runs: files, or folders that contain runs",
+    "count": "count the parameters and MACs of all rows, and resolve their configurations, into models.json",
     "render": "write TABLES.md, tables.csv, tables.html and latex/",
     "check": "fail if a table or figure is outdated, a record was edited, or the counts have changed",
-    "figures": "plot figures: all, or those named (accuracy, sizes, curves, receptive-fields, activation-maps)",
+    "figures": "plot the named figures (accuracy, sizes, curves, receptive-fields, activation-maps), or all",
 }
 
 
@@ -64,8 +64,8 @@ def tables_parser() -> Parser:
     """The parser of the command."""
     parser = Parser(
         "tables",
-        "Fill the paper's tables, and tables of our own, with results. Cells are filled only from records that test "
-        "wrote.",
+        "Fill the paper's tables, and further tables of this project, with results. Cells are filled only from the "
+        "records (test.json) that sis-lightning test wrote.",
         [
             ("tables plan --table 3 --rows basic Res2Net", ""),
             ("tables run --table 3 --rows basic --roots seg_voc=/data/voc -- --trainer gpu", ""),
@@ -78,49 +78,60 @@ def tables_parser() -> Parser:
         usage="ACTION [NAME ...] [options] [-- options of fit]",
     )
     parser.add_argument("action", choices=_ACTIONS, metavar="ACTION", help=f"One of {', '.join(_ACTIONS)}; see below.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="add: files and folders. figures: names of figures.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="add: files or folders. figures: names of figures.")
     parser.add_argument(
         "--results",
         default="results",
         metavar="DIR",
         help="Folder with the table specs (*.yaml) and the records (default: %(default)s).",
     )
-    parser.add_argument("--table", nargs="+", default=[], metavar="ID", help="plan, run: tables, such as 3 or 1-1.")
     parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="NAME", help="plan, run: rows, such as basic or Res2Net."
+        "--table",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="plan, run: numbers of tables, such as 3 or 1-1 (default: all tables).",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="plan, run: rows by their label, backbone or operator, such as Res2Net or basic (default: all rows).",
     )
     parser.add_argument(
         "--seeds",
         metavar="N",
-        help="plan, run: how many seeds (3), or which (0,2 or 0..4; 0, is seed 0 alone). Default: those of the table "
-        "spec.",
+        help="plan, run: number of seeds, such as 3 for the seeds 0, 1 and 2; or the seeds themselves, such as 0,2 or "
+        "0..4 (for seed 0 only, with a comma: 0,). Default: the seeds of the table spec.",
     )
     parser.add_argument(
         "--roots",
         nargs="+",
         default=[],
         metavar="RUN=DIR",
-        help="plan, run: folder that contains the data of a run, such as seg_voc=/data/voc.",
+        help="plan, run: folder with the data of the runs that the table spec calls RUN, such as seg_voc=/data/voc.",
     )
     parser.add_argument(
         "--launcher",
         choices=("local", "slurm"),
         default="local",
-        help="run: on this machine, or as jobs of SLURM (default: %(default)s).",
+        help="run: train on this machine, or submit jobs to SLURM (default: %(default)s).",
     )
     parser.add_argument(
         "--jobs",
         type=int,
         default=1,
         metavar="N",
-        help="run, local: how many at the same time, sharing the cores (default: %(default)s).",
+        help="run with --launcher local: number of runs at the same time, which share the cores (default: "
+        "%(default)s).",
     )
     parser.add_argument(
         "--runs",
         nargs="+",
         default=[],
         metavar="DIR",
-        help="figures: directories of trained classification runs, for activation-maps.",
+        help="figures: directories of trained classification runs, which activation-maps needs.",
     )
     return parser
 

@@ -9,10 +9,14 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = run_parser(
         "test",
-        "Evaluate a checkpoint on the test split. The metrics are written to test.json in the run's directory, with "
-        "the configuration, the checkpoint, the data and the code that they come from; the tables are filled from it.",
+        "Evaluate a checkpoint on the test split. The metrics are written to test.json in the run's directory, "
+        "together with the configuration, checkpoint, data and code that produced them. The paper's tables are filled "
+        "from these records.",
         [
-            ("test --config tasks/seg_voc.yaml --config configs/demo.yaml", "the last checkpoint of that run"),
+            (
+                "test --config tasks/seg_voc.yaml --config configs/demo.yaml",
+                "the last checkpoint of the demo run",
+            ),
             ("test --config runs/seg_voc/sis50-26w4s-basic/seed0/config.yaml --ckpt_path best", "the best checkpoint"),
         ],
     )

@@ -10,6 +10,11 @@ def main(arguments: list[str]) -> int:
     parser = run_parser(
         "validate",
         "Evaluate a checkpoint on the val split, and print its metrics.",
-        [("validate --config tasks/seg_voc.yaml --config configs/demo.yaml", "the last checkpoint of that run")],
+        [
+            (
+                "validate --config tasks/seg_voc.yaml --config configs/demo.yaml",
+                "the last checkpoint of the demo run",
+            )
+        ],
     )
     return start(parser, "validate", arguments)

@@ -97,19 +97,20 @@ def _ignore_signals(_: int) -> None:
 
 
 class SISDataModule(LightningDataModule, ABC):
-    """Loaders over the Datasets of a train, val and test split, and over a folder to predict on.
+    """Data loaders for the train, val and test splits of a data set, and for a folder of images to predict on.
 
     A subclass makes the Datasets (`dataset`) and gives the augmentation of samples (`train_transform`). It works with
     any LightningModule that takes the batch format of `sis_lightning.datamodules.base`; one with a method `set_meta` is
     given the `DatasetMeta` at the end of `setup`. Without a Trainer, call `setup` and then `train_dataloader`.
 
     Args:
-        root: Folder that holds the data set in its published layout.
-        batch_size: Number of images in a training step, over all devices together.
-        num_workers: Number of processes that decode and augment, for each device; 0 for none.
-        predict_path: A folder of images, or one image, that `predict` takes instead of the val split.
-        synthetic: Arguments of `sis_lightning.write_synthetic` with `root`, the only folder in which synthetic data may
-            be made: it is, if `root` above is the same folder and does not exist. None for never.
+        root: Folder that contains the data set in its published layout.
+        batch_size: Number of images in a training step, in total over all devices.
+        num_workers: Number of worker processes per device that decode and augment images; with 0, the main process does
+            so.
+        predict_path: Folder of images, or one image, on which `predict` runs instead of the val split.
+        synthetic: Arguments of `sis_lightning.write_synthetic`, including its `root`. Synthetic data is written only if
+            that `root` and the DataModule's `root` are the same folder, and this folder does not exist. None: never.
         download: Whether the data set is downloaded into `root` if it is missing.
 
     Attributes:

@@ -25,7 +25,7 @@ class CIFAR100DataModule(SISDataModule):
     the last epoch, not of the best one.
 
     Args:
-        root: Folder that holds `cifar-100-python/`.
+        root: Folder that contains `cifar-100-python/`.
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; images of `predict_path` are
             resized to 32×32.
 

@@ -25,14 +25,14 @@ class COCODataModule(SISDataModule):
     """The layout of COCO 2017: `annotations/KIND_SPLIT.json`, images in `SPLIT/`.
 
     Args:
-        root: Folder that holds `annotations/` (or a folder `coco` that does).
-        train_split: Training split in the names of its annotation file and image folder.
-        val_split: Validation split, likewise.
-        test_split: Test split, likewise; None for `val_split`. A split without annotations, such as `test-dev2017`,
-            gives no metrics but a results file for COCO's server.
-        evaluator: The library that computes the metrics: `pycocotools`, or `faster-coco-eval`, which gives the same
+        root: Folder that contains `annotations/`, or a folder `coco` with `annotations/`.
+        train_split: Name of the training split, as in the names of its annotation file and image folder.
+        val_split: Name of the validation split.
+        test_split: Name of the test split; None: the same as `val_split`. For a split without annotations, such as
+            `test-dev2017`, `test` computes no metrics, but writes a results file for COCO's evaluation server.
+        evaluator: Library that computes the metrics: `pycocotools`, or `faster-coco-eval`, which gives the same
             metrics faster.
-        limit: Number of images with objects, the first ones of every split, for trials; None for all images.
+        limit: Number of images to use from each split, for trials: the first ones that have objects. None: all images.
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
     """
 
@@ -88,20 +88,20 @@ class COCODataModule(SISDataModule):
 
 
 class COCODetectionDataModule(COCODataModule):
-    """COCO's instances: 80 categories with ids among 1…90; the model's labels are 1…80.
+    """Detection on COCO: the ids of the 80 categories, among 1…90, become the labels 1…80 of the model.
 
     Training: random horizontal flip; each batch holds either portrait or landscape images; crowds and boxes of no
     area are left out, images without objects are kept. The metrics are computed by COCO's own code, for which
     detections on crowds count neither for nor against. The detector resizes images.
 
     Args:
-        root: Folder that holds `annotations/` (or a folder `coco` that does).
+        root: Folder that contains `annotations/`, or a folder `coco` with `annotations/`.
         files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
             other arguments of `SISDataModule`.
 
     Raises:
         UsageError: If an argument is invalid.
-        DataError: In `setup`, if files are missing or have defects without a remedy; in a run, if an image is
+        DataError: In `setup`, if files are missing or have defects that cannot be repaired; in a run, if an image is
             unreadable or of another size than its annotation says.
     """
 

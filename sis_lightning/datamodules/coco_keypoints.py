@@ -33,7 +33,8 @@ class RandomPersonCrop:
     Attributes:
         output: Width and height of the crop in px.
         rotation: Standard deviation of the rotation in degrees.
-        scale: Standard deviation, and maximum change, of the crop's size, as a share of it.
+        scale: Standard deviation of the random factor by which the crop is resized. The factor is limited to 1 ±
+            `scale`.
         flip_order: For each keypoint, the index of the keypoint whose place it takes in a flipped crop.
     """
 
@@ -96,7 +97,7 @@ class PersonCrops:
         return {
             **sample,
             "crops": torch.stack(cut) if cut else torch.zeros(0, 3, height, width, dtype=torch.uint8),
-            # Arrays, because a Trainer of half precision would round tensors.
+            # NumPy arrays, because Lightning casts the tensors of a batch to half precision if the Trainer uses it.
             "to_image": matrices,
             "person_boxes": persons[:, :4].copy(),
             "box_scores": persons[:, 4].copy(),
@@ -105,27 +106,30 @@ class PersonCrops:
 
 
 class COCOKeypointsDataModule(COCODataModule):
-    """COCO's persons with 17 keypoints, for top-down estimation (Simple Baselines, Xiao et al. 2018).
+    """Top-down keypoint detection on COCO, with 17 keypoints per person (Simple Baselines, Xiao et al. 2018).
 
-    Training: one person per sample, a crop of the person's box extended to the input's proportions × 1.25; scale and
-    rotation from truncated normal distributions, rotation for 60 % of the crops; random horizontal flip with left and
-    right exchanged. Crowds and persons without any annotated keypoint are left out. Evaluation: all persons of an
-    image, in boxes from the ground truth (of persons with keypoints) or from a detector.
+    Training: one person per sample. The person's box is extended to the aspect ratio of the input, scaled by 1.25, and
+    cropped. Scale and rotation are drawn from truncated normal distributions, and 60 % of the crops are rotated. A
+    random horizontal flip exchanges left and right keypoints. Crowds and persons without any annotated keypoint are
+    left out. Evaluation: all persons of an image, in boxes from the ground truth (of persons with keypoints) or from a
+    detector.
 
     Args:
-        root: Folder that holds `annotations/` (or a folder `coco` that does).
+        root: Folder that contains `annotations/`, or a folder `coco` with `annotations/`.
         input_size: Height and width of the crops in px, each divisible by 32.
-        rotation: Standard deviation of the rotation in degrees; the rotation is at most twice that.
-        scale: Standard deviation, and maximum change, of the crop's size, as a share of it.
-        person_boxes: A detector's results: a JSON in COCO's format, or the `predictions.json` of a `predict` of a
-            detection task; None for the ground truth's boxes.
-        least_box_score: Minimum score of the boxes of `person_boxes`; others are left out.
+        rotation: Standard deviation of the random rotation in degrees, which is limited to twice this value.
+        scale: Standard deviation of the random factor by which the crop is resized. The factor is limited to 1 ±
+            `scale`.
+        person_boxes: JSON file with the person boxes of a detector for evaluation and prediction: results in COCO's
+            format, or the `predictions.json` that `predict` wrote for a detection task. None: the ground truth boxes,
+            or each whole image as one person with `predict_path`.
+        least_box_score: Minimum score of the boxes in `person_boxes`; boxes with a lower score are not used.
         files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
             other arguments of `SISDataModule`.
 
     Raises:
         UsageError: If an argument is invalid.
-        DataError: In `setup`, if files are missing or have defects without a remedy; in a run, if an image is
+        DataError: In `setup`, if files are missing or have defects that cannot be repaired; in a run, if an image is
             unreadable or of another size than its annotation says.
     """
 

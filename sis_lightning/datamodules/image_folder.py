@@ -27,9 +27,10 @@ class ImageFolderDataModule(SISDataModule):
     folders, sorted.
 
     Args:
-        root: Folder that holds `train/` and `val/` or `test/`.
-        image_size: Height and width in px of the square that the network sees.
-        crop: `pad` or `resized`.
+        root: Folder that contains `train/`, and `val/` or `test/`.
+        image_size: Side in px of the square images that the network takes.
+        crop: Training crop. `pad` pads images of side `image_size` with zeros, and crops them randomly; `resized` crops
+            a random part of an image, and resizes it.
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
 
     Raises:

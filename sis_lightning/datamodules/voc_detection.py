@@ -18,23 +18,24 @@ from sis_lightning.option_effects import Effect
 
 
 class VOCDetectionDataModule(SISDataModule):
-    """Pascal VOC's boxes: 20 classes, any union of years and splits.
+    """Detection on Pascal VOC: 20 classes, on any combination of years and splits.
 
-    Training: random horizontal flip; batches of upright or of wide images; without difficult objects (as Girshick's
-    py-faster-rcnn). The metric is the devkit's: average precision at IoU 0.5 by VOC 2007's 11 points and by VOC 2012's
-    area; difficult objects count neither for nor against a detection. The detector resizes images.
+    Training: random horizontal flip; each batch holds either portrait or landscape images; difficult objects are left
+    out (as in Girshick's py-faster-rcnn). The metrics are those of the devkit: average precision at IoU 0.5, by the 11
+    recalls of VOC 2007 and by the area under the curve of VOC 2012. Difficult objects count neither for nor against a
+    detection. The detector resizes images.
 
     Args:
-        root: Folder that holds `VOCdevkit/VOC2007/` and so on (or these folders themselves).
-        train_splits: Training splits as `YEAR/SPLIT`, by the lists in `ImageSets/Main/`.
-        test_splits: Splits of validation and test.
-        classes: Names of the classes; None for VOC's 20.
-        limit: Number of images with objects, the first ones of every split, for trials; None for all images.
-        loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; the download has both years.
+        root: Folder that contains `VOCdevkit/VOC2007/` and so on, or directly `VOC2007/` and so on.
+        train_splits: Training splits as `YEAR/SPLIT`, where SPLIT is the name of a list in `ImageSets/Main/`.
+        test_splits: Splits for validation and test, in the same form.
+        classes: Names of the classes. None: VOC's 20.
+        limit: Number of images to use from each split, for trials: the first ones that have objects. None: all images.
+        loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; `download` fetches both years.
 
     Raises:
         UsageError: If an argument is invalid.
-        DataError: In `setup`, if files are missing or have defects without a remedy; in a run, if an image is
+        DataError: In `setup`, if files are missing or have defects that cannot be repaired; in a run, if an image is
             unreadable or of another size than its annotation says.
     """
 

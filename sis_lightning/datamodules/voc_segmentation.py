@@ -66,9 +66,9 @@ class ImageAndMaskTransform:
 
 
 class VOCSegmentationDataModule(SISDataModule):
-    """Pascal VOC 2012: 21 classes with background, 255 for void.
+    """Segmentation on Pascal VOC 2012: 21 classes including background; pixels with the id 255 (void) are ignored.
 
-    Training: a scale in 0.5-2.0 of the image's own size, random crop of `crop_size` (padded with the mean colour and
+    Training: random resizing by a factor in `scale`, random crop of `crop_size` (padded with the mean colour and
     void), random horizontal flip (DeepLabv3+, Chen et al. 2018), all on uint8. Evaluation: whole images and masks at
     their original size. Splits: `train_aug` (10,582 images, with `SegmentationClassAug/` of SBD) if it is there, else
     `train` (1,464 images); val and test are `val` (1,449 images).
@@ -76,12 +76,13 @@ class VOCSegmentationDataModule(SISDataModule):
     Your own data in the same layout: name its classes with `classes`.
 
     Args:
-        root: Folder that holds `VOCdevkit/VOC2012/` (or `VOC2012/`, or the content of that folder).
+        root: Folder that contains `VOCdevkit/VOC2012/`, `VOC2012/`, or directly the content of `VOC2012/`.
         crop_size: Height and width of the training crops in px.
-        scale: Minimum and maximum random scale.
-        classes: Names of the classes by mask id, background first; None for VOC's 21.
-        train_split: `auto`, or a list in `ImageSets/Segmentation/` by its name, such as `train`.
-        loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; the download has 2 GB.
+        scale: Minimum and maximum of the random factor by which training images are resized.
+        classes: Names of the classes in the order of their mask ids, background first. None: VOC's 21.
+        train_split: Name of a list in `ImageSets/Segmentation/`, such as `train`; or `auto`: `train_aug` if the folder
+            `SegmentationClassAug/` exists, and `train` otherwise.
+        loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; `download` fetches 2 GB.
 
     Raises:
         UsageError: If an argument is invalid.

@@ -129,7 +129,7 @@ class DetectionDataset(ImageDataset):
         return image
 
     def groups(self) -> Sequence[int] | None:
-        """1 for upright images, 0 for wide ones: a batch is padded to its widest and to its highest image."""
+        """1 for portrait and 0 for landscape images: a batch is padded to its maximum width and height."""
         sizes = self.annotations.sizes
         groups: list[int] = (sizes[:, 0] < sizes[:, 1]).astype(np.int64).tolist()
         return groups

@@ -13,20 +13,22 @@ from sis_lightning.option_effects import Effect
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Name, directory and resume of a run.
+    """Name and directory of a run, and how it is resumed.
 
     Args:
-        seed_everything: Seed of all random numbers; also names the run's directory.
-        task: First folder of the run's directory below `runs/`.
-        run_dir: The run's directory; by default `runs/TASK/BACKBONE-OPERATOR/seedN`.
-        overwrite: fit: whether an earlier run in the directory is removed.
-        resume: fit: `auto` (resumes the directory's run, if there is one), `never`, or a checkpoint file.
-        resume_changed: fit: whether a run may be resumed under a changed configuration.
-        checkpoint_every: fit: number of steps between two checkpoints.
-        max_restarts: fit: maximum number of requeues of a job by SLURM.
-        ckpt_path: validate, test, predict: `last` (default), `best`, or a checkpoint file.
-        deploy: validate, test, predict: whether the deployed (fused) form of the network is used.
-        verbose: validate, test: whether all metrics are printed as a table.
+        seed_everything: Seed of all random numbers. It is also part of the default `run_dir`.
+        task: Name of the task in the default `run_dir`. With `--config tasks/NAME.yaml`, it is NAME.
+        run_dir: The run's directory. None: `runs/TASK/BACKBONE-OPERATOR/seedN`.
+        overwrite: For fit: whether an earlier run in the directory is deleted, and training starts from the beginning.
+        resume: For fit: `auto` resumes the run in the directory if there is one, and starts one otherwise. `never`
+            starts a run, and is an error if the directory holds one. The path of a checkpoint resumes from it.
+        resume_changed: For fit: whether a run may be resumed although its configuration has changed.
+        checkpoint_every: For fit: number of steps between two checkpoints.
+        max_restarts: For fit in a SLURM job: maximum number of times that the job requeues itself.
+        ckpt_path: For validate, test and predict: `last` or `best` checkpoint of the run, or the path of a checkpoint.
+            None: `last`.
+        deploy: For validate, test and predict: whether the deployed (fused) model is used.
+        verbose: For validate and test: whether all metrics are printed as a table.
     """
 
     seed_everything: NonNegativeInt = 0

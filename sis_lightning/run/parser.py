@@ -47,8 +47,8 @@ class Parser(LightningArgumentParser):
 @functools.cache
 def run_parser() -> Parser:
     """The parser of everything that describes a run. It parses and resolves, and builds nothing."""
-    parser = Parser(description="Options of a run.")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="File with options.")
+    parser = Parser(description="All options of a run.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with options; may be repeated.")
     parser.add_class_arguments(RunOptions)
     for part in ("trainer", "model", "data"):
         _add_part(parser, part)

@@ -62,30 +62,30 @@ class BaseTask(Optimization, Inference, ABC):
     so that checkpoints hold it, and never asks the DataModule for anything else.
 
     Args:
-        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
-            `BackboneConfig`.
+        backbone: The backbone, given as the name of a file in `configs/backbones/` such as `"sis50"`, a mapping of
+            `BackboneConfig`'s fields, or a `BackboneConfig`.
         num_classes: Number of classes.
         operator: Operator that replaces the backbone's own, such as `"interactive1"`; None keeps it.
-        in_channels: Number of channels of the images. With other numbers than 3, `mean` and `std` of ImageNet are
-            repeated over the channels (averaged for one channel) unless `meta` says otherwise.
+        in_channels: Number of channels of the images. If it is not 3, the `mean` and `std` of ImageNet are repeated
+            over the channels (averaged for one channel), unless the `meta` of the data set has others.
         optimizer: Function of the parameters that returns an optimizer, such as
             `functools.partial(torch.optim.AdamW, lr=1e-3)`, or a mapping with `class_path` and `init_args`. None: SGD
             with learning rate 0.01, momentum 0.9 and weight decay 1e-4, the optimizer of the paper's recipes at a
             learning rate that is safe for small batches.
         lr_scheduler: Function of the optimizer that returns a scheduler, or a mapping as for `optimizer`. None keeps
-            the learning rate constant. `ReduceLROnPlateau` is stepped after each validation by its `monitor`, or by the
-            task's own.
-        lr_interval: Unit in which the scheduler counts: `epoch` or `step`.
+            the learning rate constant. `ReduceLROnPlateau` takes a step after each validation, on the metric that its
+            `monitor` names (by default the primary metric of the task).
+        lr_interval: When the scheduler takes a step: after each `epoch` or after each training `step`.
         lr_batch_size: Number of images per step for which the learning rate is meant. With any other number, the rate
             is scaled in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
-        warmup_steps: Number of steps over which the learning rate rises linearly from `warmup_start` of itself.
-        warmup_start: Share of the learning rate at the first step of the warm-up, above 0, at most 1.
-        backbone_weights: Weights that the backbone starts from: `timm:NAME`, `torchvision:WEIGHTS`, a file with a
-            state dict, or a checkpoint or run folder of any task of this package. None: random weights.
-        weights: Checkpoint or run folder of the same kind of task whose whole network this one starts from. With
-            another number of classes, the last layers, which depend on it, keep their random weights.
-        freeze_backbone: Whether the backbone's parameters and norm statistics stay as they are. The optimizer does not
-            get its parameters.
+        warmup_steps: Number of steps over which the learning rate rises linearly from `warmup_start` times its value to
+            its full value.
+        warmup_start: Factor of the learning rate at the first step of the warm-up; above 0 and at most 1.
+        backbone_weights: Initial weights of the backbone: `timm:NAME`, `torchvision:WEIGHTS`, a file with a state dict,
+            or a checkpoint or run directory of any task of this package. None: random weights.
+        weights: Checkpoint or run directory of the same kind of task, whose weights initialise the whole network. If
+            its number of classes differs, the layers that depend on this number keep their random weights.
+        freeze_backbone: Whether the backbone is frozen: neither its parameters nor its norm statistics change.
         compile_mode: Mode of `torch.compile` for the backbone: `default`, `reduce-overhead` (CUDA graphs) or
             `max-autotune`. None: not compiled.
         meta: Names, numbers and conventions of the data set (`DatasetMeta`, or the mapping of its `to_dict`). None:

@@ -25,17 +25,17 @@ from sis_lightning.tasks.targets import class_weight_tensor, require_labels, sta
 
 
 class ClassificationTask(BaseTask):
-    """Classifies whole images with cross-entropy as the loss; scored by top-1 and top-5 accuracy.
+    """Image classification with the cross-entropy loss, scored by top-1 and top-5 accuracy.
 
     Batches are those of `BaseTask`, with `image` (N, C, H, W) and the target `label` (N,), 0…K-1. `predict` returns
     `ClassificationPrediction`.
 
     Args:
-        backbone: Name of a file in `configs/backbones/` such as `"sis29"`, a mapping of `BackboneConfig`'s fields, or a
-            `BackboneConfig`.
+        backbone: The backbone, given as the name of a file in `configs/backbones/` such as `"sis29"`, a mapping of
+            `BackboneConfig`'s fields, or a `BackboneConfig`.
         num_classes: Number of classes K, at least 2.
-        label_smoothing: Share of the target that is spread over all classes, 0…1.
-        class_weights: Weight of each class in the loss (K values); None weights all alike.
+        label_smoothing: Share of the target that is spread evenly over all classes, in 0…1.
+        class_weights: Weight of each class in the loss (K values); None: all weights are 1.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
             `freeze_backbone`, `compile_mode` and `meta`.

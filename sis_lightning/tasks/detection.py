@@ -26,7 +26,7 @@ from sis_lightning.tasks.targets import require_labels
 
 
 class DetectionTask(BaseTask):
-    """Detects objects with Faster R-CNN's losses; scored as the data set is, by COCO's 12 metrics or VOC's AP.
+    """Object detection with Faster R-CNN, scored by COCO's 12 metrics or, on Pascal VOC, by VOC's average precision.
 
     Batches are those of `BaseTask`, with the targets `boxes`, a list of (n, 4): x1, y1, x2, y2 in px of the image, and
     `labels`, a list of (n,), 1…K. Evaluation batches may carry `truth`, a list with one mapping per image (see
@@ -34,22 +34,25 @@ class DetectionTask(BaseTask):
     are the ground truth. `predict` returns `DetectionPrediction`.
 
     Args:
-        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
-            `BackboneConfig`. It needs four stages.
+        backbone: The backbone, given as the name of a file in `configs/backbones/` such as `"sis50"`, a mapping of
+            `BackboneConfig`'s fields, or a `BackboneConfig`. The default `levels` need four stages.
         num_classes: Number of classes K, without background.
         min_size: Length in px to which the shorter side of an image is resized, unless `max_size` limits it.
         max_size: Upper limit in px of the longer side of a resized image.
-        levels: Names of the backbone's maps under the feature pyramid, finest first.
+        levels: Names of the backbone's feature maps that the feature pyramid takes, finest first.
         fpn_channels: Number of channels of the feature pyramid.
-        fpn_norm: Norm behind each convolution of the pyramid: `bn`, `syncbn`, `gn` or `none`.
+        fpn_norm: Norm layer after each convolution of the pyramid: `bn`, `syncbn`, `gn` or `none`.
         head_channels: Number of channels of the fully connected layers of the box head.
-        head_norm: `none` for a box head of two fully connected layers; with a norm, it has four convolutions with this
-            norm and one fully connected layer.
-        anchor_sizes: Sides of the anchors in px: one for each level, and one for the level above them.
-        canonical_scale: Side in px of a box whose features come from stride 16.
+        head_norm: Norm of the box head. With `none`, the head has two fully connected layers; with any other, it has
+            four convolutions with this norm and one fully connected layer.
+        anchor_sizes: Sides of the anchors in px: one for each of `levels`, and one for the pyramid's additional
+            coarsest level.
+        canonical_scale: Side in px of the boxes whose features are pooled at stride 16; larger boxes use coarser
+            levels, and smaller ones finer levels (Lin et al. 2017).
         detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`.
-        freeze_norm: Whether the backbone's batch norm keeps the statistics and scales of `backbone_weights`.
-        shown_score: Minimum score of the objects that are drawn and that `sis-lightning predict` lists, 0…1.
+        freeze_norm: Whether the backbone's batch norm is frozen: it keeps the statistics, scales and shifts of
+            `backbone_weights` or `weights`.
+        shown_score: Minimum score, in 0…1, of the objects that are drawn and that `sis-lightning predict` lists.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
             `freeze_backbone`, `compile_mode` and `meta`.

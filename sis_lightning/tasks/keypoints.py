@@ -29,10 +29,11 @@ from sis_lightning.tasks.targets import stacked_images
 
 
 class KeypointTask(BaseTask):
-    """Finds the keypoints of people in given boxes, by heatmaps of a crop of each; scored by COCO's 10 metrics.
+    """Top-down keypoint detection with heatmaps of person crops, scored by COCO's 10 keypoint metrics.
 
-    The loss is the mean squared error of the heatmaps of annotated keypoints. Evaluation averages a crop and its mirror
-    image, multiplies a person's score by that of the keypoints, and removes duplicates by OKS-NMS (threshold 0.9).
+    The loss is the mean squared error of the heatmaps of annotated keypoints. Evaluation averages the heatmaps of a
+    crop and of its horizontal flip, multiplies a person's score by that of the keypoints, and removes duplicates by
+    OKS-NMS (threshold 0.9).
 
     Training batches are those of `BaseTask`, with `image` a crop of one person (N, C, H, W), H and W multiples of the
     backbone's stride, and the target `keypoints` (N, 17, 3): x, y in px of the crop, and visibility (0: not annotated).
@@ -46,15 +47,15 @@ class KeypointTask(BaseTask):
     `predict` returns `KeypointPrediction`.
 
     Args:
-        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
-            `BackboneConfig`.
-        deconv_channels: Number of output channels of each deconvolution on the backbone's last map. The stride of the
-            heatmaps is the backbone's, halved by each.
-        sigma: Standard deviation of the Gaussians in the heatmaps, in heatmap px, above 0.
-        flip_test: Whether evaluation averages the heatmaps of the crop and of its mirror image.
-        shown_score: Minimum score of the people and keypoints that are drawn and that `sis-lightning predict` lists,
-            0…1.
-        num_classes: Number of classes, 1: person.
+        backbone: The backbone, given as the name of a file in `configs/backbones/` such as `"sis50"`, a mapping of
+            `BackboneConfig`'s fields, or a `BackboneConfig`.
+        deconv_channels: Number of output channels of each deconvolution after the backbone's last map. Each
+            deconvolution halves the stride, so that three reduce a stride of 32 to heatmaps of stride 4.
+        sigma: Standard deviation of the Gaussians in the target heatmaps, in px of the heatmap; above 0.
+        flip_test: Whether evaluation averages the heatmaps of each crop and of its horizontal flip.
+        shown_score: Minimum score, in 0…1, of the persons that are drawn and that `sis-lightning predict` lists, and of
+            the keypoints that are drawn.
+        num_classes: Number of classes, which must be 1 (person).
         num_keypoints: Number of keypoints of a person.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,

@@ -27,20 +27,21 @@ from sis_lightning.tasks.targets import class_weight_tensor, require_labels, sta
 
 
 class SegmentationTask(BaseTask):
-    """Segments images into classes with cross-entropy as the loss; scored by the mIoU of the whole split.
+    """Semantic segmentation with the cross-entropy loss, scored by the mIoU over the whole split.
 
     Batches are those of `BaseTask`, with the target `mask`: class ids (N, H, W), uint8, 255 where nothing is annotated
     (void), or a list of (H, W) if the sizes differ. Evaluation takes one image at a time at its own size, so that the
     metrics do not depend on the batch size. `predict` returns `SegmentationPrediction`.
 
     Args:
-        backbone: Name of a file in `configs/backbones/` such as `"sis50"`, a mapping of `BackboneConfig`'s fields, or a
-            `BackboneConfig`. It needs four stages and the imagenet stem.
-        num_classes: Number of classes K, with background, 2…255.
+        backbone: The backbone, given as the name of a file in `configs/backbones/` such as `"sis50"`, a mapping of
+            `BackboneConfig`'s fields, or a `BackboneConfig`. It must have four stages and the `imagenet` stem.
+        num_classes: Number of classes K including background, in 2…255.
         architecture: Name of the network in segmentation-models-pytorch: `deeplabv3plus`, `unet`, `fpn`, `upernet`, ….
-        output_stride: Output stride of the backbone: 8 or 16 for DeepLab, 32 for decoders that do not let one choose.
-        decoder: Further arguments of that network, such as `{"decoder_channels": 256}`.
-        background_weight: Weight of class 0 in the loss, at least 0; the others have 1.
+        output_stride: Output stride of the backbone: 8 or 16 for DeepLab, 32 for decoders that support no other.
+        decoder: Further arguments of the architecture's class in segmentation-models-pytorch, such as
+            `{"decoder_channels": 256}`.
+        background_weight: Weight of class 0 (background) in the loss, at least 0. All other classes have weight 1.
         class_weights: Weight of each class in the loss (K values), in place of `background_weight`.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
