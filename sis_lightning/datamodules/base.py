@@ -24,7 +24,7 @@ import os
 import random
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,21 +73,26 @@ class ImageTransform:
 
 
 class _Augmented(Dataset[Sample]):
-    """Samples by (epoch, index), each transformed under a seed of its own."""
+    """Samples by (epoch, index), each read and transformed under a seed of its own."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
-        sample = self.dataset[index]
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch; loaders call it. Isolating the generators takes longer than to augment an image."""
         with isolate_rng(include_cuda=False):
-            seed = sample_seed(self.seed, epoch, index)
-            # torch.manual_seed would also seed the accelerator's generators.
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            return self.transform(sample)
+            return [self._seeded(epoch, index) for epoch, index in keys]
+
+    def _seeded(self, epoch: int, index: int) -> Sample:
+        seed = sample_seed(self.seed, epoch, index)
+        # torch.manual_seed would also seed the accelerator's generators.
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return self.transform(self.dataset[index])
 
 
 def _ignore_signals(_: int) -> None:

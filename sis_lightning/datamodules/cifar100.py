@@ -10,6 +10,7 @@ from torchvision.datasets import CIFAR100
 from torchvision.transforms import v2
 
 from sis_lightning.datamodules.base import ImageTransform, SISDataModule, Transform
+from sis_lightning.datamodules.flips import RandomCropAndFlip
 from sis_lightning.datasets.base import ImageDataset
 from sis_lightning.datasets.cifar import LAYOUT, CIFAR100Dataset, cifar_home
 from sis_lightning.datasets.constants import Split
@@ -39,7 +40,7 @@ class CIFAR100DataModule(SISDataModule):
 
     def __init__(self, root: str, **loading: Any) -> None:
         super().__init__(root, **loading)
-        self._augmentation = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+        self._augmentation = RandomCropAndFlip(32, padding=4)
         self._preparation = v2.Resize((32, 32), antialias=True)
 
     @property

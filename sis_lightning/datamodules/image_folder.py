@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from torchvision.transforms import v2
 
 from sis_lightning.datamodules.base import ImageTransform, SISDataModule, Transform
+from sis_lightning.datamodules.flips import RandomCropAndFlip
 from sis_lightning.datasets.base import ImageDataset
 from sis_lightning.datasets.constants import Split
 from sis_lightning.datasets.folder import LAYOUT, ImageFolderDataset
@@ -49,13 +50,13 @@ class ImageFolderDataModule(SISDataModule):
             raise UsageError(f"image_size is {image_size}, must be at least 8")
         self.image_size, self.crop = (image_size, image_size), crop
         if crop == "pad":
-            first: v2.Transform = v2.RandomCrop(image_size, padding=image_size // 8)
+            self._augmentation: Callable[[Any], Any] = RandomCropAndFlip(image_size, padding=image_size // 8)
             self._preparation = v2.Resize((image_size, image_size), antialias=True)
         else:
-            first = v2.RandomResizedCrop(image_size, antialias=True)
+            resized = v2.RandomResizedCrop(image_size, antialias=True)
+            self._augmentation = v2.Compose([resized, v2.RandomHorizontalFlip()])
             shorter = round(image_size * 8 / 7)
             self._preparation = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(image_size)])
-        self._augmentation = v2.Compose([first, v2.RandomHorizontalFlip()])
 
     def dataset(self, split: Split) -> ImageDataset:
         """The folder of a split. Uses `val` for a missing `test`, and vice versa."""

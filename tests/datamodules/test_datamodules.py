@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import shutil
 from types import SimpleNamespace
 
@@ -12,9 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from sis_lightning.datamodules import CIFAR100DataModule, ImageFolderDataModule, VOCSegmentationDataModule
-from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler
+from sis_lightning.datamodules.base import _Augmented
+from sis_lightning.datamodules.flips import RandomCropAndFlip
+from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler, sample_seed
 from sis_lightning.datamodules.voc_segmentation import RandomScale
 from sis_lightning.datasets.constants import voc_palette
 from sis_lightning.datasets.folder import UnlabelledDataset
@@ -70,6 +75,37 @@ def test_augmentation_depends_only_on_epoch_and_index(synthetic):
     torch.manual_seed(6)
     assert torch.equal(batches(synthetic, 2, epoch=3), first)
     assert not torch.equal(batches(synthetic, 0, epoch=4), first)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(32, 4), (9, 1), (8, 1)])
+def test_own_crop_and_flip_are_those_of_torchvision(size, padding):
+    theirs = v2.Compose([v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()])
+    ours = RandomCropAndFlip(size, padding)
+    image = tv_tensors.Image(torch.randint(0, 256, (3, size, size), dtype=torch.uint8))
+    for seed in range(40):
+        torch.manual_seed(seed)
+        wanted, left = theirs(image), torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert torch.equal(ours(image), wanted)
+        assert torch.equal(torch.get_rng_state(), left)
+
+
+def test_samples_of_a_batch_are_seeded_one_by_one():
+    """Each sample as if it were alone, and every generator of the process afterwards as before."""
+
+    def drawn(sample: int) -> tuple[float, float, float, int]:
+        return (torch.rand(1).item(), float(np.random.rand()), random.random(), sample)
+
+    augmented = _Augmented(range(100, 200), drawn, 7)  # type: ignore[arg-type]
+    torch.manual_seed(1), np.random.seed(2), random.seed(3)
+    loaded = augmented.__getitems__([(4, index) for index in range(5)])
+    after = drawn(0)
+    torch.manual_seed(1), np.random.seed(2), random.seed(3)
+    assert after == drawn(0)
+    for index, sample in enumerate(loaded):
+        seed = sample_seed(7, 4, index)
+        torch.manual_seed(seed), np.random.seed(seed % 2**32), random.seed(seed)
+        assert sample == drawn(100 + index) == augmented[4, index]
 
 
 def test_denormalize_inverts_normalize():
