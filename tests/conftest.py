@@ -22,6 +22,11 @@ from sis_lightning.datasets.synthetic import write_synthetic
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts the tests that wait for SLURM first: at the end, one worker would wait for them with nothing beside it."""
+    items.sort(key=lambda item: "slurm" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory) -> Path:
     """A few small images in the formats of CIFAR-100, VOC and COCO. Read only: copy the folder to change something."""
