@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.run import history
 from sis_lightning.run.recipe import effective_changes
-from sis_lightning.run.resume.checkpoints import ResumePoint, newest_checkpoint, resume_point
+from sis_lightning.run.resume.checkpoints import ResumePoint, newest_checkpoint, own_checkpoints, resume_point
 from sis_lightning.tasks.checkpoint_files import read_checkpoint
 
 _held: list[tuple[FileLock, Path, list[Path]]] = []
@@ -67,23 +67,39 @@ def remove_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(folder: Path, path: Path, point: ResumePoint) -> None:
-    """Renames the checkpoints that a run wrote after the one from which it is resumed now.
+def set_aside(folder: Path, path: Path, point: ResumePoint, report: Callable[[str], None]) -> None:
+    """Renames the checkpoints that a resumed run would overwrite: later ones, and those that cannot be read.
 
     Args:
         folder: The run's directory.
         path: The checkpoint from which it is resumed.
         point: The resume point in that checkpoint.
+        report: Is called with a line for each file that is renamed.
     """
-    if path.resolve().parent != (folder / "checkpoints").resolve():
-        return
-    for other in path.parent.glob("*.ckpt"):
-        if other.name == "best.ckpt" or other.samefile(path):
+    checkpoints = folder / "checkpoints"
+    foreign = path.resolve().parent != checkpoints.resolve()
+    best = checkpoints / "best.ckpt"
+    for other in [*own_checkpoints(checkpoints), *([best] if best.is_file() else [])]:
+        if not foreign and other.samefile(path):
             continue
-        with contextlib.suppress(DataError):
-            later = resume_point(read_checkpoint(other, mmap=True))
-            if later is not None and later.batches > point.batches:
-                other.rename(other.with_name(f"{other.name}.set-aside"))
+        try:
+            content = read_checkpoint(other, mmap=True)
+        except DataError:
+            keep = True
+        else:
+            later = resume_point(content)
+            keep = foreign or (other != best and (later is None or later.batches > point.batches))
+        if keep:
+            report(f"kept {other} as {_rename_aside(other).name}")
+
+
+def _rename_aside(path: Path) -> Path:
+    """Renames a file to one that ends in `.set-aside`, beside those that were set aside before."""
+    aside, number = path.with_name(f"{path.name}.set-aside"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{number}.set-aside")
+    return path.rename(aside)
 
 
 def find_resume_point(
@@ -103,11 +119,11 @@ def find_resume_point(
 
     Raises:
         UsageError: If the directory holds a run that is not to be resumed, or the configuration differs.
-        DataError: If the checkpoint is missing, damaged, or has no resume point.
+        DataError: If the checkpoint is missing, damaged, or has no resume point, or none of the run's can be read.
     """
     checkpoints = folder / "checkpoints"
     if resume == "never":
-        if any(checkpoints.glob("*.ckpt")):
+        if own_checkpoints(checkpoints) or (checkpoints / "best.ckpt").exists():
             raise UsageError(
                 f"{folder} holds a run already.\n"
                 "  Resume it: --resume auto. Use another directory: --run_dir DIR.\n"

@@ -214,7 +214,7 @@ class _Started:
         if self.run.options.overwrite:  # only now is it known that there will be another run
             directory.remove_run(folder)
         if self.resumed:
-            directory.set_aside(folder, *self.resumed)
+            directory.set_aside(folder, *self.resumed, say)
         earlier = len(list(folder.glob("config*.yaml"))) if self.resumed else 0
         name = f"config-{earlier + 1}.yaml" if earlier else "config.yaml"
         write_text(folder / name, yaml.safe_dump(self.run.config, sort_keys=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ from typing import Any
 import torch
 
 from sis_lightning.errors import DataError, nearest
+
+
+class UnreadableCheckpointError(DataError):
+    """A checkpoint that the system failed to read, such as with an I/O error: the file itself may be whole."""
 
 
 def find_checkpoint(path: Path, which: str = "last") -> Path:
@@ -44,10 +50,11 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         DataError: If the file is missing, damaged, or of another kind.
+        UnreadableCheckpointError: If the system fails to read it, so that nobody knows whether it is whole.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path}: not a file")
         with zipfile.ZipFile(path) as records:
             broken = records.testzip()
         if broken is not None:
@@ -55,7 +62,14 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except DataError:
         raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: no such file") from None
+    except MemoryError:
+        raise UnreadableCheckpointError(f"{path}: cannot be read (the memory does not suffice)") from None
     except Exception as error:  # a damaged file makes zipfile and torch raise almost anything
+        failure = _failure_of_disk(path, error)
+        if failure is not None:
+            raise UnreadableCheckpointError(f"{path}: cannot be read ({failure})") from None
         size = path.stat().st_size
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
@@ -64,3 +78,17 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content or "global_step" not in content:
         raise DataError(f"{path}: not a checkpoint of sis-lightning: it has no state_dict or no global_step")
     return content
+
+
+def _failure_of_disk(path: Path, error: Exception) -> str | None:
+    """Why the system could not read a file; None if it can read it all, so that its content is what is wrong."""
+    # A damaged zip makes zipfile seek to impossible offsets, which is EINVAL.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror or str(error)
+    try:  # torch hides the system's error in one of its own
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+    except OSError as failure:
+        return failure.strerror or str(failure)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -24,8 +25,8 @@ from sis_lightning.errors import DataError
 from sis_lightning.run.history import begin, reach, read_history, requeue
 from sis_lightning.run.record import OptionChange, read_record
 from sis_lightning.run.reporting.loggers import MetricsCSV
-from sis_lightning.run.resume.checkpoints import RUN, ResumePoint, SafeCheckpointIO, newest_checkpoint
-from sis_lightning.tasks.checkpoint_files import read_checkpoint
+from sis_lightning.run.resume.checkpoints import RUN, ResumePoint, SafeCheckpointIO, newest_checkpoint, own_checkpoints
+from sis_lightning.tasks.checkpoint_files import UnreadableCheckpointError, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs/seg_voc/res2net14-4w4s-basic-8ch/seed0")
@@ -102,6 +103,7 @@ def test_the_newest_intact_checkpoint_is_chosen_whatever_the_clock_says(whole, t
     os.utime(tmp_path / "step-0000003.ckpt", (4e9, 4e9))  # the clock was moved back in between
     assert newest_checkpoint(tmp_path, lines.append) == tmp_path / "step-0000009.ckpt"
     assert lines == []
+    assert own_checkpoints(tmp_path) == [tmp_path / f"step-000000{step}.ckpt" for step in (3, 7, 9)]
     (tmp_path / "step-0000009.ckpt").write_bytes(b"")
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "step-0000007.ckpt").read_bytes()[:-900])
     torch.save({"weights": 1}, tmp_path / "step-0000099.ckpt")
@@ -109,6 +111,54 @@ def test_the_newest_intact_checkpoint_is_chosen_whatever_the_clock_says(whole, t
     assert len(lines) == 3
     assert all("skipped" in line for line in lines)
     assert newest_checkpoint(tmp_path / "empty", lines.append) is None
+    # With none that is whole, each is named with its reason.
+    for step in (3, 7):
+        (tmp_path / f"step-000000{step}.ckpt").write_bytes(b"PK")
+    with pytest.raises(DataError) as refused:
+        newest_checkpoint(tmp_path, lines.append)
+    text = str(refused.value)
+    assert len(text.splitlines()) == 5
+    assert all(path.name in text for path in own_checkpoints(tmp_path))
+    assert "damaged" in text
+    assert len(lines) == 3
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    def fails(folder: Path) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", fails)
+    with pytest.raises(UnreadableCheckpointError, match="cannot be read \\(Input/output error\\)"):
+        newest_checkpoint(tmp_path, print)
+
+
+@pytest.fixture
+def unreadable(tmp_path) -> Path:
+    """A file that opens, and whose reading fails with EIO, as on a failing disk."""
+    path = Path("/proc/self/mem")
+    try:
+        path.read_bytes()
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return path
+    pytest.skip("no file here whose reading fails")
+
+
+def test_a_failing_disk_is_told_from_damage(whole, unreadable, tmp_path, monkeypatch):
+    (tmp_path / "step-0000009.ckpt").symlink_to(unreadable)
+    with pytest.raises(UnreadableCheckpointError, match=r"9\.ckpt: cannot be read \(Input/output error\)"):
+        read_checkpoint(tmp_path / "step-0000009.ckpt")
+    # The older one is whole, but the newest may be, too.
+    shutil.copy(whole, tmp_path / "step-0000003.ckpt")
+    with pytest.raises(UnreadableCheckpointError, match=r"--resume \S*step-0000003\.ckpt"):
+        newest_checkpoint(tmp_path, print)
+
+    def out_of_memory(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("torch.load", out_of_memory)
+    with pytest.raises(UnreadableCheckpointError, match="memory"):
+        read_checkpoint(whole)
 
 
 @pytest.fixture
@@ -289,12 +339,75 @@ def test_a_damaged_checkpoint_is_skipped_in_favour_of_the_newest_intact_one(comm
     folder = tmp_path / "run" / "checkpoints"
     assert len(list(folder.glob("step-*.ckpt"))) == 2
     newest = sorted(folder.glob("step-*.ckpt"))[-1]
-    for path in (folder / "last.ckpt", newest):
-        path.write_bytes(path.read_bytes()[:5000])
+    damaged = {path.name: path.read_bytes()[:5000] for path in (folder / "last.ckpt", newest, folder / "best.ckpt")}
+    for name, content in damaged.items():
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    (folder / "last.ckpt.set-aside").write_bytes(b"of an earlier resume")
     again = command("fit", *options)
     assert again.code == 0, again.err
     assert again.out.count("skipped") == 2
     assert same(weights(tmp_path / "run"), want)
+    aside = {path.name: path.read_bytes() for path in folder.glob("*.set-aside")}
+    assert aside == {
+        "last.ckpt.set-aside": b"of an earlier resume",
+        "last.ckpt.2.set-aside": damaged["last.ckpt"],
+        f"{newest.name}.set-aside": damaged[newest.name],
+        "best.ckpt.set-aside": damaged["best.ckpt"],
+    }
+    assert all(name in again.out for name in aside if "2" in name)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files of a run that a test of the same process can read."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_started_again(command, small, tmp_path, unreadable):
+    options = [*small("seg_voc", steps=6), "--checkpoint_every", "1", "--run_dir", "run"]
+    assert command("fit", *options).code == 0
+    folder = tmp_path / "run" / "checkpoints"
+    files = own_checkpoints(folder)
+    assert len(files) == 3
+    copy = shutil.copy(files[1], tmp_path / "copy.ckpt")
+    for path in files:
+        content = path.read_bytes()[:5000]
+        path.unlink()
+        path.write_bytes(content)
+    before = tree(tmp_path / "run")
+    refused = command("fit", *options, "--resume", "auto")
+    assert refused.code == 1
+    assert "none of the run's 3 checkpoint(s) can be read; nothing was written" in refused.err
+    assert all(f"{path.name}: damaged" in refused.err.replace("\n", "") for path in files)
+    assert len(refused.err.strip().splitlines()) <= 6
+    assert tree(tmp_path / "run") == before
+    # The disk fails to read one, and the others are whole.
+    for path in files:
+        shutil.copy(copy, path)
+    files[-1].unlink()
+    files[-1].symlink_to(unreadable)
+    before = tree(tmp_path / "run")
+    refused = command("fit", *options, "--resume", "auto")
+    assert refused.code == 1
+    assert f"{files[-1].name}: cannot be read (Input/output error)" in refused.err
+    assert tree(tmp_path / "run") == before
+    # The user decides to do without it: it stays beside the run.
+    resumed = command("fit", *options, "--resume", files[0])
+    assert resumed.code == 0, resumed.err
+    assert (folder / f"{files[-1].name}.set-aside").is_symlink()
+
+
+def test_a_resume_from_another_run_keeps_the_checkpoints_of_this_one(command, small, tmp_path):
+    options = [*small("seg_voc", steps=4), "--checkpoint_every", "1"]
+    for name in ("one", "two"):
+        assert command("fit", *options, "--run_dir", name).code == 0
+    folder = tmp_path / "two" / "checkpoints"
+    before = {f"{path.name}.set-aside": path.read_bytes() for path in folder.glob("*.ckpt")}
+    step = own_checkpoints(tmp_path / "one" / "checkpoints")[1]
+    result = command("fit", *options, "--run_dir", "two", "--resume", step)
+    assert result.code == 0, result.err
+    assert {path.name: path.read_bytes() for path in folder.glob("*.set-aside")} == before
 
 
 def test_a_run_is_not_resumed_by_mistake(command, small, tmp_path):

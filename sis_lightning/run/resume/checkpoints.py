@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sis_lightning.errors import DataError
 from sis_lightning.run.record import Code
-from sis_lightning.tasks.checkpoint_files import read_checkpoint
+from sis_lightning.tasks.checkpoint_files import UnreadableCheckpointError, read_checkpoint
 
 Checkpoint = dict[str, Any]
 
@@ -110,8 +110,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> Any:
-        """Reads `path`; only plain data and tensors are accepted."""
-        return torch.load(path, map_location=map_location, weights_only=True)
+        """Reads `path`; only plain data and tensors are accepted.
+
+        Raises:
+            UnreadableCheckpointError: If the system fails to read it.
+        """
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except OSError as error:
+            raise UnreadableCheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -133,6 +140,24 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that a run writes to resume from: `step-N.ckpt` and `last.ckpt`, sorted.
+
+    Raises:
+        UnreadableCheckpointError: If the system fails to list the folder.
+    """
+    try:  # not Path.glob, for which a folder that cannot be read is an empty one
+        paths = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UnreadableCheckpointError(
+            f"{folder}: cannot be read ({error.strerror}), so that nobody knows what it holds; nothing was written.\n"
+            "  Start again when the disk can be read."
+        ) from None
+    return [path for path in paths if path.name == "last.ckpt" or path.match("step-*.ckpt")]
+
+
 def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
     """The intact checkpoint with the most steps from which a run can be resumed.
 
@@ -143,19 +168,46 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | Non
         report: Is called with a line for each file that is skipped.
 
     Returns:
-        Its path; None if there is none.
+        Its path; None if the run wrote no checkpoint yet.
+
+    Raises:
+        UnreadableCheckpointError: If the system fails to read one of them, since it may be the newest and whole.
+        DataError: If there are checkpoints, but a run can be resumed from none of them.
     """
     found: list[tuple[int, bool, Path]] = []
-    for path in sorted(folder.glob("*.ckpt")):
-        if path.name == "best.ckpt":
-            continue
+    skipped: list[str] = []
+    unreadable: list[str] = []
+    for path in own_checkpoints(folder):
         try:
             point = resume_point(read_checkpoint(path, mmap=True))
+        except UnreadableCheckpointError as error:
+            unreadable.append(str(error))
         except DataError as error:
-            report(f"skipped {error}")
-            continue
-        if point is None:
-            report(f"skipped {path}: a run cannot be resumed from it (written by another release)")
-            continue
-        found.append((point.batches, path.name == "last.ckpt", path))
+            if path.exists():  # another rank may have set it aside by now
+                skipped.append(str(error))
+        else:
+            if point is None:
+                skipped.append(f"{path}: a run cannot be resumed from it (written by another release)")
+            else:
+                found.append((point.batches, path.name == "last.ckpt", path))
+    if unreadable:
+        others = f"resume from another: --resume {max(found)[2]}" if found else "give a copy: --resume FILE"
+        raise UnreadableCheckpointError(
+            f"the system fails to read {len(unreadable)} checkpoint(s), which may be whole; nothing was written:\n"
+            f"{_few(unreadable)}\n  Start again when the disk can be read, or {others}."
+        )
+    if skipped and not found:
+        raise DataError(
+            f"none of the run's {len(skipped)} checkpoint(s) can be read; nothing was written:\n{_few(skipped)}\n"
+            "  Resume from a copy: --resume FILE. Start from the beginning and lose the run: --overwrite true."
+        )
+    for line in skipped:
+        report(f"skipped {line}")
     return max(found)[2] if found else None
+
+
+def _few(lines: Sequence[str], count: int = 3) -> str:
+    """The lines indented, at most `count` of them; the last one then names the files of the others."""
+    shown = [f"  {line}" for line in lines[:count]]
+    names = [line.partition(":")[0].rpartition("/")[2] for line in lines[count:]]
+    return "\n".join(shown) + (f"; so are {', '.join(names)}" if names else "")
