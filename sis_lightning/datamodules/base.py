@@ -52,6 +52,9 @@ from sis_lightning.option_effects import Effect
 Transform = Callable[[Sample], Sample]
 
 
+_OF_SPLITS = ("without", "areas", "boxes twice", "file names")
+
+
 def unchanged(sample: Sample) -> Sample:
     """Returns a sample as it is."""
     return sample
@@ -312,7 +315,8 @@ class SISDataModule(LightningDataModule, ABC):
         dataset.require_sound()
         self.datasets[split] = dataset
         for label, note in dataset.notes.items():
-            self.notes[f"{split} {label}" if label == "without" else label] = note
+            # What is told of a split's own files is kept apart from what another split's say.
+            self.notes[f"{split} {label}" if label in _OF_SPLITS else label] = note
 
     def layout(self) -> str:
         """One or two lines: which files are expected in `root`, and where they are published; empty if unknown."""

@@ -94,7 +94,8 @@ class Annotations:
         splits: Names of the splits that list each image, for results files.
         defects: The defects of the files.
         dropped: Number of objects that were left out, by reason.
-        derived: Number of values that the file lacks and that were computed, by what they are.
+        notes: Facts that people should know and that are no defects, by a short label, such as values that the file
+            lacks and that were computed.
         annotated: False if the file has no annotations at all, as those of COCO's test sets.
     """
 
@@ -116,7 +117,7 @@ class Annotations:
     splits: list[tuple[str, ...]] = field(default_factory=list)
     defects: list[Defect] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-    derived: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, str] = field(default_factory=dict)
     annotated: bool = True
 
     def __post_init__(self) -> None:
@@ -138,6 +139,16 @@ class Annotations:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.paths)
+
+    @property
+    def object_count(self) -> int:
+        """Number of objects that count for training: all but crowds or difficult ones."""
+        return int(np.count_nonzero(~self.ignored))
+
+    @property
+    def visible_keypoint_count(self) -> int:
+        """Number of annotated keypoints of these objects; 0 if keypoints were not read."""
+        return 0 if self.keypoints is None else int(np.count_nonzero(self.keypoints[~self.ignored, :, 2] > 0))
 
     def objects(self, index: int) -> slice:
         """The range of the objects of image `index` in the arrays."""
@@ -177,7 +188,7 @@ class Annotations:
             splits=[self.splits[index] for index in chosen.tolist()],
             defects=self.defects,
             dropped=self.dropped.copy(),
-            derived=self.derived,
+            notes=self.notes,
             annotated=self.annotated,
             **{**of_objects, "image": np.searchsorted(chosen, self.image[objects])},
         )

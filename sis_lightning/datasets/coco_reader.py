@@ -7,7 +7,6 @@ hold if the images are going to be read; all others hold for training, evaluatio
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,10 @@ from sis_lightning.datasets.annotations import (
 from sis_lightning.datasets.constants import COCO_KEYPOINTS
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError
+
+_NORMALISED = "they look like fractions of the image's sides, but COCO's values are in px"
+_FAR_OUTSIDE = "a keypoint with v 1 or 2 is outside of the image by more than half of its longer side"
+_ROUNDING = 1e-3  # by which the sum of a normalised x and width may exceed 1
 
 Kind = Literal["bbox", "segm", "keypoints"]
 Entry = dict[str, Any]
@@ -49,7 +52,7 @@ def read_coco(
 
     Returns:
         The annotations. What is wrong with single entries is in `defects`. If an annotation has no `area`, it is that
-        of its mask or box, which `derived` counts.
+        of its mask (`segm`), else width × height of its box, which `notes` say.
 
     Raises:
         DataError: If there is no such file, or it is not of this format at all.
@@ -95,12 +98,14 @@ def read_coco(
         negative = (extents[:, 2:] < 0).any(axis=1)
         boxes[negative, 2:] = np.minimum(boxes[negative, 2:], np.nextafter(boxes[negative, :2], -np.inf))
         sound &= check_boxes(boxes, whole[owners], lambda place: (path, where(rows[place])), defects)
+        if are_normalised(extents[:, :2], boxes[:, 2:]):
+            defects.append(Defect(path, "", f"all {len(rows):,} boxes are within 0…1: {_NORMALISED}"))
 
     def check(fine: NDArray[np.bool_], what: str) -> None:
         defects.extend(Defect(path, where(rows[place]), what) for place in np.flatnonzero(~fine).tolist())
         np.logical_and(sound, fine, out=sound)
 
-    segmentations = keypoints = num_keypoints = None
+    segmentations = keypoints = num_keypoints = visible = None
     if kind == "segm":
         segmentations = np.empty(len(rows), dtype=np.object_)
         faults = [mask_fault(row.get("segmentation"), whole[owner]) for row, owner in zip(rows, owners, strict=True)]
@@ -121,22 +126,43 @@ def read_coco(
             [row.get("num_keypoints", found) for row, found in zip(rows, visible.tolist(), strict=True)], 0
         )
         check(np.isfinite(stated), "num_keypoints is not a finite number")
+        check(~((stated == 0) & (visible > 0)), "num_keypoints is 0, but keypoints have v 1 or 2: they would not count")
         num_keypoints = np.nan_to_num(stated).astype(np.int64)
+        annotated = fine[:, None] & (keypoints[..., 2] > 0)
+        places_of = keypoints[..., :2]
+        if are_normalised(places_of[annotated], places_of[annotated]) and (places_of[annotated] % 1).any():
+            defects.append(Defect(path, "", f"all keypoints are within 0…1: {_NORMALISED}"))
+        check(~(_far_outside(places_of, whole[owners]) & annotated).any(axis=1), _FAR_OUTSIDE)
     areas = rows_of_numbers([row.get("area", 0) for row in rows], 0)
     check(np.isfinite(areas), "area is not a finite number")
+    check(~(areas < 0), "area is negative")
     lacking = np.array(["area" not in row for row in rows], dtype=np.bool_)
-    derived: Counter[str] = Counter()
-    if kind == "keypoints":
-        check(~lacking, "it has no 'area', which the similarity of keypoints needs")
-    elif (lacking & sound).any():
-        for place in np.flatnonzero(lacking & sound).tolist():
-            owner = owners[place]
-            areas[place] = (
-                extents[place, 2] * extents[place, 3]
-                if segmentations is None
-                else mask_area(segmentations[place], whole[owner])
+    flags = [row.get("iscrowd", 0) for row in rows]
+    for place, flag in enumerate(flags):
+        if not _is_flag(flag):
+            sound[place] = False
+            defects.append(
+                Defect(path, where(rows[place]), f"iscrowd is {shortened(flag)}, must be 0, 1, true or false")
             )
-        derived["areas"] = int((lacking & sound).sum())
+    ignored = np.array([_is_flag(flag) and bool(flag) for flag in flags], dtype=np.bool_)
+    if visible is not None:
+        pointless = (areas == 0) & ~lacking & (visible > 0) & ~ignored
+        check(~pointless, "area is 0: the similarity of keypoints is divided by it, so no keypoint would ever be right")
+    notes: dict[str, str] = {}
+    derived = lacking & sound
+    if derived.any():
+        areas[derived] = extents[derived, 2] * extents[derived, 3]
+        if segmentations is not None:
+            for place in np.flatnonzero(derived).tolist():
+                areas[place] = mask_area(segmentations[place], whole[owners[place]])
+        of = "width × height of their boxes" if segmentations is None else "the areas of their masks"
+        notes["areas"] = f"{int(derived.sum()):,} objects have no 'area' in the file: {of} are taken"
+    labels = np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64)
+    if kind != "segm":
+        kept = np.column_stack([owners, labels, extents])[sound & ~ignored]
+        twice = len(kept) - len(np.unique(kept, axis=0))
+        if twice:
+            notes["boxes twice"] = f"{twice:,} boxes are in the file more than once for one image and class"
     return Annotations(
         source=path,
         class_names=tuple(str(category.get("name", category["id"])) for category in categories),
@@ -146,8 +172,8 @@ def read_coco(
         sizes=whole,
         image=owners[sound],
         boxes=boxes[sound],
-        labels=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64)[sound],
-        ignored=np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=np.bool_)[sound],
+        labels=labels[sound],
+        ignored=ignored[sound],
         keypoints=None if keypoints is None else keypoints[sound],
         areas=areas[sound],
         num_keypoints=None if num_keypoints is None else num_keypoints[sound],
@@ -155,7 +181,7 @@ def read_coco(
         segmentations=None if segmentations is None else segmentations[sound],
         splits=[(split,)] * len(listed),
         defects=defects,
-        derived=derived,
+        notes=notes,
         annotated="annotations" in content,
     )
 
@@ -179,7 +205,32 @@ def _entries(content: Any, path: Path, *, files: bool) -> dict[str, list[Entry]]
             if not isinstance(entry.get("id", 0), kinds):
                 found = shortened(entry["id"])
                 raise DataError(f"{path}: entry {place} of '{key}': the id is {found}, not a whole number")
+            if isinstance(entry.get("id"), int) and not -(2**63) <= entry["id"] < 2**63:
+                raise DataError(
+                    f"{path}: entry {place} of '{key}': the id {shortened(entry['id'])} is beyond 64 bits, which no tool "
+                    "for COCO's\n  format reads: number the entries again"
+                )
     return lists
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether a value is 0, 1, true or false; the words '0' and 'false' would count as true."""
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
+def are_normalised(low: NDArray[np.float64], high: NDArray[np.float64]) -> bool:
+    """Whether all corners or points are within 0…1, so that they are fractions of the image's sides and not px."""
+    if not len(low) or not (np.isfinite(low).all() and np.isfinite(high).all()):
+        return False
+    return bool(low.min() >= 0 and high.max() <= 1 + _ROUNDING and high.max() > 0)
+
+
+def _far_outside(points: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which points (N, K, 2) are farther outside of their images than half of the longer side; none of unknown size."""
+    limits = sizes[:, None, :].astype(np.float64)
+    margin = limits.max(axis=2, keepdims=True) / 2
+    far: NDArray[np.bool_] = ((points < -margin) | (points > limits + margin)).any(axis=2)
+    return far & (sizes > 0).all(axis=1)[:, None]
 
 
 def _check_files(listed: list[Entry], names: list[str], folder: Path, defects: list[Defect]) -> None:

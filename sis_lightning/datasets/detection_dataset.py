@@ -58,6 +58,7 @@ class DetectionDataset(ImageDataset):
         check_limit(limit)
         self.evaluation = evaluation
         self.defects = annotations.defects
+        self.notes.update(annotations.notes)
         chosen = annotations.first(limit)
         self.all_objects = chosen if evaluation else None
         self.annotations = chosen.copy()

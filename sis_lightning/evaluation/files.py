@@ -159,10 +159,7 @@ def evaluate_coco(
         rows = results
         check_results(rows, known)
     overlap = "OKS" if kind == "keypoints" else "IoU"
-    derived = "".join(
-        f"\n{count:,} {what} are not in the file: they are computed from masks or boxes"
-        for what, count in annotations.derived.items()
-    )
+    notes = "".join(f"\n{note}" for note in annotations.notes.values())
     return Evaluation(
         kind,
         annotations.source,
@@ -172,7 +169,7 @@ def evaluate_coco(
         known.score(rows),
         (overlap, "area", "detections per image and class"),
         {metric.name: (metric.overlap, metric.area, f"≤ {metric.detections}") for metric in COCO_METRICS[kind]},
-        f"area: small to 32² px, medium to 96² px, large above; .50:.95: the mean over ten thresholds{derived}",
+        f"area: small to 32² px, medium to 96² px, large above; .50:.95: the mean over ten thresholds{notes}",
     )
 
 

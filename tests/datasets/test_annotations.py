@@ -207,7 +207,23 @@ def an_image_without_size(content):
     return [f"image {content['images'][0]['id']}", "width or height is missing"], ""
 
 
+def a_flag_in_words(content):
+    person(content)["iscrowd"] = "0"
+    return ["iscrowd is '0', must be 0, 1, true or false"], ""
+
+
+def an_area_of_zero(content):
+    person(content)["area"] = 0
+    return ["area is 0"], ""
+
+
+def no_keypoint_stated(content):
+    person(content)["num_keypoints"] = 0
+    return ["num_keypoints is 0, but keypoints have v 1 or 2"], ""
+
+
 DAMAGE = [
+    *(a_flag_in_words, an_area_of_zero, no_keypoint_stated),
     *(of_another_image, unknown_category, not_a_number, three_numbers, words, no_area, outside, over_the_border),
     *(
         sixteen_joints,

@@ -156,10 +156,6 @@ def test_lists_of_names(tmp_path):
 # One rule for training, check-data and evaluate
 
 
-def without_area(row):
-    del row["area"]
-
-
 def with_keypoint_flag(row):
     row["keypoints"][2] = 7
 
@@ -172,7 +168,15 @@ def with_keypoint_flag(row):
         ("bbox", lambda row: row.update(category_id=12), "unknown category 12"),
         ("bbox", lambda row: row.update(image_id="1"), "is not listed under 'images'"),
         ("keypoints", with_keypoint_flag, "with v 0, 1 or 2"),
-        ("keypoints", without_area, "it has no 'area'"),
+        ("bbox", lambda row: row.update(iscrowd="0"), "iscrowd is '0', must be 0, 1, true or false"),
+        ("bbox", lambda row: row.update(iscrowd=None), "iscrowd is None"),
+        ("bbox", lambda row: row.update(iscrowd=2), "iscrowd is 2"),
+        ("bbox", lambda row: row.update(area=-1), "area is negative"),
+        ("bbox", lambda row: row.update(id=2**64), "the id 18446744073709551616 is beyond 64 bits"),
+        ("keypoints", lambda row: row.update(iscrowd="1"), "iscrowd is '1'"),
+        ("keypoints", lambda row: row.update(area=0), "area is 0"),
+        ("keypoints", lambda row: row.update(num_keypoints=0), "num_keypoints is 0, but keypoints have v 1 or 2"),
+        ("keypoints", lambda row: row.update(keypoints=[900, 5, 2] * 17), "outside of the image by more than half"),
         ("keypoints", lambda row: row.update(num_keypoints="many"), "num_keypoints is not a finite number"),
     ],
 )
@@ -191,14 +195,85 @@ def test_an_entry_is_sound_or_not_for_training_and_scoring_alike(synthetic, tmp_
         evaluate(path, [], kind)
 
 
+def annotation_content(synthetic, name="instances_val2017"):
+    return json.loads((synthetic / "coco" / "annotations" / f"{name}.json").read_text())
+
+
 def test_a_missing_area_is_computed_from_mask_or_box(synthetic):
-    content = json.loads((synthetic / "coco" / "annotations" / "instances_val2017.json").read_text())
+    content = annotation_content(synthetic)
     areas = {kind: read_coco(content, kind=kind).areas for kind in ("bbox", "segm")}
     for row in content["annotations"]:
         del row["area"]
     boxes, masks = (read_coco(content, kind=kind) for kind in ("bbox", "segm"))
-    assert boxes.derived == masks.derived == {"areas": len(content["annotations"])}
+    count = len(content["annotations"])
+    assert boxes.notes["areas"].startswith(f"{count} objects have no 'area' in the file: width × height")
     np.testing.assert_allclose(masks.areas, areas["segm"], rtol=0.03)
     np.testing.assert_allclose(boxes.areas, boxes.extents[:, 2] * boxes.extents[:, 3])
     table = str(evaluate(content, [], "bbox"))
-    assert f"{len(content['annotations'])} areas are not in the file" in " ".join(table.split())
+    assert f"{count} objects have no 'area'" in " ".join(table.split())
+    persons = annotation_content(synthetic, "person_keypoints_val2017")
+    rows = [
+        {key: row[key] for key in ("image_id", "category_id", "keypoints")} | {"score": 1.0}
+        for row in persons["annotations"]
+    ]
+    for row in persons["annotations"]:
+        del row["area"]
+    assert evaluate(persons, rows, "keypoints").metrics["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("flag", [False, 0, 0.0])
+def test_flags_may_be_numbers_or_booleans(synthetic, flag):
+    content = annotation_content(synthetic)
+    for place, row in enumerate(content["annotations"]):
+        row["iscrowd"] = bool(place % 2) if flag is False else type(flag)(place % 2)
+    known = read_coco(content)
+    assert not known.defects
+    rows = {tuple(row["bbox"]): bool(row["iscrowd"]) for row in content["annotations"]}
+    assert [rows[tuple(extent)] for extent in known.extents.tolist()] == known.ignored.tolist()
+    assert known.object_count == sum(not crowd for crowd in rows.values())
+
+
+@pytest.mark.parametrize("part", ["images", "categories", "annotations"])
+def test_ids_beyond_64_bits_are_refused(synthetic, part):
+    content = annotation_content(synthetic)
+    content[part][1]["id"] = 2**63
+    with pytest.raises(DataError, match=f"entry 1 of '{part}': the id 9223372036854775808 is beyond 64 bits"):
+        read_coco(content)
+    content[part][1]["id"] = 2**63 - 1
+    read_coco(content)
+
+
+def test_normalised_boxes_and_keypoints_are_refused(synthetic):
+    content = annotation_content(synthetic, "person_keypoints_val2017")
+    size_of = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for row in content["annotations"]:
+        row["keypoints"] = [value / 100 if place % 3 < 2 else value for place, value in enumerate(row["keypoints"])]
+    found = read_coco(content, kind="keypoints").defects
+    assert [str(defect) for defect in found if not defect.remedy] == [
+        "ground truth: all keypoints are within 0…1: they look like fractions of the image's sides, but COCO's values "
+        "are in px"
+    ]
+    for row in content["annotations"]:
+        width, height = size_of[row["image_id"]]
+        row["bbox"] = [value / side for value, side in zip(row["bbox"], (width, height) * 2, strict=True)]
+    with pytest.raises(DataError, match=r"all \d+ boxes are within 0…1"):
+        read_coco(content).require_sound()
+
+
+def test_a_box_that_is_given_twice_is_told(synthetic):
+    content = annotation_content(synthetic)
+    assert "boxes twice" not in read_coco(content).notes
+    first = next(row for row in content["annotations"] if not row["iscrowd"])
+    content["annotations"] += [{**first, "id": 10**6}, {**first, "id": 10**6 + 1, "category_id": 90}]
+    assert read_coco(content).notes["boxes twice"].startswith("1 boxes are in the file more than once")
+
+
+def test_objects_and_visible_keypoints_are_counted(synthetic):
+    content = annotation_content(synthetic, "person_keypoints_val2017")
+    known = read_coco(content, kind="keypoints")
+    assert known.object_count == len(content["annotations"])
+    assert known.visible_keypoint_count == sum(row["num_keypoints"] for row in content["annotations"])
+    for row in content["annotations"]:
+        row["iscrowd"] = 1
+    crowds = read_coco(content, kind="keypoints")
+    assert (crowds.object_count, crowds.visible_keypoint_count) == (0, 0)

@@ -297,7 +297,8 @@ BAD_COCO = {
         ["gt.json, image 0 (entry ", "this id is given twice"],
     ),
     "image named": ("bbox", put("images", 0, id="a"), ["entry 0 of 'images': the id is 'a', not a whole number"]),
-    "no area": ("keypoints", put("annotations", 1, area=None), ["entry 1 of 'annotations'", "it has no 'area'"]),
+    "area 0": ("keypoints", put("annotations", 1, area=0), ["entry 1 of 'annotations'", "area is 0"]),
+    "crowd as text": ("bbox", put("annotations", 1, iscrowd="0"), ["entry 1 of 'annotations'", "iscrowd is '0'"]),
     "area as text": ("bbox", put("annotations", 1, area="9"), ["entry 1 of 'annotations'", "area is not a finite"]),
     "NaN ground truth": (
         "bbox",
