@@ -132,7 +132,7 @@ def read_coco(
         places_of = keypoints[..., :2]
         if are_normalised(places_of[annotated], places_of[annotated]) and (places_of[annotated] % 1).any():
             defects.append(Defect(path, "", f"all keypoints are within 0…1: {_NORMALISED}"))
-        check(~(_far_outside(places_of, whole[owners]) & annotated).any(axis=1), _FAR_OUTSIDE)
+        check(~np.any(_far_outside(places_of, whole[owners]) & annotated, axis=1), _FAR_OUTSIDE)
     areas = rows_of_numbers([row.get("area", 0) for row in rows], 0)
     check(np.isfinite(areas), "area is not a finite number")
     check(~(areas < 0), "area is negative")
@@ -207,8 +207,8 @@ def _entries(content: Any, path: Path, *, files: bool) -> dict[str, list[Entry]]
                 raise DataError(f"{path}: entry {place} of '{key}': the id is {found}, not a whole number")
             if isinstance(entry.get("id"), int) and not -(2**63) <= entry["id"] < 2**63:
                 raise DataError(
-                    f"{path}: entry {place} of '{key}': the id {shortened(entry['id'])} is beyond 64 bits, which no tool "
-                    "for COCO's\n  format reads: number the entries again"
+                    f"{path}: entry {place} of '{key}': the id {shortened(entry['id'])} is beyond 64 bits,\n"
+                    "  which no tool for COCO's format reads: number the entries again"
                 )
     return lists
 
@@ -229,8 +229,9 @@ def _far_outside(points: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArr
     """Which points (N, K, 2) are farther outside of their images than half of the longer side; none of unknown size."""
     limits = sizes[:, None, :].astype(np.float64)
     margin = limits.max(axis=2, keepdims=True) / 2
-    far: NDArray[np.bool_] = ((points < -margin) | (points > limits + margin)).any(axis=2)
-    return far & (sizes > 0).all(axis=1)[:, None]
+    far: NDArray[np.bool_] = np.any((points < -margin) | (points > limits + margin), axis=2)
+    known: NDArray[np.bool_] = np.all(sizes > 0, axis=1)
+    return far & known[:, None]
 
 
 def _check_files(listed: list[Entry], names: list[str], folder: Path, defects: list[Defect]) -> None:
