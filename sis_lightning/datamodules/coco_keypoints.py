@@ -192,8 +192,8 @@ class COCOKeypointsDataModule(COCODataModule):
             self.notes["person boxes"] = WHOLE_IMAGES
             if self.person_boxes:
                 boxes = PersonBoxes(self.person_boxes, self.least_box_score)
-                self.notes["person boxes"] = boxes.description
                 self._named_boxes = boxes.of_names(dataset.names, self.predict_path)
+                self.notes["person boxes"] = boxes.description
 
     @property
     def train_transform(self) -> Transform:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -97,6 +98,7 @@ class Annotations:
         notes: Facts that people should know and that are no defects, by a short label, such as values that the file
             lacks and that were computed.
         annotated: False if the file has no annotations at all, as those of COCO's test sets.
+        folder: The folder to which the names of images are relative; None if their names are their ids.
     """
 
     source: Path
@@ -119,6 +121,7 @@ class Annotations:
     dropped: Counter[str] = field(default_factory=Counter)
     notes: dict[str, str] = field(default_factory=dict)
     annotated: bool = True
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.splits = self.splits or [("",)] * len(self.paths)
@@ -190,6 +193,7 @@ class Annotations:
             dropped=self.dropped.copy(),
             notes=self.notes,
             annotated=self.annotated,
+            folder=self.folder,
             **{**of_objects, "image": np.searchsorted(chosen, self.image[objects])},
         )
 
@@ -226,6 +230,19 @@ class Annotations:
             self.boxes = clipped
         sides = self.boxes[:, 2:] - self.boxes[:, :2]
         self.drop(np.any(sides <= 0, axis=1), "boxes of no area")
+
+    def name(self, index: int) -> str:
+        """The name of image `index`, which no other has: its path below the folder, with its ending, or its id."""
+        if self.folder is None:
+            return str(self.image_ids[index])
+        path = PurePath(os.path.normpath(self.paths[index]))
+        folder = PurePath(os.path.normpath(self.folder))
+        # A path that leads out of the folder must not do so in the names of the files that are written.
+        return path.relative_to(folder if path.is_relative_to(folder) else path.anchor).as_posix().replace("../", "")
+
+    def names(self) -> list[str]:
+        """The name of each image."""
+        return [self.name(index) for index in range(len(self))]
 
     def ground_truth(self, index: int) -> GroundTruth:
         """Returns the ground truth that predictions for an image are scored against.

@@ -56,9 +56,9 @@ def _read(root: str | Path, split: str, kind: Kind) -> Annotations:
 class COCODetectionDataset(DetectionDataset):
     """COCO's instances: images with boxes of 80 categories, whose own ids are among 1…90.
 
-    Samples have `image` (3, H, W), `name`, `boxes` (n, 4) x1, y1, x2, y2 in px, float32, `labels` (n,) 1…80, and for
-    evaluation `truth` (see `Annotations.ground_truth`). Crowds and boxes of no area are not among `boxes`; images
-    without objects stay.
+    Samples have `image` (3, H, W), `name`, the path below the image folder with its ending, `boxes` (n, 4) x1, y1, x2,
+    y2 in px, float32, `labels` (n,) 1…80, and for evaluation `truth` (see `Annotations.ground_truth`). Crowds and boxes
+    of no area are not among `boxes`; images without objects stay.
 
     Args:
         root: Folder that holds `annotations/`, or a folder `coco` that does.
@@ -151,8 +151,8 @@ class COCOKeypointsDataset(DetectionDataset):
                 )
         else:
             boxes = PersonBoxes(person_boxes, least_box_score, known.category_ids[0])
+            self._detected = boxes.of_images(known.image_ids, known.names(), known.source)
             self.box_source = boxes.description
-            self._detected = boxes.of_images(known.image_ids, [path.stem for path in known.paths], known.source)
         self.notes["person boxes"] = self.box_source
 
     @property
@@ -174,7 +174,7 @@ class COCOKeypointsDataset(DetectionDataset):
             image = int(known.image[index])
             return {
                 "image": self.read(image),
-                "name": f"{known.paths[image].stem}_{index}",
+                "name": f"{known.name(image)}_{index}",
                 "box": known.boxes[index],
                 "keypoints": self._keypoints[index],
             }
@@ -188,7 +188,7 @@ class COCOKeypointsDataset(DetectionDataset):
         assert self.all_objects is not None
         return {
             "image": self.read(index),
-            "name": known.paths[index].stem,
+            "name": known.name(index),
             "person_boxes": persons,
             "box_source": self.box_source,
             "truth": self.all_objects.ground_truth(index),

@@ -183,6 +183,7 @@ def read_coco(
         defects=defects,
         notes=notes,
         annotated="annotations" in content,
+        folder=images,
     )
 
 

@@ -94,7 +94,7 @@ class DetectionDataset(ImageDataset):
         counted = ~known.ignored[objects]
         sample = {
             "image": self.read(index),
-            "name": known.paths[index].stem,
+            "name": known.name(index),
             "boxes": torch.from_numpy(known.boxes[objects][counted]).float(),
             "labels": torch.from_numpy(known.labels[objects][counted]) + 1,
         }

@@ -208,7 +208,7 @@ def test_a_whole_run(command, small, synthetic, tmp_path):
             assert max(image.size) >= 480
 
     # The predictions of our own detection are matched by the names of the images.
-    names = {image["id"]: Path(image["file_name"]).stem for image in raw["images"]}
+    names = {image["id"]: image["file_name"] for image in raw["images"]}
     own = [
         {"name": names[row["image_id"]], "objects": [{"class": "person", "score": 0.9, "box": [0, 0, 60, 60]}]}
         for row in raw["annotations"]
@@ -330,13 +330,61 @@ def test_invalid_person_boxes(tmp_path, content, words):
         read_person_boxes(path)
 
 
+def predicted(name, count):
+    person = {"class": "person", "score": 0.9, "box": [1, 2, 30, 40]}
+    return {"name": name, "objects": [person] * count}
+
+
+@pytest.fixture
+def cameras(synthetic, tmp_path):
+    """COCO's layout with images of the same file name in two folders."""
+    root = tmp_path / "cameras"
+    shutil.copytree(synthetic / "coco", root / "coco")
+    path = root / "coco" / "annotations" / "person_keypoints_val2017.json"
+    content = json.loads(path.read_text())
+    for place, image in enumerate(content["images"]):
+        name = f"cam{'AB'[place % 2]}/{place // 2:06d}.jpg"
+        (root / "coco" / "val2017" / name).parent.mkdir(exist_ok=True)
+        (root / "coco" / "val2017" / image["file_name"]).rename(root / "coco" / "val2017" / name)
+        image["file_name"] = name
+    path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("camA/000000.jpg", "camB/000000.jpg"),
+        ("camA/000000", "camB/000000"),
+        ("000000", "000000"),  # as earlier releases wrote them, in the order of the images
+    ],
+)
+def test_images_of_one_file_name_in_two_folders_keep_their_own_boxes(cameras, names):
+    path = cameras / "predictions.json"
+    path.write_text(json.dumps([predicted(names[0], 7), predicted(names[1], 5)]))
+    data = COCOKeypointsDataset(cameras, "val2017", evaluation=True, person_boxes=path)
+    found = {sample["name"]: len(sample["person_boxes"]) for sample in data}
+    assert found["camA/000000.jpg"] == 7
+    assert found["camB/000000.jpg"] == 5
+    assert sum(found.values()) == 12
+    assert ("taken in their order" in data.notes["person boxes"]) == (names[0] == names[1])
+
+
+@pytest.mark.parametrize("rows", [[predicted("000000", 3)], [predicted("000000", 1)] * 3])
+def test_boxes_that_may_be_of_several_images_are_refused(cameras, rows):
+    path = cameras / "predictions.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"entries are named '000000', which may be camA/000000.jpg or camB/000000.jpg"):
+        COCOKeypointsDataset(cameras, "val2017", evaluation=True, person_boxes=path)
+
+
 def test_boxes_without_area_and_of_other_classes_are_left_out(tmp_path):
     path = tmp_path / "boxes.json"
     good = {"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.5}
     rows = [good, {**good, "bbox": [1, 2, 0, 4]}, {**good, "category_id": 1}, {**good, "score": 0.1}]
     path.write_text(json.dumps(rows))
     people, dropped = read_person_boxes(path, 0.2, category=7)
-    assert (people[1].tolist(), dropped) == ([[1, 2, 4, 6, 0.5]], 1)
+    assert ([boxes.tolist() for boxes in people[1]], dropped) == ([[[1, 2, 4, 6, 0.5]]], 1)
 
 
 def test_person_boxes_of_another_split(command, small, synthetic):
