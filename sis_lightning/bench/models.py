@@ -160,7 +160,9 @@ def work(contender: Contender, settings: Settings) -> Callable[[], object]:
     return train
 
 
-def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, seconds: float = 1.0) -> Benchmark:
+def time_models(
+    names: Sequence[str], settings: Settings, *, rounds: int = 11, seconds: float = 1.0, only_speed: bool = False
+) -> Benchmark:
     """Compares the first network with each of the others.
 
     Args:
@@ -168,6 +170,8 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
         settings: Settings that all share.
         rounds: Number of rounds.
         seconds: Duration of each network in a round.
+        only_speed: Whether memory and traffic are left out. To count them, each compiled network is compiled twice
+            more.
 
     Raises:
         UsageError: If a network cannot be built.
@@ -176,7 +180,7 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
     wait = waits_for(settings.device)
     works = [work(contender, settings) for contender in contenders]
     traffic = [
-        compiled_traffic(step) if contender.compiled else eager_traffic(step)
+        None if only_speed else compiled_traffic(step) if contender.compiled else eager_traffic(step)
         for contender, step in zip(contenders, works, strict=True)
     ]
     on_gpu = settings.device.startswith("cuda")
@@ -187,7 +191,8 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
     rows: list[dict[str, str | float]] = []
     claims = []
     for contender, timing, moved in zip(contenders, timings, traffic, strict=True):
-        row = _row(contender, timing, settings, moved, limits)
+        peak = None if only_speed else peak_memory(contender, settings)
+        row = _row(contender, timing, settings, moved, peak, limits)
         rows.append(row)
         if timing is timings[0]:
             continue
@@ -201,6 +206,7 @@ def time_models(names: Sequence[str], settings: Settings, *, rounds: int = 11, s
     command = f"sis-lightning bench {' '.join(names)} " + " ".join(
         f"--{key} {value}" for key, value in {**asdict(settings), "rounds": rounds, "seconds": seconds}.items()
     )
+    command += " --only-speed" if only_speed else ""
     where = f" on {torch.cuda.get_device_name()}" if on_gpu else f", {torch.get_num_threads()} threads"
     slug = "-vs-".join(text.replace(":", "_") for text in names)
     return benchmark(
@@ -222,9 +228,9 @@ def _said(verdict: str) -> str:
 
 
 def _row(
-    contender: Contender, timing: Timing, settings: Settings, moved: int | None, limits: Ceilings
+    contender: Contender, timing: Timing, settings: Settings, moved: int | None, peak: float | None, limits: Ceilings
 ) -> dict[str, str | float]:
-    peak, seconds = peak_memory(contender, settings), median(timing.wall)
+    seconds = median(timing.wall)
     # Counted on the network without treatments, whose operations torch knows; batch norm needs two images.
     few = replace(settings, batch=2)
     computed = flops(work(replace(contender, treatments=()), few)) / few.batch * settings.batch / seconds

@@ -86,6 +86,12 @@ def _parser() -> Parser:
         metavar="S",
         help="Seconds for which each network or operator runs in a round (default: %(default)s).",
     )
+    models.add_argument(
+        "--only-speed",
+        action="store_true",
+        help="Leave out memory and traffic. To count them, each compiled network is compiled twice more, which takes "
+        "minutes.",
+    )
     others = parser.add_argument_group("what to time, instead of networks")
     others.add_argument(
         "--operators",
@@ -143,4 +149,6 @@ def _measure(chosen: argparse.Namespace) -> Benchmark:
     from sis_lightning.bench.models import Settings, time_models
 
     settings = Settings(chosen.mode, chosen.batch, chosen.size, chosen.precision, chosen.device)
-    return time_models(chosen.networks, settings, rounds=chosen.rounds, seconds=chosen.seconds)
+    return time_models(
+        chosen.networks, settings, rounds=chosen.rounds, seconds=chosen.seconds, only_speed=chosen.only_speed
+    )
