@@ -21,6 +21,7 @@ from sis_lightning.datasets.base import Batch
 from sis_lightning.datasets.images import denormalize, normalize
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.late_values import LateValue
 from sis_lightning.lightning_internals import attached_trainer, replace_hparams
 from sis_lightning.models.export import Exportable
 from sis_lightning.option_effects import Effect
@@ -46,6 +47,17 @@ def weights_deferred() -> Iterator[None]:
         yield
     finally:
         _deferred.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """The loss of a step that is still to be checked: its parts and their sum, and where it comes from."""
+
+    values: LateValue
+    parts: tuple[str, ...]
+    names: list[str]
+    step: int
+    epoch: int
 
 
 class BaseTask(Optimization, Inference, ABC):
@@ -178,6 +190,7 @@ class BaseTask(Optimization, Inference, ABC):
         self._found_rate: float | None = None
         self._rate_is_new = False
         self._compiled = False
+        self._watched: _Watched | None = None
         self.notes: dict[str, str] = {}
         self.monitor = f"val/{self.primary_metric}"
 
@@ -459,6 +472,7 @@ class BaseTask(Optimization, Inference, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the class of the task; refuses weights that are not finite, so that the last good ones stay."""
+        self._require_finite_loss()
         checkpoint[TASK_CLASS] = f"{type(self).__module__}.{type(self).__qualname__}"
         broken = [name for name, weight in self.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
@@ -525,15 +539,42 @@ class BaseTask(Optimization, Inference, ABC):
                 f"  set batch_size to at least {2 * self.trainer.world_size}, or the norm of the backbone to gn"
             ) from None
         loss = torch.stack(list(parts.values())).sum()
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{key} {value.item()}" for key, value in parts.items())
-            raise self._not_finite(f"the loss ({values}) on {', '.join(self.names_of(batch)[:3])}, …")
+        self._watch(loss, parts, self.names_of(batch)[:3])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         if len(parts) > 1:
             self.log_dict({f"train/{key}": value.detach() for key, value in parts.items()}, batch_size=size)
         return loss
 
-    def _not_finite(self, what: str) -> DataError:
+    def _watch(self, loss: Tensor, parts: Mapping[str, Tensor], names: list[str]) -> None:
+        """Checks the loss of the step before, and, where that needs no waiting, of this step."""
+        self._require_finite_loss()
+        values = LateValue(torch.stack([*parts.values(), loss]).detach().float())
+        self._watched = _Watched(values, tuple(parts), names, self.global_step, self.current_epoch)
+        if not self._reads_late:
+            self._require_finite_loss()
+
+    @property
+    def _reads_late(self) -> bool:
+        """Whether reading a value would wait for an accelerator that has more steps to do."""
+        return self.device.type != "cpu"
+
+    def _require_finite_loss(self) -> None:
+        """Raises DataError if the loss that was watched last is not finite."""
+        watched, self._watched = self._watched, None
+        if watched is None:
+            return
+        values = watched.values.read()
+        if not torch.isfinite(values).all():
+            parts = ", ".join(f"{key} {value}" for key, value in zip(watched.parts, values.tolist(), strict=False))
+            what = f"the loss ({parts}) on {', '.join(watched.names)}, …"
+            raise self._not_finite(what, watched.step, watched.epoch)
+
+    def on_train_epoch_end(self) -> None:
+        """Checks the loss of the last step."""
+        self._require_finite_loss()
+
+    def _not_finite(self, what: str, step: int | None = None, epoch: int | None = None) -> DataError:
+        step, epoch = (self.global_step if step is None else step), (self.current_epoch if epoch is None else epoch)
         trainer = attached_trainer(self)
         callbacks: Any = getattr(trainer, "callbacks", [])
         saved = next((path for callback in callbacks if (path := getattr(callback, "last_good", None))), None)
@@ -541,7 +582,7 @@ class BaseTask(Optimization, Inference, ABC):
         if trainer is not None and trainer.precision == "16-true":
             remedy = "Half precision rounds small numbers, such as the eps of Adam, to 0: use 16-mixed or bf16-true."
         return DataError(
-            f"not finite at step {self.global_step} (epoch {self.current_epoch}): {what}\n"
+            f"not finite at step {step} (epoch {epoch}): {what}\n"
             f"  last good checkpoint: {saved or 'none was written yet'}\n  {remedy}"
         )
 

@@ -254,6 +254,29 @@ def test_a_loss_that_is_not_finite_in_half_precision_names_the_precisions_that_w
         trainer(tmp_path, precision="16-true", max_steps=4, max_epochs=4).fit(task, loader)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*You defined a `validation_step`.*")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("broken", [1, 3])
+def test_a_loss_that_is_not_finite_is_named_with_its_step_also_when_it_is_read_late(
+    tmp_path, monkeypatch, late, broken
+):
+    class Diverging(ClassificationTask):
+        def training_loss(self, batch):
+            parts = super().training_loss(batch)
+            return {key: part * (float("inf") if self.global_step == broken else 1) for key, part in parts.items()}
+
+    monkeypatch.setattr(Diverging, "_reads_late", late)
+    task = Diverging(SMALL, 3, optimizer=SGD)
+    rows = [
+        {"image": torch.randint(256, (3, 32, 32), dtype=torch.uint8), "label": 1, "name": str(n)} for n in range(16)
+    ]
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    images = ", ".join(str(4 * broken + place) for place in range(3))
+    with pytest.raises(DataError, match=rf"not finite at step {broken} .*inf.* on {images}, …"):
+        trainer(tmp_path, max_steps=4, max_epochs=1).fit(task, loader)
+    assert task.global_step == broken + late
+
+
 def test_thresholds_of_the_detector_do_not_change_the_network():
     effects = effects_of(DetectionTask)
     for key, effect in (

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Timer
 from sis_lightning import lightning_internals as internals
 from sis_lightning.datamodules.samplers import sample_seed
 from sis_lightning.errors import DataError, UsageError, UserError
+from sis_lightning.late_values import LateValue
 from sis_lightning.run.recipe import effective_changes
 from sis_lightning.run.record import Code
 from sis_lightning.run.reporting.loggers import MetricsCSV
@@ -83,7 +84,7 @@ class ExactResume(Callback):
         self._point: Literal["", "batch", "validation", "end"] = ""
         self._pending: ResumePoint | None = None
         self._saved_at = -1
-        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._asked: LateValue | None = None
         self._point_of_ranks: tuple[Any, ...] = ()
         self._trained_on: list[str] = []
         self._changed: list[str] = []
@@ -189,7 +190,7 @@ class ExactResume(Callback):
         If a limit of time ended it, the newest checkpoint stays `last.ckpt`, so that the run can be resumed.
         """
         if self._asked is not None:
-            self._asked[1].wait()
+            self._asked.read()  # no collective may be left open
         self.request.deafen()  # before Lightning restores the handlers that it found
         self.ended = _has_ended(trainer)
         if not self.ended:
@@ -284,13 +285,10 @@ class ExactResume(Callback):
         """The signal that any device got; the same on all of them."""
         if trainer.world_size == 1:
             return self.request.number
-        # Sent now and read one step later, so that no GPU waits for it.
+        # Sent now and read one step later, so that nothing waits for a GPU that still works.
         asked, number = self._asked, torch.tensor(self.request.number, device=trainer.strategy.root_device)
-        self._asked = number, dist.all_reduce(number, op=dist.ReduceOp.MAX, async_op=True)
-        if asked is None:
-            return 0
-        asked[1].wait()
-        return int(asked[0])
+        self._asked = LateValue(number, dist.all_reduce(number, op=dist.ReduceOp.MAX, async_op=True))
+        return int(asked.read()) if asked is not None else 0
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         what = f"stopped by {signal.Signals(number).name} at step {trainer.global_step:,}; saved {self.last_good}."
