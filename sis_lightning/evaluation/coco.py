@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Collection, Sequence
@@ -79,7 +80,8 @@ class COCOGroundTruth:
     Args:
         annotations: Images and objects, as `read_coco` gives them.
         kind: The kind of results.
-        backend: The library that computes the metrics.
+        backend: The library that computes the metrics; `auto` is faster-coco-eval if it is installed, else
+            pycocotools.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for COCO's 17.
 
     Raises:
@@ -91,12 +93,13 @@ class COCOGroundTruth:
         self,
         annotations: Annotations,
         kind: Kind,
-        backend: Backend = "pycocotools",
+        backend: Backend = "auto",
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        self._coco, self._evaluation = _tools(backend)
+        self.backend = _chosen(backend)
+        self._coco, self._evaluation = _tools(self.backend)
         annotations.require_sound()
-        self.annotations, self.kind, self.backend = annotations, kind, backend
+        self.annotations, self.kind = annotations, kind
         # COCO's tools have COCO's own in themselves, which differ in the last bit from decimal ones.
         usual = sigmas is None or (len(sigmas) == len(COCO_SIGMAS) and np.allclose(sigmas, COCO_SIGMAS))
         self.sigmas = None if usual else np.array(sigmas)
@@ -222,6 +225,13 @@ def _coco_content(annotations: Annotations, kind: Kind, number_of: dict[Any, int
     }
 
 
+def _chosen(backend: Backend) -> Backend:
+    """The library that `auto` stands for."""
+    if backend != "auto":
+        return backend
+    return "faster-coco-eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+
+
 def _tools(backend: Backend) -> tuple[Any, Any]:
     """The classes COCO and COCOeval of a library."""
     if backend == "pycocotools":
@@ -230,7 +240,7 @@ def _tools(backend: Backend) -> tuple[Any, Any]:
 
         return COCO, COCOeval
     if backend != "faster-coco-eval":
-        raise UsageError(f"backend is {backend!r}, must be 'pycocotools' or 'faster-coco-eval'")
+        raise UsageError(f"backend is {backend!r}, must be 'auto', 'pycocotools' or 'faster-coco-eval'")
     try:
         import faster_coco_eval
     except ImportError:

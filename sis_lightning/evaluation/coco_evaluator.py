@@ -23,7 +23,8 @@ class COCOEvaluator(GatheredEvaluator):
     Args:
         kind: `bbox` or `keypoints`.
         category_ids: The data set's own id of each class; for keypoints that of the one class.
-        backend: The library that computes: `pycocotools`, or `faster-coco-eval`, which gives the same metrics faster.
+        backend: The library that computes: `pycocotools`, `faster-coco-eval`, which gives the same metrics faster, or
+            `auto` for the latter if it is installed.
         class_names: Class names by label; None for the category ids.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for COCO's 17.
 
@@ -38,7 +39,7 @@ class COCOEvaluator(GatheredEvaluator):
         self,
         kind: Literal["bbox", "keypoints"],
         category_ids: Sequence[int],
-        backend: Backend = "pycocotools",
+        backend: Backend = "auto",
         *,
         class_names: Sequence[str] | None = None,
         sigmas: Sequence[float] | None = None,

@@ -100,7 +100,7 @@ def evaluate(
             `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
         kind: The kind of results: COCO's `bbox`, `segm` or `keypoints`, or VOC's average precision by the rules of 2007
             (`voc07`) or of 2010 and later (`voc12`).
-        options: For COCO: `backend` (`pycocotools` or `faster-coco-eval`). For VOC: `split` (a list of
+        options: For COCO: `backend` (`auto`, `pycocotools` or `faster-coco-eval`). For VOC: `split` (a list of
             `ImageSets/Main/`), `rule` (`devkit` or `toolkit`), `iou` and `classes`.
 
     Returns:
@@ -133,7 +133,7 @@ def evaluate_coco(
     ground_truth: Path | dict[str, Any],
     results: Path | list[dict[str, Any]],
     kind: Kind,
-    backend: Backend = "pycocotools",
+    backend: Backend = "auto",
 ) -> Evaluation:
     """Scores results in COCO's result format.
 

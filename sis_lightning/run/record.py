@@ -23,7 +23,10 @@ from sis_lightning.errors import DataError
 from sis_lightning.files import digest, digest_files, write_text
 
 VERSION = 2
-_PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "segmentation-models-pytorch", "pycocotools", "numpy")
+_PACKAGES = (
+    *("torch", "torchvision", "lightning", "torchmetrics", "segmentation-models-pytorch"),
+    *("pycocotools", "faster-coco-eval", "numpy", "pillow", "simplejpeg"),
+)
 
 
 class _Plain(BaseModel):

@@ -394,14 +394,25 @@ def test_missing_files(command, tmp_path):
         assert words in result.err
 
 
-def test_neither_torch_nor_the_other_library_is_imported():
+@pytest.mark.parametrize(
+    ("backend", "unwanted"), [("pycocotools", ("torch", "matplotlib", "faster_coco_eval")), ("auto", ("torch",))]
+)
+def test_neither_torch_nor_the_other_library_is_imported(backend, unwanted):
     script = (
         "import sys, sis_lightning.commands.main, sis_lightning.evaluation.files, sis_lightning.bench.evaluators;"
-        "sis_lightning.evaluation.files.evaluate({'images': [], 'categories': [], 'annotations': []}, [], 'bbox');"
-        "print(*{'torch', 'matplotlib', 'faster_coco_eval'} & set(sys.modules))"
+        "truth = {'images': [], 'categories': [], 'annotations': []};"
+        f"sis_lightning.evaluation.files.evaluate(truth, [], 'bbox', backend='{backend}');"
+        f"print(*{set(unwanted)} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_faster_library_is_taken_where_it_is_installed(monkeypatch):
+    truth = read_coco({"images": [], "categories": [], "annotations": []}, kind="bbox")
+    assert COCOGroundTruth(truth, "bbox").backend == "faster-coco-eval"
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert COCOGroundTruth(truth, "bbox").backend == "pycocotools"
 
 
 # VOC
