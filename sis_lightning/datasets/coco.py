@@ -37,11 +37,14 @@ def coco_home(root: Path) -> Path:
 def annotation_file(root: Path, split: str, kind: Kind) -> Path:
     """The JSON of a split: `instances_SPLIT.json` or `person_keypoints_SPLIT.json`, else `image_info_SPLIT.json`.
 
+    Or `SPLIT/_annotations.coco.json`.
+
     Raises:
         MissingDataError: If there is none.
     """
     folder = coco_home(root) / "annotations"
     candidates = [folder / f"{FILE_NAMES[kind]}_{split}.json", folder / f"image_info_{split}.json"]
+    candidates.append(coco_home(root) / split / "_annotations.coco.json")  # as Roboflow exports it
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise MissingDataError(f"{candidates[0]} does not exist\n  {LAYOUT.format(name=FILE_NAMES[kind], root=root)}")
@@ -49,8 +52,15 @@ def annotation_file(root: Path, split: str, kind: Kind) -> Path:
 
 
 def _read(root: str | Path, split: str, kind: Kind) -> Annotations:
-    images = coco_home(Path(root)) / split.replace("test-dev", "test")
-    return read_coco(annotation_file(Path(root), split, kind), images, kind, split=split)
+    return read_coco(annotation_file(Path(root), split, kind), image_folder(Path(root), split), kind, split=split)
+
+
+def image_folder(root: Path, split: str) -> Path:
+    """The folder of a split's images: `SPLIT`, or `images/SPLIT` or `images`, as CVAT and Label Studio export them."""
+    name = split.replace("test-dev", "test")
+    home = coco_home(root)
+    candidates = (home / name, home / "images" / name, home / "images")
+    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
 
 
 class COCODetectionDataset(DetectionDataset):

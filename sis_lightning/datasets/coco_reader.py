@@ -7,7 +7,7 @@ hold if the images are going to be read; all others hold for training, evaluatio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,10 +62,14 @@ def read_coco(
     defects: list[Defect] = []
     listed = _unique(lists["images"], "image", path, defects)
     index_of = {image["id"]: index for index, image in enumerate(listed)}
-    names = [str(image.get("file_name", "")) for image in listed]
+    names: Sequence[str] = [str(image.get("file_name", "")) for image in listed]
     sizes = rows_of_numbers([[image.get("width"), image.get("height")] for image in listed], 2)
+    notes: dict[str, str] = {}
     if images is not None:
-        _check_files(listed, names, images, defects)
+        names, lost, note = _names_in(images, names)
+        defects += [Defect(images / names[index], f"image {listed[index]['id']}", "no such file") for index in lost]
+        if note:
+            notes["file names"] = f"{note} to find them in {images}"
     if images is not None or kind == "segm":
         sizeless = np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)).all(axis=1)).tolist()
         defects += [Defect(path, f"image {listed[index]['id']}", "width or height is missing") for index in sizeless]
@@ -148,7 +152,6 @@ def read_coco(
     if visible is not None:
         pointless = (areas == 0) & ~lacking & (visible > 0) & ~ignored
         check(~pointless, "area is 0: the similarity of keypoints is divided by it, so no keypoint would ever be right")
-    notes: dict[str, str] = {}
     derived = lacking & sound
     if derived.any():
         areas[derived] = extents[derived, 2] * extents[derived, 3]
@@ -202,6 +205,9 @@ def _entries(content: Any, path: Path, *, files: bool) -> dict[str, list[Entry]]
             for name in needed[key]:
                 if name not in entry:
                     raise DataError(f"{path}: entry {place} of '{key}' has no '{name}'")
+            if files and not isinstance(entry.get("file_name", ""), str):
+                found = shortened(entry["file_name"])
+                raise DataError(f"{path}: entry {place} of '{key}': file_name is {found}, not text")
             kinds = (int, str) if key == "annotations" else int
             if not isinstance(entry.get("id", 0), kinds):
                 found = shortened(entry["id"])
@@ -235,12 +241,43 @@ def _far_outside(points: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArr
     return far & known[:, None]
 
 
-def _check_files(listed: list[Entry], names: list[str], folder: Path, defects: list[Defect]) -> None:
-    found = file_names(folder)
-    for image, name in zip(listed, names, strict=True):
+def _missing(names: Sequence[str], folder: Path, found: set[str]) -> list[int]:
+    """Indices of the images that have no file; `found` are the names of the files directly in the folder."""
+    return [
+        index
+        for index, name in enumerate(names)
         # Names may hold folders; only then is the disk asked for each.
-        if name not in found and not ("/" in name and (folder / name).is_file()):
-            defects.append(Defect(folder / name, f"image {image['id']}", "no such file"))
+        if name not in found and not ("/" in name and (folder / name).is_file())
+    ]
+
+
+def _names_in(folder: Path, names: Sequence[str]) -> tuple[Sequence[str], list[int], str]:
+    """Finds the image files, also if all names begin with a folder of the exporting tool's.
+
+    Returns:
+        The names as they are in the folder, the indices of those that have no file, and a note, empty if the names of
+        the file are right.
+    """
+    found = file_names(folder)
+    lost = _missing(names, folder, found)
+    if not lost:
+        return names, lost, ""
+    best, note = names, ""
+    plain = [name.replace("\\", "/") for name in names]
+    folders = {tuple(name.split("/")[:-1]) for name in plain}
+    first, last = min(folders), max(folders)  # what these have in common, all in between have
+    for count in range(min(len(first), len(last)) + 1):
+        if first[:count] != last[:count]:
+            break
+        prefix = "".join(f"{part}/" for part in first[:count])
+        shorter = [name.removeprefix(prefix) for name in plain]
+        absent = _missing(shorter, folder, found)
+        if len(absent) < len(lost):
+            best, lost = shorter, absent
+            begin = f"'{prefix}' is stripped from the file names" if prefix else ""
+            slashes = "backslashes in the file names are read as slashes" if plain != list(names) else ""
+            note = ", ".join(filter(None, (begin, slashes)))
+    return best, lost, note
 
 
 def _unique(entries: Iterable[Entry], kind: str, path: Path, defects: list[Defect]) -> list[Entry]:

@@ -277,3 +277,81 @@ def test_objects_and_visible_keypoints_are_counted(synthetic):
         row["iscrowd"] = 1
     crowds = read_coco(content, kind="keypoints")
     assert (crowds.object_count, crowds.visible_keypoint_count) == (0, 0)
+
+
+# Exporters
+
+
+def roboflow(content, root):
+    """`_annotations.coco.json` beside the images, ids from 0, a supercategory as category 0."""
+    numbers = {image["id"]: number for number, image in enumerate(content["images"])}
+    classes = {category["id"]: number for number, category in enumerate(content["categories"], start=1)}
+    for place, row in enumerate(content["annotations"]):
+        row |= {"id": place, "image_id": numbers[row["image_id"]], "category_id": classes[row["category_id"]]}
+    for image in content["images"]:
+        image |= {"id": numbers[image["id"]], "license": 1, "extra": {"name": image["file_name"]}}
+    names = [category["name"] for category in content["categories"]]
+    content["categories"] = [
+        {"id": 0, "name": "things", "supercategory": "none"},
+        *({"id": number, "name": name, "supercategory": "things"} for number, name in enumerate(names, start=1)),
+    ]
+    return root / "coco" / "val2017" / "_annotations.coco.json", None
+
+
+def label_studio(content, root):
+    """Names behind the folder of the export, with backslashes from Windows; no `info`, no `licenses`."""
+    del content["info"], content["licenses"]
+    for image in content["images"]:
+        image["file_name"] = f"images\\{image['file_name']}"
+    (root / "coco" / "val2017").rename(root / "coco" / "images")
+    return root / "coco" / "annotations" / "instances_val2017.json", "'images/' is stripped from the file names, backs"
+
+
+def cvat(content, root):
+    """Images below `images/`, with absolute names of another machine."""
+    for image in content["images"]:
+        image["file_name"] = f"/data/jobs/7/{image['file_name']}"
+    (root / "coco" / "images").mkdir()
+    (root / "coco" / "val2017").rename(root / "coco" / "images" / "val2017")
+    return root / "coco" / "annotations" / "instances_val2017.json", "'/data/jobs/7/' is stripped from the file names"
+
+
+@pytest.mark.parametrize("tool", [roboflow, label_studio, cvat])
+def test_exports_of_other_tools_are_read_as_they_come(command, small, synthetic, tmp_path, tool):
+    root = tmp_path / "exported"
+    shutil.copytree(synthetic / "coco", root / "coco")
+    content = annotation_content(synthetic)
+    (root / "coco" / "annotations" / "instances_val2017.json").unlink()
+    path, note = tool(content, root)
+    path.write_text(json.dumps(content))
+    got, want = (COCODetectionDataset(folder, "val2017", evaluation=True) for folder in (root, synthetic))
+    got.require_sound()
+    assert note is None or got.notes["file names"].startswith(note)
+    assert ("file names" in got.notes) == (note is not None)
+    for one, other in zip(got, want, strict=True):
+        assert one["name"] == other["name"]
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["boxes"], other["boxes"])
+    names = [[data.meta.class_names[label - 1] for label in data[0]["labels"].tolist()] for data in (got, want)]
+    assert names[0] == names[1]
+    check = command("check-data", *small("det_coco", steps=1), "--data.root", root, "--data.train_split", "val2017")
+    assert check.code == 0, check.out
+    assert note is None or "stripped" in check.out
+
+
+def test_a_prefix_that_helps_only_some_images_leaves_the_others_as_defects(synthetic):
+    content = annotation_content(synthetic)
+    for image in content["images"]:
+        image["file_name"] = f"images/{image['file_name']}"
+    content["images"][0]["file_name"] = "images/gone.jpg"
+    found = read_coco(content, synthetic / "coco" / "val2017").defects
+    assert [str(defect) for defect in found] == [
+        f"{synthetic / 'coco' / 'val2017' / 'gone.jpg'}, image {content['images'][0]['id']}: no such file"
+    ]
+
+
+def test_a_file_name_that_is_no_text_is_refused(synthetic):
+    content = annotation_content(synthetic)
+    content["images"][0]["file_name"] = 5
+    with pytest.raises(DataError, match="entry 0 of 'images': file_name is 5, not text"):
+        read_coco(content, synthetic / "coco" / "val2017")
