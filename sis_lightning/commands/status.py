@@ -16,7 +16,8 @@ _STATES = {
     "requeued": "the job has requeued itself in SLURM",
     "a signal": "such as SIGTERM: the signal stopped training, which can be resumed",
     "an exception": "such as DataError: training failed with it",
-    "other states": "submitted, or the state of the SLURM job, such as pending",
+    "gone": "the job never started the run, and SLURM has forgotten it: see slurm-JOB.out",
+    "other states": "submitted, or the state of the SLURM job, such as pending or failed",
 }
 
 

@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> int:
             raise UsageError("--array gives every seed a directory of its own: leave out --run_dir")
     from sis_lightning.slurm import jobs as slurm
 
+    slurm.refuse_control_characters_in(arguments)
     cluster = slurm.read_cluster(chosen.cluster)
     seeds = slurm.seeds_of(chosen.array) if chosen.array else None
     tasks = chosen.tasks_per_node or chosen.gpus_per_node or 1

@@ -200,7 +200,7 @@ def missing(
                     if seed not in cell.values:
                         first = (filled.table.id, line.row.label, experiment, model, seed, cell)
                         wanted.setdefault(directory(experiment, model, seed), first)
-    queue = _queue(wanted)
+    queue = slurm.queued_runs(wanted)
     found = []
     for folder, (table, row, experiment, model, seed, cell) in wanted.items():
         state, progress = _progress(folder, evidence, cell)
@@ -208,23 +208,6 @@ def missing(
             state, progress = "queued", f"queued (SLURM's job {job})"
         root = (roots or {}).get(experiment.run.name)
         found.append(MissingRun(table, row, experiment, model, seed, folder, state, progress, root))
-    return found
-
-
-def _queue(folders: Iterable[Path]) -> dict[Path, str]:
-    """Runs that are queued or running in SLURM, with their jobs: single jobs, and elements of the arrays above them."""
-    folders = list(folders)
-    submitted = {
-        job: folder
-        for folder in dict.fromkeys([*folders, *(folder.parent for folder in folders)])
-        if (folder / "jobs.txt").is_file()
-        for job in (folder / "jobs.txt").read_text().split()
-    }
-    found = {}
-    for element in slurm.queued(list(submitted)):
-        job, array, seed = element.partition("_")
-        if job in submitted:
-            found[submitted[job] / f"seed{seed}" if array else submitted[job]] = element
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +73,13 @@ def test_the_script(command, tmp_path):
         (["--overwrite", "true"], "submit takes no --overwrite"),
         (["--resume=never"], "submit takes no --resume"),
         (["--array", "seeds=0,1", "--run_dir", "here"], "leave out --run_dir"),
+        (["--array", "seeds=0..999999999"], "an array has at most 10,000"),
+        (["--time", "1:00 --uid=0"], "--time is '1:00 --uid=0', must be a time limit of sbatch"),
+        (["--time", "1:00\n#SBATCH --uid=0"], "--time has a control character, '\\n'"),
+        (["--time", "tomorrow"], "--time is 'tomorrow'"),
+        (["--run_dir", "runs/a\n#SBATCH --uid=0\ntouch owned"], "--run_dir has a control character, '\\n'"),
+        (["--data.root=/data\rrm"], "--data.root has a control character, '\\r'"),
+        (["--run_dir", "runs/a\\b"], "has a backslash"),
     ],
 )
 def test_mistakes_are_reported_before_the_job_starts(command, arguments, words):
@@ -89,6 +98,188 @@ def test_unknown_keys_of_a_cluster_are_refused(command, tmp_path):
     assert result.code == 2
     assert "modules" in result.err
     assert "'cuda/12.4'" in result.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("partition: 'gpu --uid=0'", "partition is 'gpu --uid=0', must be names of partitions"),
+        ("mem: 64G,9", "mem is '64G,9', must be a size of sbatch"),
+        ("account: a b", "account is 'a b'"),
+        ('qos: "high\\n#SBATCH --uid=0"', "qos has a control character, '\\n'"),
+        ("constraint: a100 # fast\nmodules: [cuda; rm]", "modules is 'cuda; rm'"),
+        ('setup: ["a\\nb"]', "setup has a control character"),
+        ('container: "apptainer \'exec"', "no closing quotation"),
+        ("cpus_per_task: 0", "cpus_per_task is 0, must be at least 1"),
+    ],
+)
+def test_values_of_a_cluster_that_would_change_the_script_are_refused(command, tmp_path, content, words):
+    (tmp_path / "mine.yaml").write_text(f"{content}\n")
+    result = command(*SUBMIT, "--dry-run", "--cluster", "mine.yaml")
+    assert result.code == 2
+    assert "mine.yaml" in result.err
+    assert words in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("limit", ["90", "30:00", "4:00:00", "2-12", "2-12:30", "2-12:30:15", "UNLIMITED"])
+def test_time_limits_of_sbatch_are_accepted(command, limit):
+    assert f"#SBATCH --time={limit}\n" in command(*SUBMIT, "--dry-run", "--time", limit).out
+
+
+@pytest.mark.parametrize(
+    "folder", ["runs/a b", "runs/it's 50%j", 'runs/$(touch owned) "x"', "runs/#;&|*[v2]", "runs/ü"]
+)
+def test_any_directory_is_quoted(command, tmp_path, folder):
+    result = command(*SUBMIT, "--dry-run", "--test", "--run_dir", folder)
+    assert result.code == 0, result.err
+    directives = [line for line in result.out.splitlines() if line.startswith("#SBATCH")]
+    # sbatch splits a directive as a shell does, and reads %% as a percent sign.
+    words = {line: shlex.split(line[len("#SBATCH ") :]) for line in directives}
+    assert all(len(found) == 1 for found in words.values()), words
+    assert [f"--output={folder.replace('%', '%%')}/slurm-%j.out"] in words.values()
+    # The shell passes the directory on as it is: srun is replaced by a function that prints what it gets.
+    text = 'srun() { printf "%s\\n" "$@"; }\n' + result.out
+    shown = subprocess.run(["bash"], input=text, text=True, check=True, capture_output=True, cwd=tmp_path)
+    assert shown.stdout.splitlines().count(f"--run_dir={folder}") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def run_script(folder: Path, text: str, fit: str, test: str, **environment: str) -> tuple[int, list[str]]:
+    """Runs a job's script with a shell line in place of fit and of test; returns its code, and the jobs it requeues."""
+    (folder / "srun").write_text(f'#!/bin/bash\ncase "$*" in *" sis_lightning fit "*) {fit};; *) {test};; esac\n')
+    (folder / "scontrol").write_text('#!/bin/bash\necho "$@" >> "$(dirname "$0")/asked"\n')
+    for name in ("srun", "scontrol"):
+        (folder / name).chmod(0o755)
+    (folder / "asked").write_text("")
+    given = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **environment}
+    code = subprocess.run(["bash", "-s"], input=text, text=True, check=False, capture_output=True, env=given).returncode
+    return code, (folder / "asked").read_text().splitlines()
+
+
+def test_the_test_is_not_lost_at_the_time_limit(command, tmp_path):
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    text = command(*SUBMIT, "--dry-run", "--test").out
+    usual = {"fit": "sleep 1", "test": "exit 138"}
+    assert run_script(bin, text, "sleep 1", "exit 0") == (0, [])
+    assert run_script(bin, text, "sleep 1", "exit 1") == (1, [])
+    assert run_script(bin, text, **usual) == (138, ["requeue 7"])
+    # The signal came between fit and test, or while fit ended: too little time is left to begin the test.
+    assert run_script(bin, text, "sleep 1", "touch begun", SLURM_JOB_END_TIME=str(int(time.time()) + 60)) == (
+        1,
+        ["requeue 7"],
+    )
+    assert not Path("begun").exists()
+    # A job that is stopped during fit is requeued by fit, and does not test what is not finished.
+    assert run_script(bin, text, "exit 138", "touch begun") == (138, [])
+    assert not Path("begun").exists()
+    # It ends: a test that had the whole time would not get more of it in another start.
+    assert run_script(bin, text, "exit 0", "sleep 1; exit 138") == (138, [])
+    assert run_script(bin, text, **usual, SLURM_RESTART_COUNT="100") == (138, [])
+    array = command(*SUBMIT, "--dry-run", "--test", "--array", "seeds=0..1").out
+    element = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
+    assert run_script(bin, array, **usual, **element) == (138, ["requeue 6_1"])
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch) -> Callable[..., None]:
+    """A function that sets what the commands of SLURM answer, line by line; those without an answer do not exist."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    monkeypatch.setenv("PATH", f"{bin}:/bin")
+    for name in ("sbatch", "squeue", "sacct"):
+        if shutil.which(name):
+            monkeypatch.setenv("PATH", str(bin))
+
+    def answer(**commands: str) -> None:
+        for path in bin.iterdir():
+            path.unlink()
+        for name, text in commands.items():
+            # Without --states=all, squeue tells of jobs only that have not ended.
+            live = text if name != "squeue" else "\n".join(re.findall(r".*(?:PENDING|RUNNING).*", text))
+            lines = [f'case "$*" in *--states=all*|*parsable*) printf %s {shlex.quote(text)};;']
+            lines += [f"*) printf %s {shlex.quote(live)};; esac"]
+            (bin / name).write_text("#!/bin/bash\n" + " ".join(lines) + "\n")
+            (bin / name).chmod(0o755)
+
+    return answer
+
+
+def test_a_second_job_in_the_directory_of_a_live_one_is_refused(command, queue):
+    queue(sbatch="41", squeue="")
+    line = [*SUBMIT, "--run_dir", "runs/a"]
+    assert command(*line).code == 0
+    queue(sbatch="42", squeue="41|PENDING\n")
+    second = command(*line, "--test")
+    assert second.code == 2
+    assert "runs/a has a job already, 41" in second.err
+    assert Path("runs/a/jobs.txt").read_text() == "41\n"
+    assert "sis_lightning test" not in Path("runs/a/job.sh").read_text()
+    queue(sbatch="42", squeue="41|FAILED\n")
+    assert command(*line, "--test").code == 0
+    assert Path("runs/a/jobs.txt").read_text() == "41\n42\n"
+    # An array in the queue bars its own seeds only.
+    queue(sbatch="50", squeue="")
+    assert command(*SUBMIT, "--array", "seeds=0..2").code == 0
+    queue(sbatch="51", squeue="50_0|RUNNING\n50_1|FAILED\n50_2|PENDING\n")
+    third = command(*SUBMIT, "--array", "seeds=1,2")
+    assert third.code == 2
+    assert "seed2 has a job already, 50_2" in third.err
+    assert command(*SUBMIT, "--array", "seeds=1,3").code == 0
+    assert "50_0" in command(*SUBMIT).err
+
+
+def test_a_directory_into_which_a_fit_writes_is_refused(command, queue):
+    queue(sbatch="41", squeue="")
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import pathlib; from sis_lightning.run import directory; directory.lock(pathlib.Path('runs/a')); "
+            "print('held', flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        result = command(*SUBMIT, "--run_dir", "runs/a")
+        holder.communicate(b"\n")
+    assert result.code == 2
+    assert "a fit is writing into runs/a" in result.err
+
+
+def states_of(command: Callable[..., Any]) -> dict[str, str]:
+    return {Path(row["run"]).name: row["state"] for row in json.loads(command("status", "--json").out)}
+
+
+def test_status_of_jobs_that_never_started_the_run(command, queue, tmp_path):
+    for number, name in enumerate(("failed", "forgotten", "waiting")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "jobs.txt").write_text(f"{number}\n")
+    for number, name in ((5, "array"), (6, "live_array")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "jobs.txt").write_text(f"{number}\n")
+    begin(tmp_path / "runs" / "trained", 0)
+    (tmp_path / "runs" / "trained" / "jobs.txt").write_text("9\n")
+    end(tmp_path / "runs" / "trained", "finished")
+    asked = "0|FAILED\n2|PENDING\n5_0|FAILED\n5_1|FAILED\n6_0|FAILED\n6_1|RUNNING\n"
+    expected = {
+        "failed": "failed",
+        "forgotten": "gone",
+        "waiting": "pending",
+        "array": "failed",
+        "live_array": "running",
+        "trained": "finished",
+    }
+    queue(squeue=asked)  # there is no sacct
+    assert states_of(command) == expected
+    queue(squeue="2|PENDING\n6_1|RUNNING\n", sacct="0|FAILED\n5_0|FAILED\n5_1|FAILED\n6_0|FAILED\n2|PENDING\n")
+    assert states_of(command) == expected
+    queue()  # not a machine of the cluster
+    assert states_of(command) == dict.fromkeys(expected, "submitted") | {"trained": "finished"}
 
 
 def test_seeds():
@@ -320,7 +511,7 @@ def test_an_array_of_which_one_element_is_requeued(submitted, tmp_path):
 
 @pytest.mark.slurm
 def test_two_tasks_of_one_job_are_two_ranks(submitted, tmp_path):
-    job, run = submitted("--tasks-per-node", 2, steps=12)
+    job, run = submitted("--tasks-per-node", 2, steps=12, run="it's 50%j")
     wait_for(lambda: finished(run), lambda: waits_or_runs(job), log(run))
     assert "4 images per step = 2 on each of 2 device(s)" in log(run)()
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
