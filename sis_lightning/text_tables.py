@@ -1,12 +1,27 @@
-"""Tables of the `rich` library as plain text, for the terminal and for tests."""
+"""The consoles of the `rich` library, and its tables as plain text."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints text as it is: a path such as `runs/a[v2]` or `:x:` is neither markup nor an emoji.
+
+    All output goes through such a console, since most of it contains names that people gave. Styles are given as
+    `rich.text.Text`.
+
+    Args:
+        **options: Further arguments of `rich.console.Console`.
+    """
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def table_to_text(table: Table, width: int = 120) -> str:
@@ -19,8 +34,6 @@ def table_to_text(table: Table, width: int = 120) -> str:
     Returns:
         The lines of the table, the last one with a line end.
     """
-    from rich.console import Console
-
     text = io.StringIO()
-    Console(file=text, width=width).print(table)
+    plain_console(file=text, width=width).print(table)
     return text.getvalue()

@@ -278,7 +278,7 @@ def _print_profile(trainer: Trainer) -> None:
     """Prints the report of a profiler that Lightning would only log."""
     profiler = trainer.profiler  # type: ignore[attr-defined]
     if isinstance(profiler, SimpleProfiler | AdvancedProfiler) and profiler.filename is None and first_rank():
-        console.print(profiler.summary(), markup=False)
+        console.print(profiler.summary())
 
 
 def _refuse(trainer: Mapping[str, Any]) -> None:

@@ -6,12 +6,15 @@ import csv
 import io
 import json
 import shutil
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.text import Text
 from torch import nn
 
 from sis_lightning.datamodules import Batch
@@ -54,11 +57,19 @@ class Announcement(Callback):
             "batch": f"{images} images per step = {batch // devices} on each of {devices} device(s) "
             f"× {trainer.accumulate_grad_batches} accumulated",
             "lr": ", ".join(f"{rate:g}" for rate in rates) + f" {start}{scaled}",
-            "length": f"{steps:,} steps",
+            "length": f"{int(steps):,} steps" if isfinite(steps) else f"no limit of steps{_time_limit(trainer)}",
             **data.notes,
             **task.notes,
         }.items():
-            console.print(f"[bold]{label:>13}[/]  {text}", markup=True)
+            console.print(Text.assemble((f"{label:>13}", "bold"), f"  {text}"))
+
+
+def _time_limit(trainer: Trainer) -> str:
+    """The time after which a run without a limit of steps ends, if it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    limits = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+    seconds = min((seconds for seconds in limits if seconds is not None), default=None)
+    return ", until it is stopped" if seconds is None else f", {round(seconds):,} s (trainer.max_time)"
 
 
 class Deploy(Callback):

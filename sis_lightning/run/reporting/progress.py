@@ -10,14 +10,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_only
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
 from sis_lightning.lightning_internals import total_steps
+from sis_lightning.text_tables import plain_console
 
-console = Console(soft_wrap=True, highlight=False)
+console = plain_console(soft_wrap=True)
 #: About so many lines are printed by a run whose output is not a terminal.
 _LINES = 20
 #: Width of the bar in columns.
