@@ -37,7 +37,7 @@ GLOSSARY = {
     r"inference form": "deployed (fused) model",
 }
 FORBIDDEN = re.compile(r"(?<![\w`/.-])(" + "|".join(GLOSSARY) + r")(?![\w`/-])", re.IGNORECASE)
-#: An argument's line that goes on with the argument's name instead of standing by itself.
+#: The line of an argument that takes the argument's name as its subject instead of being a sentence by itself.
 FRAGMENT = re.compile(
     r"^\s+[\w*]+(?: \([^)]*\))?: (Of|That|Which|And|Behind|Whose|Without|Below|Above|By|As)\b", re.MULTILINE
 )

@@ -101,7 +101,7 @@ def load_backbone_weights(backbone: Backbone, source: Source, *, strict: bool = 
 
 
 def load_model_weights(model: nn.Module, source: Source, *, strict: bool = True) -> LoadedWeights:
-    """Loads the weights of a whole network into another one of the same kind, in place, all but an unsuitable head.
+    """Loads the weights of a whole network into another of the same kind, in place, except a head that does not fit.
 
     The head consists of the modules that depend on the classes, or on the keypoints. If any of its weights has another
     shape, the whole head keeps its values. The first convolution is adapted as in `load_backbone_weights`.

@@ -36,9 +36,9 @@ class DatasetMeta:
         sigmas: Standard deviation of each keypoint for the object keypoint similarity (OKS).
         backend: The library that computes COCO's metrics: `pycocotools`, `faster-coco-eval`, or `auto` for the latter
             if it is installed. Both compute the same metrics.
-        image_size: Height and width in px to which prediction brings an image (keypoints: the crop of a person); None
+        image_size: Height and width in px to which `predict` resizes an image (keypoints: the crop of a person); None
             if images keep their own sizes.
-        resize: How prediction brings an image to `image_size`: `stretch` (both sides, whatever their proportions) or
+        resize: How `predict` resizes an image to `image_size`: `stretch` (both sides, whatever their proportions) or
             `center_crop` (the shorter side to 8/7 of `image_size`, then the centre); empty if it does not.
     """
 

@@ -118,10 +118,10 @@ class VOCSegmentationDataset(ImageDataset):
 
     Args:
         root: Folder that holds `VOCdevkit/VOC2012/` (or `VOC2012/`, or the content of that folder).
-        split: A list in `ImageSets/Segmentation/` by its name, such as `train` (1,464 images) or `val` (1,449);
-            `train_aug` (10,582 images) for SBD's masks in `SegmentationClassAug/`, by the list of that name, or
-            without it SBD's and the training images less those of `val`; `auto` for `train_aug` if these masks are
-            there, else `train`.
+        split: Name of a list in `ImageSets/Segmentation/`, such as `train` (1,464 images) or `val` (1,449).
+            `train_aug` (10,582 images) takes SBD's masks from `SegmentationClassAug/`; without a list of that name, it
+            consists of all images of SBD and of `train` that are not in `val`. `auto` is `train_aug` if this folder
+            exists, else `train`.
         classes: Names of the classes by mask id, background first; None for VOC's 21.
 
     Raises:

@@ -139,7 +139,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         head_channels: Number of channels of the fully connected layers of the box head.
         head_norm: `none` for a box head of two fully connected layers. With a norm, the head has four convolutions with
             this norm and one fully connected layer (He et al. 2019, "Rethinking ImageNet Pre-training").
-        anchor_sizes: Sides of the anchors in pixels: one for each level, and one for the level above them.
+        anchor_sizes: Sides of the anchors in pixels: one for each level, and one for the pyramid's additional coarsest
+            level.
         canonical_scale: Side in pixels of a box whose features come from stride 16 (224: Lin et al. 2017).
         freeze_norm: Whether the batch norm of the backbone keeps its statistics and weights in training. Only sensible
             with pretrained weights.

@@ -140,7 +140,7 @@ def oks_nms(
     sigmas: Sequence[float],
     limit: float = 0.9,
 ) -> list[int]:
-    """Removes duplicate people: in descending score, whoever has an OKS above the limit with someone kept.
+    """Removes duplicate people: in descending order of score, whoever has an OKS above `limit` with one who is kept.
 
     Args:
         people: Keypoints (M, K, ≥ 2).

@@ -28,7 +28,8 @@ class SISOperator(nn.Module):
         in_channels: Number of input channels C_in, divisible by `groups`.
         out_channels: Number of output channels C; C / groups must be divisible by `channel_multiple`.
         kernel_size: Side k of the kernels in pixels, odd.
-        stride: Stride of K1. The other kernels work at the resolution of Y1.
+        stride: Stride of the first kernel, K1. The other kernels work at the resolution of its output Y1 (see
+            `sis_lightning.operators.sis`).
         dilation: Dilation of all kernels.
         groups: Number of groups of all kernels.
         steps: Number of time steps T of the recurrent operators (Table 1-1), at least 1. Other operators ignore it.

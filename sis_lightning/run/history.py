@@ -36,7 +36,7 @@ class Start(BaseModel):
         from_step: Optimizer steps that were done before this start.
         step: Optimizer steps done, by the newest checkpoint or at the end.
         epoch: Epochs completed at that time.
-        ended: Time of the end; None while the start is at work, and if it was killed.
+        ended: Time of the end; None while it is running, and if it was killed.
         how: How it ended: `finished`, `stopped early`, `requeued`, a signal's or an error's name; None as for `ended`.
     """
 

@@ -127,7 +127,7 @@ class TestRecord(_Plain):
         version: Version of this layout.
         task: Name of the run's task, such as `seg_voc`.
         backbone: Short name of the backbone and its operator.
-        primary_metric: The metric that chooses checkpoints, such as `test/miou`.
+        primary_metric: The metric that selects the best checkpoint, such as `test/miou`.
         metrics: All metrics; None for one that is not defined, such as the IoU of a class that occurs nowhere.
         data: The data of the test.
         seed: Seed of the training; None if unknown.

@@ -26,7 +26,7 @@ STATES = {"official": "reproduced", "synthetic": "synthetic", "stand-in": "other
 
 @dataclass(frozen=True)
 class Model:
-    """What the code makes of an experiment.
+    """The model of an experiment, as the current code builds and counts it.
 
     Attributes:
         recipe: Digest of the resolved configuration, without the seed and without options that do not affect the
@@ -48,7 +48,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Models:
-    """What the code makes of all experiments: `models.json` of a results folder.
+    """The models of all experiments, as the code builds and counts them: `models.json` of a results folder.
 
     Attributes:
         code: Digest of the code that determines it.
@@ -287,7 +287,7 @@ def fill(
     Args:
         spec: The tables.
         evidence: All records.
-        models: What the code makes of the experiments.
+        models: The models of the experiments.
         running: Keys of experiments that are being trained right now.
 
     Raises:

@@ -46,7 +46,7 @@ class MissingRun:
         table: Id of the first table that needs it.
         row: Label of the first row that needs it.
         experiment: The experiment that it belongs to.
-        model: What the code makes of the experiment.
+        model: Its model, as the code builds and counts it.
         seed: Random seed of the run.
         folder: Directory of the run, as `fit` chooses it.
         state: How far it is. `tested` means that its record can be added, `refused` that its record was added and does
@@ -179,12 +179,12 @@ def missing(
     seeds: Sequence[int] | None = None,
     roots: Mapping[str, str] | None = None,
 ) -> list[MissingRun]:
-    """The runs that cells need, each once, in the order of the tables.
+    """The runs that cells need and do not have yet, each once, in the order of the tables.
 
     Args:
         spec: The tables, or some of their rows.
         evidence: All records.
-        models: What the code makes of the experiments.
+        models: The models of the experiments.
         seeds: Seeds, instead of those that each run needs.
         roots: Folders with the data of runs, by the names of the runs.
     """

@@ -101,13 +101,13 @@ class Column:
     """What a column shows.
 
     Attributes:
-        label: Text of the table's head.
+        label: Heading of the column.
         run: The run that measures it.
         metric: Name of the metric in test.json, or `parameters` or `macs`, which are counted.
         digits: Number of digits after the decimal point.
         scale: Factor from the metric to the unit of the table.
         better: Whether higher or lower values are better.
-        reported_label: The paper's own head of the column, if it is another.
+        reported_label: Heading of the column in the paper, if it differs from `label`.
         backbone: Fields of the rows' backbones that the column changes, such as `depth`.
     """
 

@@ -35,7 +35,7 @@ def write_synthetic(
     changed.
 
     Args:
-        root: The folder to make; it gets ``cifar-100-python``, ``VOCdevkit`` and ``coco``.
+        root: Folder in which ``cifar-100-python``, ``VOCdevkit`` and ``coco`` are made.
         images: Number of images of VOC2012 and of COCO; VOC2007 has half as many, CIFAR ten times as many.
         size: Longer side of the images of VOC and COCO in px; the other is as long or 3/4 of it.
         seed: Seed of everything random.
