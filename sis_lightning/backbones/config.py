@@ -26,7 +26,7 @@ BLOCKS: dict[int, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The configuration of a backbone: how its bottlenecks split channels, and their operator in place of 3×3 convolutions.
+    """The configuration of a backbone: how its bottlenecks split channels, and their operator for 3×3 convolutions.
 
     The backbone maps an image to feature maps `c2` … `c5` (`c2` … `c4` if it has three stages). The map of stage i has
     4 · channels · 2^(i-1) channels. Source: section 3.4 of the paper.

@@ -400,8 +400,8 @@ def test_missing_files(command, tmp_path):
 def test_neither_torch_nor_the_other_library_is_imported(backend, unwanted):
     script = (
         "import sys, sis_lightning.commands.main, sis_lightning.evaluation.files, sis_lightning.bench.evaluators;"
-        "truth = {'images': [], 'categories': [], 'annotations': []};"
-        f"sis_lightning.evaluation.files.evaluate(truth, [], 'bbox', backend='{backend}');"
+        "content = {'images': [], 'categories': [], 'annotations': []};"
+        f"sis_lightning.evaluation.files.evaluate(content, [], 'bbox', backend='{backend}');"
         f"print(*{set(unwanted)} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
