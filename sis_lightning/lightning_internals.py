@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
+#: State of a logged value beside its sums, and the newest logged values.
+_STATE = ("_forward_cache", "_computed", "_update_count", "has_reset")
+_NEWEST = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 #: The limits of steps that `lift_max_steps` has lifted.
 _lifted: WeakKeyDictionary[Trainer, int] = WeakKeyDictionary()
 
@@ -37,6 +43,17 @@ def accumulates(trainer: Trainer) -> bool:
     done = batch_progress(trainer).current.ready
     last = done >= trainer.num_training_batches and not trainer.strategy.handles_gradient_accumulation
     return bool(done % trainer.accumulate_grad_batches) and not last
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether the schedule asks for a validation after the newest batch, and not only that the training stops there."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    stop, trainer.should_stop = trainer.should_stop, False
+    try:
+        return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    finally:
+        trainer.should_stop = stop
 
 
 def restore_progress(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -79,6 +96,64 @@ def restore_max_steps(trainer: Trainer) -> None:
     """Sets the number of steps at which `fit` ends as it was before `lift_max_steps`."""
     if trainer in _lifted:
         trainer.fit_loop.epoch_loop.max_steps = _lifted.pop(trainer)
+
+
+def logged_values(trainer: Trainer) -> dict[str, Any]:
+    """What Lightning has logged and still holds in memory, as plain data: newest values, and sums of an epoch.
+
+    A logged `torchmetrics.Metric` keeps its state by itself, and is left out.
+    """
+    connector = trainer._logger_connector
+    sums = []
+    for key, metric in trainer.fit_loop.epoch_loop._results.items():
+        meta = metric.meta
+        if metric.is_tensor and meta.sync.group is None:
+            options = {field.name: getattr(meta, field.name) for field in dataclasses.fields(meta)}
+            del options["_sync"]
+            options["reduce_fx"] = meta.reduce_fx.__name__
+            sync = {"_should": meta.sync.should, "rank_zero_only": meta.sync.rank_zero_only}
+            state = {name: getattr(metric, name) for name in (*metric._defaults, *_STATE)}
+            sums.append({"key": key, "options": options, "sync": sync, "state": state})
+    newest = {name: {**getattr(connector, name)} for name in _NEWEST}
+    values: dict[str, Any] = _detached({"sums": sums, "newest": newest, "should_stop": trainer.should_stop})
+    return values
+
+
+def restore_logged_values(trainer: Trainer, values: dict[str, Any]) -> None:
+    """Restores what `logged_values` returned.
+
+    Args:
+        trainer: A Trainer in the middle of `fit`.
+        values: Result of `logged_values`.
+    """
+    results, device = trainer.fit_loop.epoch_loop._results, trainer.strategy.root_device
+    for entry in values["sums"]:
+        meta = _Metadata(**entry["options"])
+        meta.sync = _Sync(fn=trainer.strategy.reduce, **entry["sync"])
+        metric = _ResultMetric(meta, is_tensor=True)
+        for name, value in entry["state"].items():
+            setattr(metric, name, value.clone() if isinstance(value, torch.Tensor) else value)
+        results[entry["key"]] = metric.to(device)
+    for name, content in values["newest"].items():
+        setattr(trainer._logger_connector, name, content)
+    trainer.should_stop = values["should_stop"]
+
+
+def keep_sums(trainer: Trainer) -> None:
+    """Keeps what was logged for the mean of an epoch, in a batch that is not the epoch's first.
+
+    Lightning resets it at the first batch after a start, which may be in the middle of an epoch.
+    """
+    if batch_progress(trainer).current.ready > 1:
+        trainer._logger_connector._first_loop_iter = False
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return [_detached(item) for item in value] if isinstance(value, list) else value
 
 
 def total_steps(trainer: Trainer) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from torch.utils.data import DataLoader
@@ -89,6 +89,59 @@ def test_the_saved_position(trainer, point):
         assert set(batches["current"].values()) == {3}
     if point == "validation":
         assert state["epoch_loop.val_loop.batch_progress"]["current"]["ready"] == 1
+
+
+class Logs(Linear):
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        loss = super().training_step(batch)
+        self.log_dict({"first": loss, "second": loss.detach() ** 2}, on_step=True, on_epoch=True, reduce_fx="max")
+        self.log("mean", loss, on_epoch=True)
+        return loss
+
+
+def test_logged_values_are_restored(trainer, tmp_path):
+    class Takes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            if trainer.fit_loop.total_batch_idx == 7:
+                self.values = internals.logged_values(trainer)
+                torch.save(self.values, tmp_path / "values.pt")
+
+    loader, takes = DataLoader(torch.randn(6, 2), batch_size=2), Takes()
+    trainer.callbacks, trainer.fit_loop.max_epochs = [takes], 3
+    trainer.fit(Logs(), loader, loader)
+    values = torch.load(tmp_path / "values.pt", weights_only=True)
+    assert len(values["sums"]) == 3, RELEASE
+    assert {"first_step", "second_step", "mean_step"} <= set(values["newest"]["_callback_metrics"]), RELEASE
+    # Into another Trainer, whose values are then these, with the same functions that reduce and synchronise them.
+    other = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    internals.restore_logged_values(other, values)
+    again = internals.logged_values(other)
+    assert again.keys() == values.keys()
+    for one, two in zip(values["sums"], again["sums"], strict=True):
+        assert (one["key"], one["options"], one["sync"]) == (two["key"], two["options"], two["sync"]), RELEASE
+        assert [torch.as_tensor(value or 0).tolist() for value in one["state"].values()] == [
+            torch.as_tensor(value or 0).tolist() for value in two["state"].values()
+        ], RELEASE
+    assert other.callback_metrics.keys() == values["newest"]["_callback_metrics"].keys(), RELEASE
+
+
+def test_a_validation_that_the_schedule_asks_for(trainer):
+    class Stops(Callback):
+        due: tuple[bool, ...] = ()
+
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            trainer.should_stop = trainer.fit_loop.total_batch_idx == self.at
+
+        def on_validation_start(self, trainer: Trainer, *_: object) -> None:
+            if trainer.sanity_checking:
+                return
+            self.due = *self.due, internals.validation_is_due(trainer)
+            assert trainer.should_stop == (len(self.due) == 2), RELEASE
+
+    loader, stops = DataLoader(torch.ones(6, 2), batch_size=2), Stops()
+    trainer.callbacks, trainer.fit_loop.max_epochs, stops.at = [stops], 4, 10
+    trainer.fit(Linear(), loader, loader)
+    assert stops.due == (True, False), RELEASE  # after an epoch, and after two batches of the next
 
 
 def test_the_number_of_steps_can_be_lifted(trainer):

@@ -26,7 +26,7 @@ from sis_lightning.run.record_builder import custom_operators, test_record
 from sis_lightning.run.reporting.callbacks import Announcement, Deploy, PlotPredictions, WritePredictions
 from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
 from sis_lightning.run.reporting.progress import ProgressLines, console, first_rank, progress, say
-from sis_lightning.run.resume.callback import ExactResume, Stopped
+from sis_lightning.run.resume.callback import ExactResume, Stopped, refuse_inexact
 from sis_lightning.run.resume.checkpoints import BestCheckpoint, ResumePoint, SafeCheckpointIO
 from sis_lightning.run.run import Run
 
@@ -145,6 +145,8 @@ class _Started:
             # The first of all: what the others log of a step belongs after the step's checkpoint.
             callbacks.insert(0, self.exact_resume)
         trainer = Trainer(**{**given, "callbacks": callbacks})
+        if self.command == "fit":
+            refuse_inexact(trainer.callbacks)  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoard) and self.command == "fit":
                 logger.steps_done = lambda: trainer.global_step
@@ -301,6 +303,11 @@ def _refuse(trainer: Mapping[str, Any]) -> None:
         )
     if trainer.get("enable_checkpointing") is False:
         raise UsageError("trainer.enable_checkpointing is false, but a run is tested and resumed by its checkpoints")
+    if isinstance(trainer.get("val_check_interval"), str | dict):
+        raise UsageError(
+            f"trainer.val_check_interval is {trainer['val_check_interval']!r}, a time, but a resumed run validates\n"
+            "  after the same steps as an uninterrupted one: give a number of batches, or a share of an epoch"
+        )
     strategy = str(trainer.get("strategy") or "")
     if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
         raise UsageError(

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+)
 
 from sis_lightning import lightning_internals as internals
 from sis_lightning.datamodules.samplers import sample_seed
@@ -92,6 +99,14 @@ class ExactResume(Callback):
 
     # The hooks of Lightning, in the order of a run.
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Moves itself before all other callbacks, also before those that Lightning puts first.
+
+        What others do and log in a hook belongs after the checkpoint that this one writes there.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(other for other in callbacks if other is not self)]  # type: ignore[attr-defined]
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint) -> None:
         """Prepares the return to the very point at which the checkpoint was written."""
         if trainer.state.fn != "fit":
@@ -103,6 +118,9 @@ class ExactResume(Callback):
             trainer.datamodule.position = (point.epoch, 0)  # type: ignore[attr-defined]
         else:
             self._pending = point
+        # What LearningRateFinder found is in the checkpoint; searched for again, it would be another rate.
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [other for other in callbacks if not isinstance(other, LearningRateFinder)]  # type: ignore[attr-defined]
         self._saved_at = point.batches
         self._trained_on = point.trained_on
         self._code = [*(known for known in point.code if known not in self._code), *self._code]
@@ -146,9 +164,14 @@ class ExactResume(Callback):
                     f"  do all of them see the same {self.folder}?"
                 )
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seeds the random numbers that callbacks draw before the first batch."""
+        self._seed(internals.batch_progress(trainer).total.ready, trainer.global_rank, 1)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before a batch: returns to the checkpoint's point, or writes a checkpoint; then seeds the step."""
         self._return(trainer, "batch")
+        internals.keep_sums(trainer)
         progress = internals.batch_progress(trainer)
         done = progress.current.ready - 1
         # In the middle of an accumulation there are gradients that no checkpoint holds.
@@ -166,8 +189,10 @@ class ExactResume(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._return(trainer, "validation")
-        if not internals.accumulates(trainer):
+        # A run that is resumed before a validation which only the stop of this start brought would not come to it.
+        if not internals.accumulates(trainer) and internals.validation_is_due(trainer):
             self._save(trainer, "validation")
+        self._seed(internals.batch_progress(trainer).total.ready, trainer.global_rank, 2)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -223,6 +248,12 @@ class ExactResume(Callback):
             return
         for logger in trainer.loggers:
             logger.save()
+        logged: list[Any] = [internals.logged_values(trainer)]
+        logged[0]["should_stop"] &= not _time_is_over(trainer)  # the resumed run has more of it
+        if trainer.world_size > 1:  # each device has sums of its own
+            every = [None] * trainer.world_size
+            dist.all_gather_object(every, logged[0])
+            logged = every
         csv = [logger.rows for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
         checkpoint[RUN] = ResumePoint(
             point=self._point,
@@ -237,6 +268,7 @@ class ExactResume(Callback):
             trained_on=self._trained_on,
             code=self._code,
             changed=self._changed,
+            logged=logged,
         ).model_dump()
         internals.keep_saved_position(checkpoint, self._point)
 
@@ -252,6 +284,8 @@ class ExactResume(Callback):
                 "  Keep trainer.check_val_every_n_epoch and trainer.val_check_interval as they were"
             )
         internals.restore_progress(trainer, self._pending.progress)
+        if len(self._pending.logged) == trainer.world_size:
+            internals.restore_logged_values(trainer, self._pending.logged[trainer.global_rank])
         self._pending = None
         internals.restore_max_steps(trainer)
 
@@ -297,11 +331,44 @@ class ExactResume(Callback):
             then = self.requeue(trainer.global_step)
         raise Stopped(number, f"{what}\n  {then}")
 
-    def _seed(self, batch: int, rank: int) -> None:
-        seed = sample_seed(self.seed, batch, rank)
+    def _seed(self, *parts: int) -> None:
+        seed = sample_seed(self.seed, *parts)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+
+
+#: Callbacks with which a resumed run would differ from an uninterrupted one, and why.
+_NOT_EXACT: dict[type[Callback], str] = {
+    StochasticWeightAveraging: (
+        "it replaces the learning rate schedule and adds an epoch, which no checkpoint restores.\n"
+        "  Average the weights with EMAWeightAveraging or WeightAveraging instead, which resume exactly"
+    ),
+    GradientAccumulationScheduler: (
+        "it changes the accumulation at the start of an epoch only, but a run may be resumed within one.\n"
+        "  Give a fixed trainer.accumulate_grad_batches"
+    ),
+    BatchSizeFinder: (
+        "it may find another batch size at each start, so that the samples differ.\n  Give a fixed data.batch_size"
+    ),
+    ModelPruning: (
+        "its masks are in no checkpoint.\n  Prune a trained network instead: sis_lightning.load(RUN) returns it"
+    ),
+}
+
+
+def refuse_inexact(callbacks: Sequence[Callback]) -> None:
+    """Refuses callbacks with which no run can be resumed exactly.
+
+    Raises:
+        UsageError: Names the callback, the reason, and what to use instead.
+    """
+    for callback in callbacks:
+        for kind, reason in _NOT_EXACT.items():
+            if isinstance(callback, kind):
+                raise UsageError(
+                    f"trainer.callbacks has {type(callback).__name__}, with which no run resumes exactly:\n  {reason}"
+                )
 
 
 def _has_ended(trainer: Trainer) -> bool:
@@ -311,6 +378,10 @@ def _has_ended(trainer: Trainer) -> bool:
         return True
     if epochs not in (None, -1) and internals.epochs_completed(trainer) >= epochs:
         return True
+    return not _time_is_over(trainer)
+
+
+def _time_is_over(trainer: Trainer) -> bool:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     remaining = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
-    return not any(seconds is not None and seconds <= 0 for seconds in remaining)
+    return any(seconds is not None and seconds <= 0 for seconds in remaining)

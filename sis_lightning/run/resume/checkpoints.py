@@ -41,6 +41,7 @@ class ResumePoint(BaseModel):
         trained_on: SHA-256 of the training split of each start.
         code: The code of each start.
         changed: Options that were changed on the way.
+        logged: What Lightning has logged and holds in memory, for each device.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,6 +59,7 @@ class ResumePoint(BaseModel):
     trained_on: list[str]
     code: list[Code]
     changed: list[str]
+    logged: list[dict[str, Any]] = []
 
 
 def resume_point(content: Checkpoint) -> ResumePoint | None:
