@@ -16,6 +16,9 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the YAML files are inside the package, in a clone they are beside it.
 PACKAGED = _PACKAGE / "yaml" if (_PACKAGE / "yaml").is_dir() else _PACKAGE.parent
 
+#: Largest number of values that the aliases of a configuration file may add to it.
+_LARGEST_EXPANSION = 10_000
+
 
 def config_roots() -> Iterator[Path]:
     """Yields the folders that are searched: the current one, those of `$SIS_CONFIG_PATH`, and that of the package."""
@@ -62,11 +65,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping.
 
     Raises:
-        UsageError: If the file is not UTF-8 text, not valid YAML (with line and column), not a mapping, or has a key
-            twice.
+        UsageError: If the file is not UTF-8 text, not valid YAML (with line and column), not a mapping, has a key
+            twice, or is too large when its aliases are replaced by what they stand for.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
+        try:
+            node = loader.get_single_node()
+            _refuse_expansion(node, path)
+            content = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise UsageError(f"{path}: not a configuration: its values are nested too deeply") from None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         mark = getattr(error, "problem_mark", None)
@@ -79,6 +90,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a configuration must be a mapping of keys, not a {type(content).__name__}")
     return content
+
+
+def _refuse_expansion(root: yaml.Node | None, path: Path) -> None:
+    """Raises UsageError if aliases (`*name`) make a document much larger than its file, without end at worst.
+
+    Nine lists, each with nine aliases of the one before, are 400 million values, which would be merged one by one.
+    """
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        key = id(node)
+        if key not in sizes:
+            if key in open_nodes:
+                line = node.start_mark.line + 1
+                raise UsageError(f"{path}, line {line}: not a configuration: a value contains itself by an alias")
+            open_nodes.add(key)
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            children = [child for part in parts for child in (part if isinstance(part, tuple) else [part])]
+            sizes[key] = 1 + sum(map(size, children))
+        return sizes[key]
+
+    if root is not None and (added := size(root) - len(sizes)) > _LARGEST_EXPANSION:
+        raise UsageError(
+            f"{path}: its aliases (*name) stand for {added:,} further values, of at most {_LARGEST_EXPANSION:,}: "
+            "write out what is meant"
+        )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,12 +232,41 @@ def _read(source: Source) -> tuple[dict[str, Tensor], str]:
             "published ones)"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as error:  # a damaged file makes torch raise almost anything
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{path}: not a file of weights, or damaged ({type(error).__name__}: {reason})"[:400]) from None
+        raise DataError(f"{path}: not a file of weights, or damaged ({why_not_loaded(error)})"[:400]) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}, str(path)
+
+
+def load_tensors(path: Path, *, mmap: bool = False) -> Any:
+    """The content of a file of `torch.save`, which may hold tensors and plain data but nothing that could run code.
+
+    Args:
+        path: The file.
+        mmap: Whether the tensors stay in the file until they are used.
+    """
+    with warnings.catch_warnings():
+        # About foreign files, of which the error says more.
+        warnings.filterwarnings("ignore", "Detected pickle protocol|'torch.load' received a zip file")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Why `load_tensors` failed, without torch's advice to load the file in an unsafe way.
+
+    Args:
+        error: What it raised.
+
+    Returns:
+        A clause for a message.
+    """
+    text = str(error).strip()
+    if "weights_only" not in text:
+        return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    name = re.search(r"GLOBAL (\S+) was not an allowed global", text)
+    what = f"Python objects such as {name[1]}" if name else "Python objects"
+    return f"it holds {what}, which could run code: only files of torch.save(model.state_dict(), FILE) are loaded"
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:

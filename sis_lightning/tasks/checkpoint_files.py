@@ -8,8 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from sis_lightning.backbones.weights import load_tensors, why_not_loaded
 from sis_lightning.errors import DataError, nearest
 
 
@@ -59,7 +58,7 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             broken = records.testzip()
         if broken is not None:
             raise DataError(f"{path}: damaged (checksum of '{broken}')")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = load_tensors(path, mmap=mmap)
     except DataError:
         raise
     except (FileNotFoundError, NotADirectoryError):
@@ -71,9 +70,8 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         if failure is not None:
             raise UnreadableCheckpointError(f"{path}: cannot be read ({failure})") from None
         size = path.stat().st_size
-        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{path}: damaged, or not a checkpoint ({size:,} bytes; {type(error).__name__}: {reason})"[:300]
+            f"{path}: damaged, or not a checkpoint ({size:,} bytes; {why_not_loaded(error)})"[:300]
         ) from None
     if not isinstance(content, dict) or "state_dict" not in content or "global_step" not in content:
         raise DataError(f"{path}: not a checkpoint of sis-lightning: it has no state_dict or no global_step")

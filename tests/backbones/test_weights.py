@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +16,7 @@ from sis_lightning import Classifier, PoseNet, Segmenter, create_backbone, load_
 from sis_lightning.backbones import backbone_config
 from sis_lightning.backbones.weights import adapt_input_channels
 from sis_lightning.errors import DataError, UsageError
+from sis_lightning.tasks.checkpoint_files import read_checkpoint
 
 SMALL = backbone_config("sis_demo", channels=8, width=4)
 
@@ -169,6 +176,46 @@ def test_a_classifier_from_published_weights():
     fine = Classifier("resnet50", 10)
     assert load_model_weights(fine, state).fresh == ("fc.weight", "fc.bias")
     assert load_model_weights(Classifier("resnet50", 1000), state).fresh == ()
+
+
+def save_namespace(path):
+    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, path)
+
+
+def save_module(path):
+    torch.save(nn.Conv2d(1, 1, 1), path)
+
+
+def save_pickle(path):
+    path.write_bytes(pickle.dumps(argparse.Namespace(lr=1)))
+
+
+def save_script(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, but its files exist
+        torch.jit.save(torch.jit.script(nn.ReLU()), path)
+
+
+@pytest.mark.parametrize(
+    ("save", "what"),
+    [
+        (save_namespace, "Python objects such as argparse.Namespace, which could run code"),
+        (save_module, "Python objects such as torch.nn.modules.conv.Conv2d, which could run code"),
+        (save_pickle, "Python objects, which could run code"),
+        (save_script, "Python objects, which could run code"),
+    ],
+)
+def test_files_with_python_objects_are_refused_in_one_sentence(tmp_path, save, what):
+    path = tmp_path / "foreign.pt"
+    save(path)
+    readers = [lambda: load_backbone_weights(create_backbone(SMALL), path)]
+    readers += [lambda: read_checkpoint(path)] if zipfile.is_zipfile(path) else []  # other files are no checkpoints
+    for read in readers:
+        with pytest.raises(DataError, match=re.escape(what)) as caught:
+            read()
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert not re.search(r"weights_only|safe_globals|trust|\n|\x1b|PyTorch", message)
 
 
 def test_weights_that_do_not_fit(tmp_path):

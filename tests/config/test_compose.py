@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -181,6 +184,44 @@ def test_bad_yaml_is_refused_with_its_place(tmp_path, text, words):
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert len(message.splitlines()) <= 5
+
+
+LEVELS = "\n".join(
+    f"{name}: &{name} [{', '.join([f'*{before}' if before else 'x'] * 9)}]"
+    for before, name in zip(["", *"abcdefghi"], "abcdefghij", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "\n".join(
+    f"{name}: &{name} {{<<: [*{before}, *{before}]}}" for before, name in pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LEVELS, "its aliases (*name) stand for 4,"),
+        (MERGES, "its aliases (*name) stand for "),
+        ("a: &a [*a]\n", "line 1: not a configuration: a value contains itself"),
+        ("a: &a {b: {c: *a}}\n", "contains itself"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    ],
+    ids=["lists", "merges", "itself", "itself deeper", "deep"],
+)
+def test_files_that_would_fill_the_memory_are_refused_at_once(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(UsageError, match=re.escape(words)) as caught:
+        compose([str(path)])
+    assert time.process_time() - began < 5
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_aliases_and_long_files_are_read(tmp_path):
+    path = tmp_path / "good.yaml"
+    names = [f"class {number}" for number in range(12_000)]
+    path.write_text(f"a: {json.dumps(names)}\nb: &b {{x: 1}}\nc: [*b, *b]\n")
+    assert load_layer(path) == {"a": names, "b": {"x": 1}, "c": [{"x": 1}] * 2}
 
 
 def test_files_that_are_not_text_are_refused(tmp_path):

@@ -32,6 +32,15 @@ def test_a_short_run_prints_its_loss_and_its_end(command, small):
     assert "validation at step 8" in validated.out
 
 
+def test_a_run_without_a_number_of_steps_says_so(command, small):
+    endless = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:01"]
+    result = command("fit", *small("seg_voc", steps=100_000), *endless)
+    assert result.code == 0, result.err
+    assert "       length  no limit of steps, 1 s (trainer.max_time)" in result.out.splitlines()
+    assert re.search(r"^step +\d+  epoch", result.out, re.MULTILINE)
+    assert not re.search(r"\b(inf|nan)\b", result.out)
+
+
 def test_a_long_run_prints_about_twenty_lines(command, small):
     result = command("fit", *small("seg_voc", steps=60), "--trainer.log_every_n_steps", "50")
     assert result.code == 0, result.err
