@@ -6,7 +6,7 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sis_lightning.config.compose import resolve
 from sis_lightning.config_files import config_names
 from sis_lightning.datamodules import Batch, SISDataModule
 from sis_lightning.datasets.synthetic import write_synthetic
+from sis_lightning.errors import MissingDataError, UsageError
 from sis_lightning.run.run import Run
 from sis_lightning.run.start import start
 from sis_lightning.tasks import BaseTask
@@ -34,29 +35,47 @@ def _parts(options: list[str]) -> tuple[BaseTask, SISDataModule]:
     return task.train(), data
 
 
+def _parts_of(task: str, roots: Sequence[Path]) -> tuple[BaseTask, SISDataModule] | None:
+    """Task and data of a recipe with the first root that holds its data; None if there is none."""
+    options = [f"--config=tasks/{task}.yaml", "--data.num_workers=0", "--data.batch_size=16", "--trainer.logger=false"]
+    options += ["--data.synthetic=null", "--data.download=false", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    for root in roots:
+        try:
+            return _parts([*options, f"--data.root={root}"])
+        except MissingDataError:
+            continue
+    return None
+
+
 def _batches(data: SISDataModule) -> Iterator[Batch]:
     while True:
         yield from data.train_dataloader()
 
 
-def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
+def time_data(photographs: Sequence[Path] = (), *, seconds: float = 5.0, steps: int = 3) -> Benchmark:
     """Times data loading of every task's recipe on one core, and training steps of its network on this machine.
 
-    The images are synthetic, 500 px wide (32 px for CIFAR), in the real formats. Batches have 16 images for loading and
-    2 for training.
+    Batches have 16 images for loading and 2 for training.
 
     Args:
+        photographs: Roots of data sets in their published layouts; tasks whose data none of them holds are left out.
+            Empty: synthetic images, 500 px wide (32 px for CIFAR), in the real formats.
         seconds: Duration of loading for each task.
         steps: Number of training steps for each task.
+
+    Raises:
+        UsageError: If `photographs` holds the data of no task.
     """
     rows: list[dict[str, str | float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(io.StringIO()):
-            write_synthetic(Path(folder), images=64, size=500)
+        if not photographs:
+            with contextlib.redirect_stdout(io.StringIO()):
+                write_synthetic(Path(folder), images=64, size=500)
         for task_name in config_names("tasks"):
-            options = [f"--config=tasks/{task_name}.yaml", f"--data.root={folder}", "--data.num_workers=0"]
-            options += ["--data.synthetic=null", "--data.download=false", "--trainer.logger=false"]
-            task, data = _parts([*options, "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.batch_size=16"])
+            found = _parts_of(task_name, photographs or [Path(folder)])
+            if found is None:
+                continue
+            task, data = found
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             loader, images = _batches(data), 0
@@ -76,18 +95,22 @@ def time_data(seconds: float = 5.0, steps: int = 3) -> Benchmark:
             rows.append(
                 {
                     "task": task_name,
+                    "data": data.identity() if not photographs else f"{data.identity()}: {data.root.name}",
                     "backbone": task.backbone_config.slug,
                     "images/s a core": loading,
                     f"training images/s on {threads} threads": training,
                     "cores that feed 100 images/s": 100 / loading,
                 }
             )
+    if not rows:
+        raise UsageError(f"{', '.join(map(str, photographs))}: the data of no task, in the published layouts")
+    images_are = "Photographs" if photographs else "Synthetic images of 500 px (CIFAR: 32 px)"
     return benchmark(
-        name="data",
-        title="Data loading on one core, and the training that it feeds",
-        command="sis-lightning bench --data",
+        name="data-photographs" if photographs else "data",
+        title="Data loading on one core, and the training that it feeds" + (", on photographs" if photographs else ""),
+        command="sis-lightning bench --data" + "".join(f" {path.name}" for path in photographs),
         rows=rows,
-        note="Synthetic images of 500 px (CIFAR: 32 px) in the real formats; recipes of tasks/*.yaml.",
+        note=f"{images_are} in the published layouts; recipes of tasks/*.yaml.",
         packages=_PACKAGES,
     )
 

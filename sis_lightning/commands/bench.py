@@ -19,7 +19,8 @@ def main(arguments: list[str]) -> int:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     kinds = {"networks": chosen.networks, "runs": chosen.runs}
-    kinds |= {key: getattr(chosen, key) for key in ("operators", "data", "loop", "eval", "start")}
+    kinds |= {key: getattr(chosen, key) for key in ("operators", "loop", "eval", "start")}
+    kinds["data"] = chosen.data is not None  # without folders it is an empty list
     if sum(map(bool, kinds.values())) != 1:
         raise UsageError(
             "what should be timed? name one of NETWORK..., --operators, --data, --loop, --eval, --start, --runs DIR\n"
@@ -100,7 +101,12 @@ def _parser() -> Parser:
         "convolution.",
     )
     others.add_argument(
-        "--data", action="store_true", help="Time the data loading of every task, and the training steps that it feeds."
+        "--data",
+        nargs="*",
+        type=Path,
+        metavar="ROOT",
+        help="Time the data loading of every task, and the training steps that it feeds, on synthetic images or on the "
+        "data sets in these folders.",
     )
     others.add_argument(
         "--loop", action="store_true", help="Time fit on the segmentation demo against a plain PyTorch loop."
@@ -142,10 +148,10 @@ def _measure(chosen: argparse.Namespace) -> Benchmark:
         from sis_lightning.bench.operators import time_operators
 
         return time_operators(batch=chosen.batch, device=chosen.device, rounds=chosen.rounds, seconds=chosen.seconds)
-    if chosen.data or chosen.loop:
+    if chosen.data is not None or chosen.loop:
         from sis_lightning.bench.pipeline import time_data, time_loop
 
-        return time_data() if chosen.data else time_loop(chosen.rounds)
+        return time_loop(chosen.rounds) if chosen.loop else time_data(chosen.data)
     from sis_lightning.bench.models import Settings, time_models
 
     settings = Settings(chosen.mode, chosen.batch, chosen.size, chosen.precision, chosen.device)

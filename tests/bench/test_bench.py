@@ -173,3 +173,9 @@ def test_results_are_kept_beside_those_of_other_benchmarks(command, tmp_path):
 def test_a_missing_device_is_reported_at_once(command, what):
     result = command("bench", *what, "--device", "cuda")
     assert (result.code, result.err) == (2, "sis-lightning: device is cuda, but torch finds no GPU here\n")
+
+
+def test_data_of_no_task_is_refused(command, tmp_path):
+    result = command("bench", "--data", tmp_path)
+    assert result.code == 2
+    assert "the data of no task" in result.err
