@@ -130,7 +130,7 @@ class Annotations:
         self._index()
 
     def _select(self, which: NDArray[Any]) -> None:
-        for name in _PER_OBJECT:
+        for name in PER_OBJECT:
             values = getattr(self, name)
             if values is not None:
                 setattr(self, name, values[which])
@@ -179,7 +179,7 @@ class Annotations:
     def _of_images(self, chosen: NDArray[np.int64]) -> Annotations:
         objects = np.isin(self.image, chosen)
         of_objects: dict[str, Any] = {
-            name: None if (values := getattr(self, name)) is None else values[objects] for name in _PER_OBJECT
+            name: None if (values := getattr(self, name)) is None else values[objects] for name in PER_OBJECT
         }
         return Annotations(
             source=self.source,
@@ -283,7 +283,8 @@ class Annotations:
         require_sound(self.defects)
 
 
-_PER_OBJECT = (
+#: Names of the arrays that have an entry for each object.
+PER_OBJECT = (
     *("image", "boxes", "labels", "ignored", "keypoints", "areas", "num_keypoints", "extents", "segmentations"),
 )
 

@@ -7,6 +7,7 @@ hold if the images are going to be read; all others hold for training, evaluatio
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +24,15 @@ from sis_lightning.datasets.annotations import (
     rows_of_numbers,
     shortened,
 )
+from sis_lightning.datasets.annotations_cache import cached
+from sis_lightning.datasets.coco_columns import Columns, count_distinct, decode
 from sis_lightning.datasets.constants import COCO_KEYPOINTS
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError
 
 _NORMALISED = "they look like fractions of the image's sides, but COCO's values are in px"
 _FAR_OUTSIDE = "a keypoint with v 1 or 2 is outside of the image by more than half of its longer side"
+_NO_AREA = "area is 0: the similarity of keypoints is divided by it, so no keypoint would ever be right"
 _ROUNDING = 1e-3  # by which the sum of a normalised x and width may exceed 1
 
 Kind = Literal["bbox", "segm", "keypoints"]
@@ -57,29 +61,63 @@ def read_coco(
     Raises:
         DataError: If there is no such file, or it is not of this format at all.
     """
-    path, content = (source, load_json(source)) if isinstance(source, Path) else (Path("ground truth"), source)
-    lists = _entries(content, path, files=images is not None)
+    if isinstance(source, Path) and kind != "segm":
+        try:
+            known = cached(source, kind, lambda: _read(source, kind))
+        except OSError:
+            known = _read_entries(source, load_json(source), kind)  # says what is wrong
+    elif isinstance(source, Path):
+        known = _read_entries(source, load_json(source), kind)
+    else:
+        known = _read_entries(Path("ground truth"), source, kind)
+    known.splits = [(split,)] * len(known)
+    if images is not None:
+        _find_images(known, images)
+    if images is not None or kind == "segm":
+        known.defects = [
+            *(
+                Defect(known.source, f"image {known.image_ids[index]}", "width or height is missing")
+                for index in np.flatnonzero((known.sizes <= 0).any(axis=1)).tolist()
+            ),
+            *known.defects,
+        ]
+    return known
+
+
+def _read(path: Path, kind: Kind) -> Annotations:
+    columns = decode(path, len(COCO_KEYPOINTS) if kind == "keypoints" else 0)
+    # What the quick way does not know is read entry by entry, which finds and names what is wrong.
+    return _read_entries(path, load_json(path), kind) if columns is None else _judge(path, columns, [])
+
+
+def _find_images(known: Annotations, folder: Path) -> None:
+    """Finds the images in their folder, and lists those that are not there."""
+    names: Sequence[str] = known.paths.names()
+    for index, name in enumerate(names):
+        if not name:
+            raise DataError(f"{known.source}: entry {index} of 'images' has no 'file_name'")
+    names, lost, note = _names_in(folder, names)
+    missing = [Defect(folder / names[index], f"image {known.image_ids[index]}", "no such file") for index in lost]
+    known.defects = [*missing, *known.defects]
+    if note:
+        known.notes = {"file names": f"{note} to find them in {folder}", **known.notes}
+    prefix = os.path.join(folder, "")  # noqa: PTH118  a Path for each of 118,000 images takes longer than the rest
+    known.paths = PathArray(prefix + name for name in names)
+    known.folder = folder
+
+
+def _read_entries(path: Path, content: Any, kind: Kind) -> Annotations:
+    """Reads the content of a file entry by entry, and names every defect."""
+    lists = _entries(content, path)
     defects: list[Defect] = []
     listed = _unique(lists["images"], "image", path, defects)
     index_of = {image["id"]: index for index, image in enumerate(listed)}
-    names: Sequence[str] = [str(image.get("file_name", "")) for image in listed]
     sizes = rows_of_numbers([[image.get("width"), image.get("height")] for image in listed], 2)
-    notes: dict[str, str] = {}
-    if images is not None:
-        names, lost, note = _names_in(images, names)
-        defects += [Defect(images / names[index], f"image {listed[index]['id']}", "no such file") for index in lost]
-        if note:
-            notes["file names"] = f"{note} to find them in {images}"
-    if images is not None or kind == "segm":
-        sizeless = np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)).all(axis=1)).tolist()
-        defects += [Defect(path, f"image {listed[index]['id']}", "width or height is missing") for index in sizeless]
-    whole = np.nan_to_num(sizes, nan=0, posinf=0, neginf=0).astype(np.int64)
     categories = sorted(_unique(lists["categories"], "category", path, defects), key=lambda item: int(item["id"]))
     label_of = {category["id"]: label for label, category in enumerate(categories)}
-
     places = {id(row): place for place, row in enumerate(lists["annotations"])}
 
-    def where(row: Entry) -> str:
+    def describe(row: Entry) -> str:
         number = f"annotation {shortened(row['id'])}" if "id" in row else "an annotation without id"
         return f"{number} of image {shortened(row.get('image_id'))} (entry {places[id(row)]} of 'annotations')"
 
@@ -87,115 +125,139 @@ def read_coco(
     for row in _unique(lists["annotations"], "annotation", path, defects):
         if not _known(row.get("image_id"), index_of):
             what = f"its image {shortened(row.get('image_id'))} is not listed under 'images'"
-            defects.append(Defect(path, where(row), what))
+            defects.append(Defect(path, describe(row), what))
         elif not _known(row.get("category_id"), label_of):
             what = f"unknown category {shortened(row.get('category_id'))}: it is not listed under 'categories'"
-            defects.append(Defect(path, where(row), what))
+            defects.append(Defect(path, describe(row), what))
         else:
             rows.append(row)
-    owners = np.array([index_of[row["image_id"]] for row in rows], dtype=np.int64)
-    extents = rows_of_numbers([row.get("bbox") for row in rows], 4)
-    boxes = extents.copy()
-    boxes[:, 2:] += boxes[:, :2]
-    sound = np.ones(len(rows), dtype=np.bool_)
-    if kind != "segm":
-        negative = (extents[:, 2:] < 0).any(axis=1)
-        boxes[negative, 2:] = np.minimum(boxes[negative, 2:], np.nextafter(boxes[negative, :2], -np.inf))
-        sound &= check_boxes(boxes, whole[owners], lambda place: (path, where(rows[place])), defects)
-        if are_normalised(extents[:, :2], boxes[:, 2:]):
-            defects.append(Defect(path, "", f"all {len(rows):,} boxes are within 0…1: {_NORMALISED}"))
-
-    def check(fine: NDArray[np.bool_], what: str) -> None:
-        defects.extend(Defect(path, where(rows[place]), what) for place in np.flatnonzero(~fine).tolist())
-        np.logical_and(sound, fine, out=sound)
-
-    segmentations = keypoints = num_keypoints = visible = None
-    if kind == "segm":
-        segmentations = np.empty(len(rows), dtype=np.object_)
-        faults = [mask_fault(row.get("segmentation"), whole[owner]) for row, owner in zip(rows, owners, strict=True)]
-        for place, (row, fault) in enumerate(zip(rows, faults, strict=True)):
-            segmentations[place] = row.get("segmentation")
-            if fault:
-                defects.append(Defect(path, where(row), fault))
-        sound &= np.array([not fault for fault in faults], dtype=np.bool_)
-    if kind == "keypoints":
-        count = len(COCO_KEYPOINTS)
-        keypoints = rows_of_numbers([row.get("keypoints") for row in rows], 3 * count).reshape(-1, count, 3)
-        fine = np.logical_and(
-            np.isfinite(keypoints).all(axis=(1, 2)), np.isin(keypoints[..., 2], (0, 1, 2)).all(axis=1)
-        )
-        check(np.asarray(fine), f"keypoints are not {count} × (x, y, v) with v 0, 1 or 2")
-        visible = np.count_nonzero(keypoints[..., 2] > 0, axis=1)
-        stated = rows_of_numbers(
-            [row.get("num_keypoints", found) for row, found in zip(rows, visible.tolist(), strict=True)], 0
-        )
-        check(np.isfinite(stated), "num_keypoints is not a finite number")
-        check(~((stated == 0) & (visible > 0)), "num_keypoints is 0, but keypoints have v 1 or 2: they would not count")
-        num_keypoints = np.nan_to_num(stated).astype(np.int64)
-        annotated = fine[:, None] & (keypoints[..., 2] > 0)
-        places_of = keypoints[..., :2]
-        if are_normalised(places_of[annotated], places_of[annotated]) and (places_of[annotated] % 1).any():
-            defects.append(Defect(path, "", f"all keypoints are within 0…1: {_NORMALISED}"))
-        check(~np.any(_far_outside(places_of, whole[owners]) & annotated, axis=1), _FAR_OUTSIDE)
-    areas = rows_of_numbers([row.get("area", 0) for row in rows], 0)
-    check(np.isfinite(areas), "area is not a finite number")
-    check(~(areas < 0), "area is negative")
-    lacking = np.array(["area" not in row for row in rows], dtype=np.bool_)
     flags = [row.get("iscrowd", 0) for row in rows]
-    for place, flag in enumerate(flags):
-        if not _is_flag(flag):
-            sound[place] = False
-            defects.append(
-                Defect(path, where(rows[place]), f"iscrowd is {shortened(flag)}, must be 0, 1, true or false")
-            )
-    ignored = np.array([_is_flag(flag) and bool(flag) for flag in flags], dtype=np.bool_)
-    if visible is not None:
-        pointless = (areas == 0) & ~lacking & (visible > 0) & ~ignored
-        check(~pointless, "area is 0: the similarity of keypoints is divided by it, so no keypoint would ever be right")
-    derived = lacking & sound
-    if derived.any():
-        areas[derived] = extents[derived, 2] * extents[derived, 3]
-        if segmentations is not None:
-            for place in np.flatnonzero(derived).tolist():
-                areas[place] = mask_area(segmentations[place], whole[owners[place]])
-        of = "width × height of their boxes" if segmentations is None else "the areas of their masks"
-        notes["areas"] = f"{int(derived.sum()):,} objects have no 'area' in the file: {of} are taken"
-    labels = np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64)
-    if kind != "segm":
-        kept = np.column_stack([owners, labels, extents])[sound & ~ignored]
-        twice = len(kept) - len(np.unique(kept, axis=0))
-        if twice:
-            notes["boxes twice"] = f"{twice:,} boxes are in the file more than once for one image and class"
-    return Annotations(
-        source=path,
+    sound = np.array([_is_flag(flag) for flag in flags], dtype=np.bool_)
+    for place in np.flatnonzero(~sound).tolist():
+        what = f"iscrowd is {shortened(flags[place])}, must be 0, 1, true or false"
+        defects.append(Defect(path, describe(rows[place]), what))
+    columns = Columns(
+        names=[str(image.get("file_name", "")) for image in listed],
+        image_ids=[image["id"] for image in listed],
+        sizes=np.nan_to_num(sizes, nan=0, posinf=0, neginf=0).astype(np.int64),
         class_names=tuple(str(category.get("name", category["id"])) for category in categories),
         category_ids=tuple(int(category["id"]) for category in categories),
-        paths=PathArray(name if images is None else images / name for name in names),
-        image_ids=[image["id"] for image in listed],
-        sizes=whole,
-        image=owners[sound],
-        boxes=boxes[sound],
-        labels=labels[sound],
-        ignored=ignored[sound],
-        keypoints=None if keypoints is None else keypoints[sound],
-        areas=areas[sound],
-        num_keypoints=None if num_keypoints is None else num_keypoints[sound],
-        extents=extents[sound],
-        segmentations=None if segmentations is None else segmentations[sound],
-        splits=[(split,)] * len(listed),
+        image=np.array([index_of[row["image_id"]] for row in rows], dtype=np.int64),
+        labels=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
+        extents=rows_of_numbers([row.get("bbox") for row in rows], 4),
+        areas=rows_of_numbers([row.get("area", 0) for row in rows], 0),
+        lacking=np.array(["area" not in row for row in rows], dtype=np.bool_),
+        ignored=np.array([_is_flag(flag) and bool(flag) for flag in flags], dtype=np.bool_),
+        sound=sound,
+        where=lambda place: describe(rows[place]),
+        annotated="annotations" in content,
+    )
+    if kind == "segm":
+        columns.segmentations = np.empty(len(rows), dtype=np.object_)
+        columns.segmentations[:] = [row.get("segmentation") for row in rows]
+    if kind == "keypoints":
+        count = len(COCO_KEYPOINTS)
+        columns.keypoints = rows_of_numbers([row.get("keypoints") for row in rows], 3 * count).reshape(-1, count, 3)
+        visible = np.count_nonzero(columns.keypoints[..., 2] > 0, axis=1).tolist()
+        stated = [row.get("num_keypoints", found) for row, found in zip(rows, visible, strict=True)]
+        columns.num_keypoints = rows_of_numbers(stated, 0)
+    return _judge(path, columns, defects)
+
+
+def _judge(path: Path, columns: Columns, defects: list[Defect]) -> Annotations:
+    """Applies the rules for entries, whichever way these were read."""
+    sound, extents, areas = columns.sound.copy(), columns.extents, columns.areas.copy()
+    sizes_of = columns.sizes[columns.image]
+    notes: dict[str, str] = {}
+
+    def check(fine: NDArray[np.bool_], what: str) -> None:
+        defects.extend(Defect(path, columns.where(place), what) for place in np.flatnonzero(~fine).tolist())
+        np.logical_and(sound, fine, out=sound)
+
+    boxes = extents.copy()
+    boxes[:, 2:] += boxes[:, :2]
+    if columns.segmentations is None:
+        negative = (extents[:, 2:] < 0).any(axis=1)
+        boxes[negative, 2:] = np.minimum(boxes[negative, 2:], np.nextafter(boxes[negative, :2], -np.inf))
+        sound &= check_boxes(boxes, sizes_of, lambda place: (path, columns.where(place)), defects)
+        if are_normalised(extents[:, :2], boxes[:, 2:]):
+            defects.append(Defect(path, "", f"all {len(boxes):,} boxes are within 0…1: {_NORMALISED}"))
+    else:
+        faults = [mask_fault(mask, size) for mask, size in zip(columns.segmentations, sizes_of, strict=True)]
+        defects += [Defect(path, columns.where(place), fault) for place, fault in enumerate(faults) if fault]
+        sound &= np.array([not fault for fault in faults], dtype=np.bool_)
+    check(np.isfinite(areas), "area is not a finite number")
+    check(~(areas < 0), "area is negative")
+    if columns.keypoints is not None and columns.num_keypoints is not None:
+        keypoints, stated = columns.keypoints, columns.num_keypoints
+        points, flags = keypoints[..., :2], np.ascontiguousarray(keypoints[..., 2])
+        with np.errstate(invalid="ignore", over="ignore"):
+            fine: NDArray[np.bool_] = np.isfinite(keypoints.sum(axis=(1, 2)))
+        fine &= np.all((flags == 0) | (flags == 1) | (flags == 2), axis=1)
+        check(fine, f"keypoints are not {keypoints.shape[1]} × (x, y, v) with v 0, 1 or 2")
+        annotated = fine[:, None] & (flags > 0)
+        visible: NDArray[np.bool_] = np.any(annotated, axis=1)
+        check(np.isfinite(stated), "num_keypoints is not a finite number")
+        check(~((stated == 0) & visible), "num_keypoints is 0, but keypoints have v 1 or 2: they would not count")
+        found = points[annotated]
+        if are_normalised(found, found) and (found % 1).any():
+            defects.append(Defect(path, "", f"all keypoints are within 0…1: {_NORMALISED}"))
+        check(~_far_outside(points, annotated, sizes_of), _FAR_OUTSIDE)
+        check(~((areas == 0) & ~columns.lacking & visible & ~columns.ignored), _NO_AREA)
+    derived = columns.lacking & sound
+    if derived.any():
+        areas[derived] = extents[derived, 2] * extents[derived, 3]
+        of = "width × height of their boxes"
+        if columns.segmentations is not None:
+            of = "the areas of their masks"
+            for place in np.flatnonzero(derived).tolist():
+                areas[place] = mask_area(columns.segmentations[place], sizes_of[place])
+        notes["areas"] = f"{int(derived.sum()):,} objects have no 'area' in the file: {of} are taken"
+    if columns.segmentations is None:
+        kept = sound & ~columns.ignored
+        twice = _repeated(columns.image[kept], columns.labels[kept], extents[kept])
+        if twice:
+            notes["boxes twice"] = f"{twice:,} boxes are in the file more than once for one image and class"
+    chosen = slice(None) if sound.all() else sound  # without a copy if nothing is left out
+    return Annotations(
+        source=path,
+        class_names=columns.class_names,
+        category_ids=columns.category_ids,
+        paths=PathArray(columns.names),
+        image_ids=columns.image_ids,
+        sizes=columns.sizes,
+        image=columns.image[chosen],
+        boxes=boxes[chosen],
+        labels=columns.labels[chosen],
+        ignored=columns.ignored[chosen],
+        keypoints=None if columns.keypoints is None else columns.keypoints[chosen],
+        areas=areas[chosen],
+        num_keypoints=None
+        if columns.num_keypoints is None
+        else np.nan_to_num(columns.num_keypoints[chosen]).astype(np.int64),
+        extents=extents[chosen],
+        segmentations=None if columns.segmentations is None else columns.segmentations[chosen],
         defects=defects,
         notes=notes,
-        annotated="annotations" in content,
-        folder=images,
+        annotated=columns.annotated,
     )
 
 
-def _entries(content: Any, path: Path, *, files: bool) -> dict[str, list[Entry]]:
+def _repeated(image: NDArray[np.int64], labels: NDArray[np.int64], extents: NDArray[np.float64]) -> int:
+    """Number of boxes that are there again for one image and class, by hashes: sorting whole rows takes seconds."""
+    mixed = image.astype(np.uint64) << np.uint64(20) ^ labels.astype(np.uint64)
+    for values in (extents + 0.0).T:  # + 0.0 makes 0 of -0
+        mixed = (mixed ^ np.ascontiguousarray(values).view(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return len(mixed) - count_distinct(mixed)
+
+
+def _entries(content: Any, path: Path) -> dict[str, list[Entry]]:
     """The three lists of an annotation file, of objects with ids."""
     if not isinstance(content, Mapping) or not {"images", "categories"} <= content.keys():
         raise DataError(f"{path}: not an annotation file of COCO, which has 'images', 'annotations' and 'categories'")
     lists = {key: content.get(key, []) for key in ("images", "categories", "annotations")}
-    needed = {"images": ("id", "file_name") if files else ("id",), "categories": ("id",), "annotations": ()}
+    needed = {"images": ("id",), "categories": ("id",), "annotations": ()}
     for key, entries in lists.items():
         if not isinstance(entries, list):
             raise DataError(f"{path}: '{key}' is not a list of objects")
@@ -205,7 +267,7 @@ def _entries(content: Any, path: Path, *, files: bool) -> dict[str, list[Entry]]
             for name in needed[key]:
                 if name not in entry:
                     raise DataError(f"{path}: entry {place} of '{key}' has no '{name}'")
-            if files and not isinstance(entry.get("file_name", ""), str):
+            if not isinstance(entry.get("file_name", ""), str):
                 found = shortened(entry["file_name"])
                 raise DataError(f"{path}: entry {place} of '{key}': file_name is {found}, not text")
             kinds = (int, str) if key == "annotations" else int
@@ -227,18 +289,22 @@ def _is_flag(value: Any) -> bool:
 
 def are_normalised(low: NDArray[np.float64], high: NDArray[np.float64]) -> bool:
     """Whether all corners or points are within 0…1, so that they are fractions of the image's sides and not px."""
-    if not len(low) or not (np.isfinite(low).all() and np.isfinite(high).all()):
-        return False
-    return bool(low.min() >= 0 and high.max() <= 1 + _ROUNDING and high.max() > 0)
+    return bool(len(low) and low.min() >= 0 and 0 < high.max() <= 1 + _ROUNDING)  # False for NaN
 
 
-def _far_outside(points: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which points (N, K, 2) are farther outside of their images than half of the longer side; none of unknown size."""
-    limits = sizes[:, None, :].astype(np.float64)
-    margin = limits.max(axis=2, keepdims=True) / 2
-    far: NDArray[np.bool_] = np.any((points < -margin) | (points > limits + margin), axis=2)
-    known: NDArray[np.bool_] = np.all(sizes > 0, axis=1)
-    return far & known[:, None]
+def _far_outside(
+    points: NDArray[np.float64], annotated: NDArray[np.bool_], sizes: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether an annotated point of each row (N, K, 2) is farther outside of the image than half of its longer side."""
+    limits = np.where((sizes > 0).all(axis=1, keepdims=True), sizes, np.inf)
+    margin = limits.max(axis=1) / 2
+    far = np.zeros(len(points), dtype=np.bool_)
+    for axis in (0, 1):
+        values = points[..., axis]
+        low = np.where(annotated, values, 0).min(axis=1, initial=0)
+        high = np.where(annotated, values, 0).max(axis=1, initial=0)
+        far |= (low < -margin) | (high > limits[:, axis] + margin)
+    return far
 
 
 def _missing(names: Sequence[str], folder: Path, found: set[str]) -> list[int]:

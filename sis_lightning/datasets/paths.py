@@ -24,6 +24,21 @@ class PathArray(Sequence[Path]):
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self._names: NDArray[np.bytes_] = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
 
+    @classmethod
+    def from_bytes(cls, names: NDArray[np.bytes_]) -> PathArray:
+        """The paths of such an array."""
+        made = cls([])
+        made._names = names
+        return made
+
+    def to_bytes(self) -> NDArray[np.bytes_]:
+        """The paths as one array of bytes, in the encoding of the file system."""
+        return self._names
+
+    def names(self) -> list[str]:
+        """The paths as text."""
+        return [os.fsdecode(name) for name in self._names.tolist()]
+
     def __len__(self) -> int:
         return len(self._names)
 
@@ -36,7 +51,5 @@ class PathArray(Sequence[Path]):
     def __getitem__(self, index: int | slice | NDArray[np.int64]) -> Path | PathArray:
         """A path, or, for a slice or an array of indices, several."""
         if isinstance(index, (slice, np.ndarray)):
-            chosen = PathArray([])
-            chosen._names = self._names[index]
-            return chosen
+            return PathArray.from_bytes(self._names[index])
         return Path(os.fsdecode(self._names[index]))
