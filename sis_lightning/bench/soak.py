@@ -1,4 +1,4 @@
-"""Kills runs at random moments, several times each, and compares their results with those of an uninterrupted run.
+"""Kills runs at random moments and file operations, and compares their results with those of uninterrupted runs.
 
     python -m sis_lightning.bench.soak --kills 200 --out results/resume
 
@@ -12,6 +12,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
 from sis_lightning.config.compose import resolve
 from sis_lightning.datasets.synthetic import write_synthetic
@@ -56,12 +59,70 @@ def options(task: str, root: Path, run: Path, steps: int = 16) -> list[str]:
         *("--model.backbone.channels=8", "--model.backbone.width=4", "--checkpoint_every=1"),
         *(f"--model.lr_scheduler.init_args.total_steps={steps}", f"--trainer.max_steps={steps}"),
         *("--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=1"),
-        "--trainer.check_val_every_n_epoch=1",
+        *("--trainer.check_val_every_n_epoch=1", "--trainer.callbacks=sis_lightning.bench.soak.Probe"),
     ]
 
 
-def start(arguments: Sequence[str], log: Path) -> int:
-    """Forks a run; returns its process id."""
+class Probe(Callback):
+    """Counts hooks, draws random numbers that change the weights, and logs: all of it must be as without a kill."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return dict(self.counts)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the counts."""
+        self.counts = dict(state_dict)
+
+    def _count(self, name: str, module: LightningModule) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+        parameter = next(module.parameters())
+        with torch.no_grad():
+            parameter.add_(1e-4 * torch.randn_like(parameter))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts."""
+        self._count("epoch", pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Counts."""
+        self._count("batch", pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Logs the mean of an epoch."""
+        pl_module.log("probe/random", torch.rand(()), on_step=False, on_epoch=True, batch_size=1)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts."""
+        if not trainer.sanity_checking:
+            self._count("validation", pl_module)
+
+
+def kill_at(operation: int, folder: Path) -> None:
+    """Kills this process and its workers before one of its changes to the files below a folder, counted from 1."""
+    left, inside = itertools.count(operation - 1, -1), str(folder)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        changes = event in ("os.rename", "os.link", "os.remove", "os.mkdir")
+        changes |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and str(arguments[0]).startswith(inside) and next(left) == 0:
+            os.killpg(0, signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
+def start(arguments: Sequence[str], log: Path, operation: int = 0, run: Path | None = None) -> int:
+    """Forks a run; returns its process id.
+
+    Args:
+        arguments: Options of the run.
+        log: File for its output.
+        operation: File operation in `run` at which it is killed; 0 for none.
+        run: The run's directory.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -74,6 +135,8 @@ def start(arguments: Sequence[str], log: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
+        if operation and run:
+            kill_at(operation, run)
         start_run("fit", *resolve(list(arguments)))
         code = 0
     except UserError as error:
@@ -129,7 +192,11 @@ def digest(value: Any) -> str:
 
 
 def outcome(run: Path) -> dict[str, str]:
-    """Hashes of what must be the same: weights, optimizer, schedulers, loops, logged metrics."""
+    """Hashes of what must be the same: weights, optimizer, schedulers, loops, callbacks, logged metrics."""
+    events = EventAccumulator(str(run / "tensorboard" / "fit"), {SCALARS: 0, IMAGES: 0}).Reload()
+    tags = events.Tags()
+    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    images = {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     rows = list(csv.DictReader((run / "csv" / "fit" / "metrics.csv").open()))
     return {
@@ -140,6 +207,8 @@ def outcome(run: Path) -> dict[str, str]:
         "loops": digest(content["run"]["progress"]),
         "metrics.csv": hashlib.sha256((run / "csv" / "fit" / "metrics.csv").read_bytes()).hexdigest(),
         "rows": str(len(rows)),
+        "tensorboard": digest([curves, images]),
+        "callbacks": digest({key: state for key, state in content["callbacks"].items() if "Checkpoint" not in key}),
         "best": digest(torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]),
     }
 
@@ -168,13 +237,19 @@ def tormented(
     counts = {"kills": 0, "starts": 0, "finished early": 0}
     while True:
         counts["starts"] += 1
-        child = start(options(task, root, run, steps), log)
-        if counts["kills"] >= kills:
+        last = counts["kills"] >= kills
+        # Two thirds of the kills are aimed at a file operation; a step has about twelve of them.
+        operation = 0 if last or rng.random() < 1 / 3 else rng.randint(1, 6 * steps)
+        child = start(options(task, root, run, steps), log, operation, run)
+        if last:
             code = wait(child)
             if code != 0:
                 raise RuntimeError(log.read_text()[-3000:])
             break
-        code = wait(child, rng.uniform(0.1, 0.7) * usual)
+        code = wait(child, None if operation else rng.uniform(0.1, 0.7) * usual)
+        if code == -signal.SIGKILL:
+            counts["kills"] += 1
+            continue
         if code is None:
             number = rng.choice(signals)
             if number == signal.SIGKILL:
@@ -211,17 +286,18 @@ def main() -> int:
         with contextlib.redirect_stdout(io.StringIO()):
             write_synthetic(folder / "data", images=24, size=64, min_object=12)
         usual = {task: undisturbed(task, folder / "data", folder, chosen.steps) for task in TASKS}
-        while total["kills"] < chosen.kills:
-            for task in TASKS:
-                want, seconds = usual[task]
-                got, counts = tormented(task, folder / "data", folder, chosen.each, seconds, rng, steps=chosen.steps)
-                for key, count in counts.items():
-                    total[key] += count
-                total["runs"] += 1
-                different = sorted(key for key in want if want[key] != got[key])
-                total["differences"] += bool(different)
-                differing += [f"{task}: {', '.join(different)}"] if different else []
-                print(f"{task}: {total}", flush=True)
+        for task in itertools.cycle(TASKS):
+            if total["kills"] >= chosen.kills and total["runs"] >= len(TASKS):
+                break
+            want, seconds = usual[task]
+            got, counts = tormented(task, folder / "data", folder, chosen.each, seconds, rng, steps=chosen.steps)
+            for key, count in counts.items():
+                total[key] += count
+            total["runs"] += 1
+            different = sorted(key for key in want if want[key] != got[key])
+            total["differences"] += bool(different)
+            differing += [f"{task}: {', '.join(different)}"] if different else []
+            print(f"{task}: {total}", flush=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
     report = {**total, "differing": differing, "seed": chosen.seed, "torch": torch.__version__}
     (chosen.out / "soak.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -126,10 +126,10 @@ class _Started:
         if self.command == "predict":
             given["logger"] = False
         elif given.get("logger") is None:
-            step = self.resumed[1].step if self.resumed else 0
+            keep = self.resumed[1].tensorboard_bytes if self.resumed else 0
             given["logger"] = [
                 MetricsCSV(self.folder / "csv" / self.command),
-                TensorBoard(self.folder / "tensorboard", self.command, purge_step=step),
+                TensorBoard(self.folder / "tensorboard", self.command, keep),
             ]
         callbacks = given.get("callbacks") or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]

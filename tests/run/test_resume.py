@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from sis_lightning.datamodules.samplers import EpochSampler
 from sis_lightning.errors import DataError
 from sis_lightning.run.history import begin, reach, read_history, requeue
 from sis_lightning.run.record import OptionChange, read_record
-from sis_lightning.run.reporting.loggers import MetricsCSV
+from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
 from sis_lightning.run.resume.checkpoints import RUN, ResumePoint, SafeCheckpointIO, newest_checkpoint, own_checkpoints
 from sis_lightning.tasks.checkpoint_files import UnreadableCheckpointError, read_checkpoint
 
@@ -225,6 +227,49 @@ def test_a_resumed_log_loses_no_row_and_doubles_none(tmp_path_factory, rows, sav
     moved.resume(kept)
     write(moved, kept, len(rows))
     assert moved.rows == len(values(moved.path)) == len(rows) - kept
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    written=st.integers(1, 8),
+    kept=st.integers(0, 8),
+    back=st.sampled_from([0, 1, 10**6]),
+    torn=st.integers(0, 40),
+    again=st.booleans(),
+)
+def test_resumed_events_lose_no_point_and_double_none(tmp_path_factory, written, kept, back, torn, again):
+    folder = tmp_path_factory.mktemp("events")
+    kept = min(kept, written)
+    now = time.time()
+
+    def log(keep: int | None, first: int, last: int, clock: float) -> list[int]:
+        logger, sizes = TensorBoard(folder, "fit", keep), []
+        with mock.patch("tensorboard.summary.writer.event_file_writer.time.time", return_value=clock):
+            sizes.append(logger.experiment and logger.size)
+            for step in range(first, last):
+                logger.log_metrics({"loss": 0.5 * step, "val/miou": 0.25 * step}, step)
+                sizes.append(logger.size)
+            logger.finalize("failed")
+        return sizes
+
+    sizes = log(0, 0, written, now)
+    if torn:  # what a machine that failed has left of the last event
+        path = max((folder / "fit").iterdir())
+        with path.open("ab") as file:
+            file.write(path.read_bytes()[-60 : -60 + torn])
+    if again:  # a start that was killed before its first checkpoint
+        log(sizes[kept], kept, written, now - back)
+    log(sizes[kept], kept, 10, now - 2 * back)
+    events = EventAccumulator(str(folder / "fit")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(n, 0.5 * n) for n in range(10)]
+    assert [event.step for event in events.Scalars("val/miou")] == list(range(10))
+    # A checkpoint of an earlier release does not say how much there was: nothing is removed.
+    log(None, 10, 11, now)
+    events = EventAccumulator(str(folder / "fit")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(11))
+    # Another run starts from the beginning.
+    log(0, 0, 1, now)
+    assert [event.step for event in EventAccumulator(str(folder / "fit")).Reload().Scalars("loss")] == [0]
 
 
 # data

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
 HERE = __name__
 HOOKS = (
@@ -127,7 +128,17 @@ def left(run: Path) -> dict[str, Any]:
     names = ("state_dict", "optimizer_states", "lr_schedulers", "current_model_state", "averaging_state")
     kept = {name: content.get(name) for name in names}
     callbacks = {key: value for key, value in content["callbacks"].items() if "Checkpoint" not in key}
-    return {**kept, "callbacks": callbacks, "csv": (run / "csv" / "fit" / "metrics.csv").read_text()}
+    csv = (run / "csv" / "fit" / "metrics.csv").read_text()
+    return {**kept, "callbacks": callbacks, "csv": csv, "tensorboard": displayed(run / "tensorboard" / "fit")}
+
+
+def displayed(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """What TensorBoard displays: step and value of the points of each curve, and steps of the images."""
+    events = EventAccumulator(str(folder), {SCALARS: 0, IMAGES: 0}).Reload()
+    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    images = {tag: [(event.step, 0.0) for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    # As text, since nan is not equal to nan.
+    return {tag: [(step, repr(value)) for step, value in points] for tag, points in {**curves, **images}.items()}
 
 
 STOPPING = "EarlyStopping monitor=val/miou mode=min min_delta=10"
@@ -164,6 +175,7 @@ def test_callbacks_do_and_log_the_same_after_a_resume(
     assert resumed.code == 0, resumed.err
     got, want = left(tmp_path / "run"), left(tmp_path / "undisturbed")
     assert got["csv"] == want["csv"]
+    assert {"train/loss", "val/miou", "predictions"} <= want["tensorboard"].keys()
     assert [key for key in want if not same(got[key], want[key])] == []
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from sis_lightning.files import write_text
+from sis_lightning.files import write_bytes, write_text
 
 
 def curves(run: Path, metric: str, points: int = 200) -> dict[str, list[tuple[int, float]]]:
@@ -140,21 +141,42 @@ class MetricsCSV(Logger):
 class TensorBoard(TensorBoardLogger):
     """TensorBoard's events, with the metrics of a validation at the number of steps done before it.
 
-    Lightning logs them one step earlier, beside the losses of the last batch. A run that is resumed at the validation
-    would then write them twice: what is purged on resume begins at the number of steps done.
+    Existing events are removed, but for the first `keep` bytes of a run that is resumed: what was logged after its
+    checkpoint is logged again. They are kept by number and not by time, since clocks are set back.
 
     Args:
         folder: Folder of all commands' events.
         name: Command, such as `fit`.
-        purge_step: Events of this step and later ones, of a start that was killed, are not displayed.
+        keep: The `size` at the checkpoint from which a run is resumed; None keeps all.
 
     Attributes:
         steps_done: Returns the number of optimizer steps done; None outside of `fit`.
     """
 
-    def __init__(self, folder: Path, name: str, purge_step: int) -> None:
-        super().__init__(folder, name=name, version="", default_hp_metric=False, purge_step=purge_step)
+    #: Name of the file with the events of earlier starts: TensorBoard reads files in the order of their names, in which
+    #: other files have the time of their start at this place.
+    KEPT = "events.out.tfevents.0000000000.kept"
+
+    def __init__(self, folder: Path, name: str, keep: int | None = 0) -> None:
+        super().__init__(folder, name=name, version="", default_hp_metric=False)
         self.steps_done: Callable[[], int] | None = None
+        self._keep = keep
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer of the events."""
+        if self._experiment is None:
+            self._cut()
+        return super().experiment
+
+    @property
+    def size(self) -> int:
+        """Bytes of all events so far; they are on disk."""
+        if self._experiment is None:
+            return 0
+        self._experiment.flush()
+        return sum(path.stat().st_size for path in self._files())
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -162,3 +184,38 @@ class TensorBoard(TensorBoardLogger):
         if self.steps_done is not None and any(key.startswith("val/") for key in metrics):
             step = self.steps_done()
         super().log_metrics(metrics, step)
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self._all_files() if path.suffix != ".partial")
+
+    def _all_files(self) -> list[Path]:
+        return list(Path(self.log_dir).glob("events.out.tfevents.*"))
+
+    def _cut(self) -> None:
+        """Replaces the existing files by one with their first events."""
+        kept = b"".join(_records(path) for path in self._files())[: self._keep]
+        if kept:
+            write_bytes(Path(self.log_dir) / self.KEPT, kept[: _whole(kept)])
+        for path in self._all_files():
+            if path.name != self.KEPT or not kept:
+                path.unlink()
+
+
+def _records(path: Path) -> bytes:
+    """The whole events of a file: a machine that failed may have left a part of one at its end."""
+    content = path.read_bytes()
+    return content[: _whole(content)]
+
+
+def _whole(content: bytes) -> int:
+    """Bytes of the whole events at the start of a file, each with its length in front and two checksums."""
+    from tensorboard.summary.writer.record_writer import masked_crc32c  # not before there are events: it is slow
+
+    position = 0
+    while position + 12 <= len(content):
+        length, checksum = content[position : position + 8], content[position + 8 : position + 12]
+        end = position + 16 + int.from_bytes(length, "little")
+        if end > len(content) or masked_crc32c(length) != int.from_bytes(checksum, "little"):
+            break
+        position = end
+    return position

@@ -35,7 +35,7 @@ from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.late_values import LateValue
 from sis_lightning.run.recipe import effective_changes
 from sis_lightning.run.record import Code
-from sis_lightning.run.reporting.loggers import MetricsCSV
+from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
 from sis_lightning.run.resume.checkpoints import RUN, Checkpoint, ResumePoint, resume_point, sync_folder
 from sis_lightning.run.resume.signals import StopRequest
 
@@ -255,6 +255,7 @@ class ExactResume(Callback):
             dist.all_gather_object(every, logged[0])
             logged = every
         csv = [logger.rows for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+        events = [logger.size for logger in trainer.loggers if isinstance(logger, TensorBoard)]
         checkpoint[RUN] = ResumePoint(
             point=self._point,
             progress=trainer.fit_loop.state_dict(),
@@ -264,6 +265,7 @@ class ExactResume(Callback):
             world_size=trainer.world_size,
             devices=list(dict.fromkeys([*self._devices, trainer.world_size])),
             csv_rows=csv[0] if csv else 0,
+            tensorboard_bytes=events[0] if events else 0,
             config=self.config,
             trained_on=self._trained_on,
             code=self._code,

@@ -37,6 +37,7 @@ class ResumePoint(BaseModel):
         world_size: Number of devices.
         devices: Every number of devices that the run had so far.
         csv_rows: Rows of `metrics.csv` that were written before.
+        tensorboard_bytes: Bytes of TensorBoard's events that were written before; None if that is not known.
         config: Resolved configuration.
         trained_on: SHA-256 of the training split of each start.
         code: The code of each start.
@@ -55,6 +56,7 @@ class ResumePoint(BaseModel):
     world_size: int
     devices: list[int]
     csv_rows: int
+    tensorboard_bytes: int | None = None
     config: dict[str, Any]
     trained_on: list[str]
     code: list[Code]
