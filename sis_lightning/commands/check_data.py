@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sis_lightning.commands.arguments import Parser, config_options, require_torch
+from sis_lightning.commands.imports import quick_imports
 from sis_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ def main(arguments: list[str]) -> int:
         "each file of the data set is compared with the one in its archive.",
     )
     chosen, options = parser.parse_known_args(arguments)
-    require_torch()
-    from sis_lightning.datasets.check import summarize_splits
-    from sis_lightning.datasets.constants import SPLITS
-    from sis_lightning.run.run import Run
-
+    with quick_imports():
+        require_torch()
+        from sis_lightning.datasets.check import summarize_splits
+        from sis_lightning.datasets.constants import SPLITS
+        from sis_lightning.run.run import Run
     data = Run.from_arguments(config_options(chosen.config, options)).datamodule
     splits = {split: functools.partial(data.dataset, split) for split in SPLITS}
     count = 0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sis_lightning.commands.arguments import Parser, require_torch
+from sis_lightning.commands.imports import quick_imports
 from sis_lightning.commands.operator_listing import listed_operators
 from sis_lightning.config.compose import resolve
 from sis_lightning.config_files import config_names
@@ -139,9 +140,9 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
         from sis_lightning.run.resume.signals import remember_early
 
         remember_early()
-    require_torch()
-    from sis_lightning.run.start import start as start_run
-
+    with quick_imports():
+        require_torch()
+        from sis_lightning.run.start import start as start_run
     start_run(command, layers, options)
     return 0
 

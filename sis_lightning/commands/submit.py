@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sis_lightning.commands.arguments import Parser, config_options, require_at_least, require_torch
+from sis_lightning.commands.imports import quick_imports
 from sis_lightning.errors import UsageError
 
 
@@ -82,9 +83,9 @@ def main(arguments: list[str]) -> int:
         device.insert(0, "--trainer=cluster")
     files = [*chosen.config, "configs/cluster.yaml"]
     given = config_options(files, [*device, f"--max_restarts={cluster.max_restarts}", *options])
-    require_torch()
-    from sis_lightning.run.run import Run
-
+    with quick_imports():
+        require_torch()
+        from sis_lightning.run.run import Run
     # The whole run is built here, so that mistakes are reported now and not when the job starts.
     run = Run.from_arguments(given)
     _ = run.task, run.datamodule
