@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from sis_lightning.datamodules.base import SISDataModule, Transform
 from sis_lightning.datamodules.flips import flip_image_and_boxes
 from sis_lightning.datasets.base import ImageDataset
-from sis_lightning.datasets.coco import FILE_NAMES, LAYOUT, COCODetectionDataset, coco_home
+from sis_lightning.datasets.coco import FILE_NAMES, LAYOUT, COCODetectionDataset, check_classes, coco_home
 from sis_lightning.datasets.coco_reader import Kind
 from sis_lightning.datasets.constants import Split
 from sis_lightning.datasets.detection_dataset import check_limit
@@ -96,6 +96,9 @@ class COCODetectionDataModule(COCODataModule):
 
     Args:
         root: Folder that contains `annotations/`, or a folder `coco` with `annotations/`.
+        classes: Names of the classes to detect, such as `[person, car]`, or merged classes, such as `{person: [person],
+            vehicle: [car, bus, truck]}`. Objects of other classes are left out in all splits. None: all classes.
+        empty_images: Whether training images without objects are kept; images of validation and test always are.
         files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
             other arguments of `SISDataModule`.
 
@@ -105,14 +108,30 @@ class COCODetectionDataModule(COCODataModule):
             unreadable or of another size than its annotation says.
     """
 
-    option_effects: ClassVar[Mapping[str, Effect]] = {}
+    option_effects: ClassVar[Mapping[str, Effect]] = {"classes": Effect.RESULT, "empty_images": Effect.RESULT}
 
-    def __init__(self, root: str, **files: Any) -> None:
+    def __init__(
+        self,
+        root: str,
+        classes: list[str] | dict[str, list[str]] | None = None,
+        empty_images: bool = True,
+        **files: Any,
+    ) -> None:
         super().__init__(root, **files)
+        self.classes = None if classes is None else check_classes(classes)
+        self.empty_images = empty_images
 
     def dataset(self, split: Split) -> ImageDataset:
         """The images of a split with their boxes."""
-        return COCODetectionDataset(self.root, self.splits[split], evaluation=split != "train", limit=self.limit)
+        training = split == "train"
+        return COCODetectionDataset(
+            self.root,
+            self.splits[split],
+            evaluation=not training,
+            limit=self.limit,
+            classes=self.classes,
+            empty_images=self.empty_images or not training,
+        )
 
     @property
     def train_transform(self) -> Transform:

@@ -12,10 +12,11 @@ all three.
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -209,6 +210,41 @@ class Annotations:
         self._select(self.labels == label)
         self.labels = np.zeros_like(self.labels)
         self.class_names, self.category_ids = (name,), (self.category_ids[label],)
+
+    def choose_classes(self, classes: Sequence[str] | Mapping[str, Sequence[str]]) -> None:
+        """Leaves out all other classes, and merges classes into one.
+
+        Args:
+            classes: Class names, in the order of their new labels; or, for each new class, the names of the classes
+                that it consists of. A merged class has the category id of the first of them.
+
+        Raises:
+            DataError: If there is no such class, or one is chosen twice.
+        """
+        groups = classes if isinstance(classes, Mapping) else {name: [name] for name in classes}
+        chosen = [name for names in groups.values() for name in names]
+        for name in chosen:
+            if name not in self.class_names:
+                near = difflib.get_close_matches(name, self.class_names, 1)
+                hint = f": did you mean '{near[0]}'?" if near else ""
+                raise DataError(f"{self.source}: no category '{name}' among its {len(self.class_names)}{hint}")
+            if chosen.count(name) > 1:
+                raise DataError(f"{self.source}: category '{name}' is chosen twice")
+        label_of = np.full(len(self.class_names), -1, dtype=np.int64)
+        for label, names in enumerate(groups.values()):
+            label_of[[place for place, name in enumerate(self.class_names) if name in names]] = label
+        first = [self.class_names.index(names[0]) for names in groups.values()]
+        self.labels = label_of[self.labels]
+        self.drop(self.labels < 0, "objects of other classes")
+        self.class_names, self.category_ids = tuple(groups), tuple(self.category_ids[label] for label in first)
+
+    def with_objects(self) -> Annotations:
+        """A copy without the images that have no objects, which it counts in `dropped`."""
+        kept = np.unique(self.image)
+        copied = self._of_images(kept)
+        if len(kept) < len(self):
+            copied.dropped["images without objects"] += len(self) - len(kept)
+        return copied
 
     def drop(self, which: NDArray[np.bool_], reason: str) -> None:
         """Leaves objects out, and counts them in `dropped`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,33 @@ from sis_lightning.errors import DataError, MissingDataError, UsageError
 #: The name of a kind's annotation files, `annotations/NAME_SPLIT.json`.
 FILE_NAMES: dict[Kind, str] = {"bbox": "instances", "segm": "instances", "keypoints": "person_keypoints"}
 
+#: Names of the chosen classes, or, for each class, the names of those that are merged into it.
+Classes = Sequence[str] | Mapping[str, Sequence[str]]
+
 #: Where the files are expected.
 LAYOUT = (
     "Expected: annotations/{name}_SPLIT.json and SPLIT/*.jpg in {root} or {root}/coco,\n"
     "  from https://cocodataset.org/#download"
 )
+
+
+def check_classes(classes: Classes) -> Classes:
+    """Checks a choice of classes.
+
+    Returns:
+        The same.
+
+    Raises:
+        UsageError: If it is empty, names one twice, or is text.
+    """
+    groups = classes.values() if isinstance(classes, Mapping) else [classes]
+    if not classes or any(isinstance(names, str) or not names for names in groups):
+        raise UsageError(f"classes is {classes!r}, must be names, or for each class the names of those it is merged of")
+    names = [name for group in groups for name in group]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"classes has '{twice[0]}' twice")
+    return classes
 
 
 def coco_home(root: Path) -> Path:
@@ -76,17 +98,35 @@ class COCODetectionDataset(DetectionDataset):
             annotations, such as `test-dev2017`, can be predicted.
         evaluation: Whether samples have `truth`.
         limit: Number of images that have objects; only the first ones are used. None for all images.
+        classes: The classes to read, in the order of their labels, as names of the file; or, for each class, the names
+            of those that are merged into it. None for all classes of the file.
+        empty_images: Whether images without objects of these classes are kept.
 
     Raises:
-        DataError: If files are missing or not of COCO's format. What is wrong with single entries is in `defects`.
-            Reading a sample: if the image is unreadable or has another size than its annotation says.
-        UsageError: If `limit` is below 1.
+        DataError: If files are missing or not of COCO's format, or have no such class. What is wrong with single
+            entries is in `defects`. Reading a sample: if the image is unreadable or has another size than its
+            annotation says.
+        UsageError: If `limit` is below 1, or `classes` are none or named twice.
     """
 
     def __init__(
-        self, root: str | Path, split: str = "train2017", *, evaluation: bool = False, limit: int | None = None
+        self,
+        root: str | Path,
+        split: str = "train2017",
+        *,
+        evaluation: bool = False,
+        limit: int | None = None,
+        classes: Classes | None = None,
+        empty_images: bool = True,
     ) -> None:
-        super().__init__(_read(root, split, "bbox"), evaluation=evaluation, limit=limit)
+        annotations = _read(root, split, "bbox")
+        if classes is not None:
+            annotations.choose_classes(check_classes(classes))
+        super().__init__(annotations, evaluation=evaluation, limit=limit)
+        if not empty_images:
+            self.annotations = self.annotations.with_objects()
+            self.all_objects = self.all_objects and self.annotations
+            self._note_dropped()
         known = self.annotations
         self.meta = DatasetMeta(known.class_names, known.category_ids, protocol="coco")
 

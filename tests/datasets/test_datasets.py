@@ -355,3 +355,70 @@ def test_a_file_name_that_is_no_text_is_refused(synthetic):
     content["images"][0]["file_name"] = 5
     with pytest.raises(DataError, match="entry 0 of 'images': file_name is 5, not text"):
         read_coco(content, synthetic / "coco" / "val2017")
+
+
+# Chosen and merged classes
+
+
+def test_classes_are_chosen_and_merged(synthetic):
+    raw = annotation_content(synthetic, "instances_train2017")
+    name_of = {category["id"]: category["name"] for category in raw["categories"]}
+    merged = {"thing": ["airplane", "frisbee"], "people": ["person"]}
+    everything = COCODetectionDataset(synthetic)
+    some = COCODetectionDataset(synthetic, classes=merged)
+    assert some.meta.class_names == ("thing", "people")
+    assert some.meta.category_ids == (5, 1)
+    assert len(some) == len(everything)
+    for image, sample in zip(raw["images"], some, strict=True):
+        rows = [row for row in raw["annotations"] if row["image_id"] == image["id"] and not row["iscrowd"]]
+        kept = [(row["bbox"][:2], name_of[row["category_id"]]) for row in rows]
+        wanted = [
+            [*corner, 2 if name == "person" else 1]
+            for corner, name in kept
+            if name in {"airplane", "frisbee", "person"}
+        ]
+        found = torch.cat([sample["boxes"][:, :2], sample["labels"][:, None]], dim=1)
+        assert sorted(found.tolist()) == sorted(wanted)
+    others = sum(name_of[row["category_id"]] not in {"airplane", "frisbee", "person"} for row in raw["annotations"])
+    assert f"{others} objects of other classes" in some.notes["without"]
+    chosen = COCODetectionDataset(synthetic, "val2017", evaluation=True, classes=["person"])
+    assert {label for sample in chosen for label in sample["truth"]["labels"].tolist()} == {1}
+
+
+def test_images_without_objects_are_left_out_on_request(synthetic):
+    whole = COCODetectionDataset(synthetic, classes=["person"])
+    some = COCODetectionDataset(synthetic, classes=["person"], empty_images=False)
+    wanted = [sample for sample in whole if len(sample["boxes"])]
+    assert 0 < len(wanted) < len(whole)
+    assert [sample["name"] for sample in some] == [sample["name"] for sample in wanted]
+    for one, other in zip(some, wanted, strict=True):
+        assert torch.equal(one["boxes"], other["boxes"])
+        assert torch.equal(one["image"], other["image"])
+    assert f"{len(whole) - len(wanted)} images without objects" in some.notes["without"]
+    assert len(some.groups()) == len(some)
+
+
+@pytest.mark.parametrize(
+    ("classes", "error", "words"),
+    [
+        (["persn"], DataError, "no category 'persn' among its 80: did you mean 'person'"),
+        (["person", "person"], UsageError, "classes has 'person' twice"),
+        ({"a": ["person"], "b": ["person"]}, UsageError, "classes has 'person' twice"),
+        ([], UsageError, "classes is "),
+        ({"a": []}, UsageError, "classes is "),
+        ("person", UsageError, "classes is 'person'"),
+    ],
+)
+def test_wrong_choices_of_classes(synthetic, classes, error, words):
+    with pytest.raises(error, match=words):
+        COCODetectionDataset(synthetic, classes=classes)
+
+
+def test_a_run_on_merged_classes_without_empty_images(command, small, tmp_path):
+    options = [*small("det_coco", steps=1), "--model.num_classes", 2, "--data.empty_images", "false"]
+    options += ["--data.classes", json.dumps({"people": ["person"], "flying": ["airplane", "frisbee"]})]
+    fit = command("fit", *options)
+    assert fit.code == 0, fit.err
+    assert "images without objects" in fit.out
+    check = command("check-data", *options, "--annotations-only")
+    assert check.code == 0, check.out
