@@ -122,16 +122,20 @@ def _refuse_expansion(root: yaml.Node | None, path: Path) -> None:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses repeated keys, and reads 1e-3 as a number."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here and not when it is constructed: by then, keys of merged mappings (`<<: *name`) may be among its own.
+        node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' is given twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 # PyYAML follows YAML 1.1, in which a float needs a dot: 1e-3 would be a string.

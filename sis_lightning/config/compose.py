@@ -146,7 +146,7 @@ def resolve(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         elif key == "--model.backbone" and not value.lstrip().startswith("{"):
             options += [key, json.dumps(load_named("backbone", value))]
         else:
-            options += [f"{key}={value}"] if key in ("--data", "--trainer") else [argument]
+            options += [f"{key}={value}"] if key in ("--data", "--trainer", "--model.backbone") else [argument]
     composed = compose(files, named)
     options = _drop_replaced_classes(composed, options)
     if files and "task" not in composed:

@@ -220,8 +220,15 @@ def test_files_that_would_fill_the_memory_are_refused_at_once(tmp_path, text, wo
 def test_aliases_and_long_files_are_read(tmp_path):
     path = tmp_path / "good.yaml"
     names = [f"class {number}" for number in range(12_000)]
-    path.write_text(f"a: {json.dumps(names)}\nb: &b {{x: 1}}\nc: [*b, *b]\n")
-    assert load_layer(path) == {"a": names, "b": {"x": 1}, "c": [{"x": 1}] * 2}
+    path.write_text(
+        f"a: {json.dumps(names)}\nb: &b {{x: 1}}\nc: [*b, *b]\nd: {{<<: *b, x: 3, y: 2}}\n"
+        "e: {f: &f {<<: *b, x: 4}}\ng: {<<: *f, x: 5}\n"
+    )
+    assert load_layer(path) == {"a": names, "b": {"x": 1}, "c": [{"x": 1}] * 2} | {
+        "d": {"x": 3, "y": 2},
+        "e": {"f": {"x": 4}},
+        "g": {"x": 5},
+    }
 
 
 def test_files_that_are_not_text_are_refused(tmp_path):
@@ -268,6 +275,12 @@ def test_another_scheduler_or_data_set_by_option_keeps_nothing_of_the_old_one():
     assert scheduler["init_args"] == {"step_size": 5, "gamma": 0.1, "last_epoch": -1}
     data = Run.from_arguments([*SEG, "--data=sis_lightning.datamodules.CIFAR100DataModule", "--data.root=here"]).config
     assert data["data"]["init_args"]["synthetic"] is None
+
+
+@pytest.mark.parametrize("option", ["--model.backbone", "--model.init_args.backbone"])
+def test_a_backbone_in_json_is_read_behind_a_space_and_an_equals_sign(option):
+    text = '{"depth": 101}'
+    assert resolve([*SEG, option, text])[1] == resolve([*SEG, f"{option}={text}"])[1] == [f"--model.backbone={text}"]
 
 
 def test_a_run_has_one_task():
