@@ -98,6 +98,13 @@ def _find_images(known: Annotations, folder: Path) -> None:
             raise DataError(f"{known.source}: entry {index} of 'images' has no 'file_name'")
     names, lost, note = _names_in(folder, names)
     missing = [Defect(folder / names[index], f"image {known.image_ids[index]}", "no such file") for index in lost]
+    if len(set(names)) < len(names):  # its predictions would overwrite each other, and it would be scored twice
+        first: dict[str, int] = {}
+        for image, name in zip(known.image_ids, names, strict=True):
+            if first.setdefault(name, image) != image:
+                missing.append(
+                    Defect(known.source, f"image {image}", f"its file {name} is that of image {first[name]}")
+                )
     known.defects = [*missing, *known.defects]
     if note:
         known.notes = {"file names": f"{note} to find them in {folder}", **known.notes}

@@ -202,6 +202,12 @@ def a_file_that_is_not_there(content):
     return ["gone.jpg", "no such file"], ""
 
 
+def a_file_of_two_images(content):
+    one, other = content["images"][:2]
+    other |= {key: one[key] for key in ("file_name", "width", "height")}
+    return [f"image {other['id']}", f"its file {one['file_name']} is that of image {one['id']}"], ""
+
+
 def an_image_without_size(content):
     del content["images"][0]["width"]
     return [f"image {content['images'][0]['id']}", "width or height is missing"], ""
@@ -223,7 +229,7 @@ def no_keypoint_stated(content):
 
 
 DAMAGE = [
-    *(a_flag_in_words, an_area_of_zero, no_keypoint_stated),
+    *(a_file_of_two_images, a_flag_in_words, an_area_of_zero, no_keypoint_stated),
     *(of_another_image, unknown_category, not_a_number, three_numbers, words, no_area, outside, over_the_border),
     *(
         sixteen_joints,
