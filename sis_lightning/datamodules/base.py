@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sis_lightning.datamodules import workers
 from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler, sample_seed
 from sis_lightning.datasets.base import ImageDataset, Sample, collate
 from sis_lightning.datasets.constants import SPLITS, SYNTHETIC_MARKER, Split
@@ -96,12 +96,6 @@ class _Augmented(Dataset[Sample]):
         np.random.seed(seed % 2**32)
         random.seed(seed)
         return self.transform(self.dataset[index])
-
-
-def _ignore_signals(_: int) -> None:
-    """A cluster's signals reach workers too, but only the run answers them, and it still needs its workers then."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class SISDataModule(LightningDataModule, ABC):
@@ -372,17 +366,19 @@ class SISDataModule(LightningDataModule, ABC):
 
     def _loader(self, dataset: _Augmented, sampler: Sampler[tuple[int, int]], batch_size: int) -> DataLoader[Sample]:
         training = isinstance(sampler, EpochSampler)
-        workers = min(self.num_workers, usable_cores())  # more workers than cores only compete for them
+        count = min(self.num_workers, usable_cores())  # more workers than cores only compete for them
+        if count:
+            workers.require_shared_memory()
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            num_workers=workers,
+            num_workers=count,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             drop_last=training,
-            persistent_workers=training and workers > 0,
-            worker_init_fn=_ignore_signals,
+            persistent_workers=training and count > 0,
+            worker_init_fn=workers.initialize,
             # Without a generator of its own, a loader draws from the global one, and so changes what the model draws.
             generator=torch.Generator().manual_seed(0),
         )

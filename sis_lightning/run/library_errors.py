@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from sis_lightning.datamodules.workers import NO_SHARED_MEMORY, NO_SHARED_MEMORY_MESSAGE, TOO_MANY_OPEN_FILES
 from sis_lightning.errors import DataError, UsageError, UserError
 
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (jsonargparse, lightning))
@@ -36,7 +38,7 @@ def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
 
     Raises:
         UsageError: For options and combinations that a library refuses.
-        DataError: If the memory of the device does not suffice.
+        DataError: If the memory of the device does not suffice, or workers fail for lack of memory or files.
     """
     try:
         yield
@@ -53,6 +55,8 @@ def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
     except Exception as error:
         if cause := _our_own(error):  # jsonargparse wraps what the constructor of a class raises
             raise cause from error
+        if reason := _of_loading(error):
+            raise DataError(reason) from error
         if not isinstance(error, MisconfigurationException) and not (
             isinstance(error, _MISTAKES) and _raised_in_library(error)
         ):
@@ -60,11 +64,36 @@ def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
         raise UsageError(_named(_reason(error), config or {})) from error
 
 
+def _of_loading(error: BaseException) -> str:
+    """The reason why data could not be loaded, if it is the machine's: a killed worker, or its limits; else empty."""
+    text = " ".join(map(str, _chain(error)))
+    died = re.search(r"DataLoader worker .*?(?:killed by signal: (\w[\w ]*)|exited unexpectedly)", text)
+    code = re.search(r"exited unexpectedly with exit code (\d+)", text)
+    if (code and int(code[1]) == TOO_MANY_OPEN_FILES) or "Too many open files" in text:
+        return (
+            f"too many open files: this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}\n"
+            "  Enter `ulimit -n 4096` before the command, or choose fewer --data.num_workers"
+        )
+    if (code and int(code[1]) == NO_SHARED_MEMORY) or "shared memory" in text:
+        return NO_SHARED_MEMORY_MESSAGE
+    if died:
+        how = f"was killed by signal {died[1].strip()}" if died[1] else "has gone"
+        return (
+            f"a worker process that loads data {how}; most often the system's memory is full\n"
+            "  Choose fewer --data.num_workers or a smaller --data.batch_size, or ask the cluster for more memory"
+        )
+    return ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
 def _our_own(error: BaseException) -> UserError | None:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return cause
+    return next((cause for cause in _chain(error) if isinstance(cause, UserError)), None)
 
 
 def _raised_in_library(error: BaseException) -> bool:
