@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         from sis_lightning.datasets.constants import SPLITS
         from sis_lightning.run.run import Run
     data = Run.from_arguments(config_options(chosen.config, options)).datamodule
-    splits = {split: functools.partial(data.dataset, split) for split in SPLITS}
+    splits = {split: functools.partial(data.open, split) for split in SPLITS}
     count = 0
     for summary in summarize_splits(splits, decode=not chosen.annotations_only):
         print(summary, flush=True)

@@ -114,6 +114,8 @@ class SISDataModule(LightningDataModule, ABC):
         synthetic: Arguments of `sis_lightning.write_synthetic`, including its `root`. Synthetic data is written only if
             that `root` and the DataModule's `root` are the same folder, and this folder does not exist. None: never.
         download: Whether the data set is downloaded into `root` if it is missing.
+        upright: Whether images are rotated as their EXIF orientation says. By default they are taken as stored, as most
+            annotations refer to the stored pixels; images of `predict_path` are always rotated.
 
     Attributes:
         datasets: The Dataset of each split, after `setup`.
@@ -135,6 +137,7 @@ class SISDataModule(LightningDataModule, ABC):
         "predict_path": Effect.NOTHING,
         "synthetic": Effect.NOTHING,
         "download": Effect.NOTHING,
+        "upright": Effect.RESULT,
     }
     image_size: tuple[int, int] | None = None
 
@@ -146,6 +149,7 @@ class SISDataModule(LightningDataModule, ABC):
         predict_path: str | None = None,
         synthetic: dict[str, Any] | None = None,
         download: bool = False,
+        upright: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -154,7 +158,7 @@ class SISDataModule(LightningDataModule, ABC):
             raise UsageError("synthetic has no 'root': the folder in which synthetic data may be made")
         self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
         self.predict_path = Path(predict_path) if predict_path else None
-        self.synthetic, self.download = synthetic, download
+        self.synthetic, self.download, self.upright = synthetic, download, upright
         self.datasets: dict[str, ImageDataset] = {}
         self.notes: dict[str, str] = {}
         self.position = (0, 0)
@@ -166,6 +170,12 @@ class SISDataModule(LightningDataModule, ABC):
         Raises:
             DataError: If something is missing or damaged: what, where, and where to get it.
         """
+
+    def open(self, split: Split) -> ImageDataset:
+        """The Dataset of a split, set as the arguments say."""
+        dataset = self.dataset(split)
+        dataset.upright = self.upright
+        return dataset
 
     @property
     @abstractmethod
@@ -299,11 +309,13 @@ class SISDataModule(LightningDataModule, ABC):
         needed: dict[str | None, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         for split in {**needed, None: list(SPLITS)}.get(stage, []):
             if split not in self.datasets:
-                self._add(split, self.dataset(split))
+                self._add(split, self.open(split))
                 if not len(self.datasets[split]):
                     raise DataError(f"{self.root}: the {split} split is empty")
+                if split == "train":
+                    self.datasets[split].require_targets()
         if stage == "predict" and "predict" not in self.datasets:
-            self._add("predict", UnlabelledDataset(self.predict_path) if self.predict_path else self.dataset("val"))
+            self._add("predict", UnlabelledDataset(self.predict_path) if self.predict_path else self.open("val"))
 
     def _add(self, split: str, dataset: ImageDataset) -> None:
         dataset.require_sound()

@@ -29,9 +29,11 @@ class ImageDataset(Dataset[Sample], ABC):
         meta: Class names, mean, standard deviation and further facts that a task needs.
         defects: Defects that were found while the files were listed.
         notes: Facts on the data for the record of a run, by a short label.
+        upright: Whether images are rotated as their EXIF orientation says. Set it before samples are read.
     """
 
     meta: DatasetMeta
+    upright: bool = False
 
     def __init__(self) -> None:
         self.defects: Sequence[Defect] = ()
@@ -67,6 +69,13 @@ class ImageDataset(Dataset[Sample], ABC):
             DataError: If there is one; the message has the first of them and their number.
         """
         require_sound(self.defects)
+
+    def require_targets(self) -> None:
+        """Checks that there is something to learn from, in a moment: without decoding images.
+
+        Raises:
+            DataError: If no sample has a target.
+        """
 
     def groups(self) -> Sequence[int] | None:
         """A number for each sample if training batches should hold samples of one number only, else None."""

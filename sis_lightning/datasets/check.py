@@ -13,6 +13,8 @@ import numpy as np
 from rich.table import Table
 
 from sis_lightning.datasets.base import ImageDataset, Sample
+from sis_lightning.datasets.constants import IMAGE_ENDINGS
+from sis_lightning.datasets.images import orientation
 from sis_lightning.errors import DataError
 from sis_lightning.machine import usable_cores
 from sis_lightning.text_tables import table_to_text
@@ -31,6 +33,7 @@ class DatasetSummary:
         sizes: Width and height in px of each image that was read.
         classes: Number of objects of each class (of images, for classification and segmentation).
         areas: Area of each box in px².
+        turned: Number of images whose EXIF orientation is not upright.
         notes: Objects that training leaves out, and further facts, by a short label.
         defects: Every defect, as text with file and entry.
     """
@@ -40,6 +43,7 @@ class DatasetSummary:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     classes: Counter[str] = field(default_factory=Counter)
     areas: list[float] = field(default_factory=list)
+    turned: int = 0
     notes: dict[str, str] = field(default_factory=dict)
     defects: list[str] = field(default_factory=list)
 
@@ -75,8 +79,20 @@ def summarize(dataset: ImageDataset, split: str, *, decode: bool = True) -> Data
     summary = DatasetSummary(split, notes=dict(dataset.notes), defects=[str(defect) for defect in dataset.defects])
     if decode:
         _read_all(dataset, summary)
+        summary.turned = sum(orientation(path) != 1 for path in dataset.files() if path.suffix.lower() in IMAGE_ENDINGS)
+        absent = [name for name in dataset.meta.class_names if not summary.classes[name]]
+        if absent and summary.classes:
+            shown = ", ".join(absent[:10]) + (", …" if len(absent) > 10 else "")
+            summary.notes["occurs nowhere"] = f"{len(absent)} of {len(dataset.meta.class_names)} classes: {shown}"
+        if summary.turned:
+            summary.notes["EXIF"] = f"{summary.turned:,} images have an orientation, which upright: true follows"
     else:
         summary.images = len(dataset)
+    if split == "train":
+        try:
+            dataset.require_targets()
+        except DataError as error:
+            summary.defects.append(str(error))
     return summary
 
 

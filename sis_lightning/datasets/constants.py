@@ -102,3 +102,7 @@ def voc_palette() -> list[int]:
         for channel in range(3):
             palette[:, channel] |= ((label >> (3 * bit + channel)) & 1) << (7 - bit)
     return [int(value) for value in palette.ravel()]
+
+
+#: File name endings (lower case) that are taken for images.
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

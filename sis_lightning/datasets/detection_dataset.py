@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.images import read_image
+from sis_lightning.datasets.images import read_image, turned
 from sis_lightning.errors import DataError, UsageError
 
 
@@ -122,12 +122,26 @@ class DetectionDataset(ImageDataset):
             DataError: If the file is missing or damaged, or has another size than its annotation says.
         """
         path, size = self.annotations.paths[index], tuple(self.annotations.sizes[index].tolist())
-        image = read_image(path)
-        if size not in ((0, 0), (image.shape[2], image.shape[1])):
+        image = read_image(path, upright=self.upright)
+        found = (image.shape[2], image.shape[1])
+        if size not in ((0, 0), found):
             raise DataError(
-                f"{path}: {image.shape[2]}×{image.shape[1]} px, but {self.annotations.source} says {size[0]}×{size[1]}"
+                f"{path}: {found[0]}×{found[1]} px, but {self.annotations.source} says {size[0]}×{size[1]}"
+                + turned(path, found, (size[0], size[1]))
             )
         return image
+
+    def require_targets(self) -> None:
+        """Checks that there is an object to learn from.
+
+        Raises:
+            DataError: If there is none.
+        """
+        if not len(self.annotations.image):
+            left = f" ({self.notes['without']} are left out)" if "without" in self.notes else ""
+            raise DataError(
+                f"{self.annotations.source}: no object to learn from in {len(self.annotations):,} images{left}"
+            )
 
     def groups(self) -> Sequence[int] | None:
         """1 for portrait and 0 for landscape images: a batch is padded to its maximum width and height."""

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.images import IMAGE_ENDINGS, UNREADABLE, read_image
+from sis_lightning.datasets.constants import IMAGE_ENDINGS
+from sis_lightning.datasets.images import UNREADABLE, read_image
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError, MissingDataError
@@ -73,7 +74,7 @@ class ImageFolderDataset(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index]
-        image = read_image(path)
+        image = read_image(path, upright=self.upright)
         if self.image_size and tuple(image.shape[1:]) != self.image_size:
             wanted = "×".join(str(side) for side in reversed(self.image_size))
             raise DataError(

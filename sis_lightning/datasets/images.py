@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.errors import DataError
-
-#: File name endings (lower case) that are taken for images.
-IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -52,7 +49,17 @@ def to_rgb(image: Image.Image, *, upright: bool = False) -> tv_tensors.Image:
 
     Returns:
         RGB of shape (3, H, W), uint8.
+
+    Raises:
+        DataError: If the pixels are 32-bit integers or floating-point numbers, whose range is not known.
     """
+    if image.mode in ("I", "F"):
+        name = getattr(image, "filename", "") or "the image"
+        kind = {"I": "32-bit integers", "F": "floating-point numbers"}[image.mode]
+        raise DataError(
+            f"{name}: its pixels are {kind}, and no file says which of them is white\n"
+            "  Convert it to 8 or 16 bits per channel."
+        )
     if image.mode.startswith("I;16"):  # convert() would clip the upper 8 bits instead of dropping the lower ones
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = ImageOps.exif_transpose(image) if upright else image
@@ -77,6 +84,32 @@ def read_image(path: Path, *, upright: bool = False) -> tv_tensors.Image:
         return image
     with open_image(path) as opened:
         return to_rgb(opened, upright=upright)
+
+
+def orientation(path: Path) -> int:
+    """The EXIF orientation of an image file: 1 for upright or unknown, 5 to 8 for a quarter turn."""
+    try:
+        with Image.open(path) as image:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except UNREADABLE:
+        return 1
+
+
+def turned(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> str:
+    """Says that an EXIF orientation is why a size is not the expected one; empty if it is not.
+
+    Args:
+        path: The image file.
+        size: Width and height of the image in px, as stored.
+        expected: Width and height in px that its annotation has.
+    """
+    number = orientation(path)
+    if number < 5 or size != (expected[1], expected[0]):
+        return ""
+    return (
+        f"\n  The image has EXIF orientation {number}: viewers rotate it by a quarter turn, and so was it annotated.\n"
+        "  With upright: true, all images are rotated as their EXIF orientation says"
+    )
 
 
 def _decode_jpeg(path: Path) -> tv_tensors.Image | None:

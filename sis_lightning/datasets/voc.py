@@ -8,16 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import tv_tensors
 
 from sis_lightning.datasets.annotations import Defect
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.constants import VOC_CLASSES, VOID
+from sis_lightning.datasets.constants import IMAGE_ENDINGS, VOC_CLASSES, VOID
 from sis_lightning.datasets.detection_dataset import DetectionDataset
-from sis_lightning.datasets.images import open_image, read_image
+from sis_lightning.datasets.images import UNREADABLE, open_image, read_image, turned
 from sis_lightning.datasets.meta import DatasetMeta
-from sis_lightning.datasets.voc_reader import read_names, read_voc, voc_list
+from sis_lightning.datasets.voc_reader import files_by_name, read_names, read_voc, voc_list
 from sis_lightning.errors import DataError, MissingDataError, UsageError
+
+_COLOUR_OF_ID_1 = (128, 0, 0)  # of VOC's palette
 
 #: Where the files are expected.
 DETECTION_LAYOUT = (
@@ -138,21 +141,20 @@ class VOCSegmentationDataset(ImageDataset):
             )
         self.meta = DatasetMeta(tuple(classes or VOC_CLASSES))
         masks, listed_in, self.names = self._listed(split)
-        there = {
-            # One listing of each folder is quicker than ten thousand look-ups on a network file system.
-            folder: {path.stem for path in (self.home / folder).glob("*" + ending)}
-            for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png"))
-        }
+        photographs = files_by_name(self.home / "JPEGImages", IMAGE_ENDINGS)
+        annotated = files_by_name(self.home / masks, (".png",))
+        self.images = [self.home / "JPEGImages" / photographs.get(name, f"{name}.jpg") for name in self.names]
+        self.masks = [self.home / masks / annotated.get(name, f"{name}.png") for name in self.names]
+        what = f"does not exist, but {listed_in} names it"
         defects = []
-        for folder, ending in (("JPEGImages", ".jpg"), (masks, ".png")):
-            lacking = [name for name in self.names if name not in there[folder]]
-            what = f"does not exist, but {listed_in} names it"
-            defects += [Defect(self.home / folder / f"{name}{ending}", "", what) for name in lacking]
-        stray = sorted(there[masks] - there["JPEGImages"] - set(self.names))
-        defects += [Defect(self.home / masks / f"{name}.png", "", "it has no image", "dropped") for name in stray]
+        for files, there in ((self.images, photographs), (self.masks, annotated)):
+            lacking = [path for path, name in zip(files, self.names, strict=True) if name not in there]
+            defects += [Defect(path, "", what) for path in lacking]
+        stray = sorted(set(annotated) - set(photographs) - set(self.names))
+        defects += [Defect(self.home / masks / annotated[name], "", "it has no image", "dropped") for name in stray]
         self.defects = defects
-        self.images = [self.home / "JPEGImages" / f"{name}.jpg" for name in self.names]
-        self.masks = [self.home / masks / f"{name}.png" for name in self.names]
+        if classes is None and (note := self._foreign_palette()):
+            self.notes["masks"] = note
 
     def _listed(self, split: str) -> tuple[str, str, list[str]]:
         """The folder of masks, what lists the images, and their names."""
@@ -176,6 +178,43 @@ class VOCSegmentationDataset(ImageDataset):
             raise DataError(f"{augmented} does not exist (SBD's masks in VOC's format)")
         return by_list("train", "SegmentationClass")
 
+    def _foreign_palette(self) -> str:
+        """Says that the first mask's palette is not that of VOC, whose classes its ids are taken for; else empty."""
+        try:
+            with Image.open(self.masks[0]) as mask:
+                palette = mask.getpalette() if mask.mode == "P" else None
+        except (IndexError, *UNREADABLE):
+            return ""
+        colour = tuple(palette[3:6]) if palette else (0, 0, 0)
+        if colour in ((0, 0, 0), _COLOUR_OF_ID_1) or colour == (1, 1, 1):  # no colours at all, or VOC's
+            return ""
+        return (
+            f"the palette is not VOC's: id 1 has the colour {colour} instead of {_COLOUR_OF_ID_1}; "
+            "if the ids are not VOC's either, name the classes in their order"
+        )
+
+    def require_targets(self) -> None:
+        """Checks that masks have at least two classes, reading them until two are found: mostly one mask.
+
+        Raises:
+            DataError: If all masks together have fewer.
+        """
+        seen: set[int] = set()
+        for path in self.masks:
+            try:
+                seen.update(read_mask(path, self.meta.num_classes).unique().tolist())
+            except DataError:  # reported when it is its turn
+                return
+            if len(seen - {VOID}) > 1:
+                return
+        known = sorted(seen - {VOID})
+        names = [self.meta.class_names[number] for number in known]
+        found = f"only the class {names[0]!r} ({known[0]})" if names else "no annotated pixel"
+        hint = ""
+        if VOID in seen:
+            hint = f"\n  The id {VOID} means void (not annotated). In masks of 0 and {VOID}, change {VOID} to 1."
+        raise DataError(f"{self.masks[0].parent}: {found} in {len(self.masks):,} masks: nothing to learn{hint}")
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -191,10 +230,13 @@ class VOCSegmentationDataset(ImageDataset):
                 yield functools.partial(self.__getitem__, index)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = read_image(self.images[index]), read_mask(self.masks[index], self.meta.num_classes)
+        image = read_image(self.images[index], upright=self.upright)
+        mask = read_mask(self.masks[index], self.meta.num_classes)
         if image.shape[1:] != mask.shape:
-            sizes = f"{mask.shape[1]}×{mask.shape[0]} px, its image {image.shape[2]}×{image.shape[1]}"
-            raise DataError(f"{self.masks[index]}: the mask has {sizes}")
+            size, expected = (image.shape[2], image.shape[1]), (mask.shape[1], mask.shape[0])
+            sizes = f"{expected[0]}×{expected[1]} px, its image {size[0]}×{size[1]}"
+            why = turned(self.images[index], size, expected)
+            raise DataError(f"{self.masks[index]}: the mask has {sizes}{why}")
         return {"image": image, "mask": mask, "name": self.names[index]}
 
 
@@ -218,5 +260,12 @@ def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
     found = np.flatnonzero(np.bincount(ids.reshape(-1), minlength=256))
     outside = [int(i) for i in found if i >= classes and i != VOID]
     if outside:
-        raise DataError(f"{path}: mask id {outside[0]} is outside of the classes 0…{classes - 1} and {VOID} (void)")
+        hint = (
+            "\n  Do the names of the classes begin with the background, which is class 0?"
+            if outside == [classes]
+            else ""
+        )
+        raise DataError(
+            f"{path}: mask id {outside[0]} is outside of the classes 0…{classes - 1} and {VOID} (void){hint}"
+        )
     return tv_tensors.Mask(torch.from_numpy(ids))

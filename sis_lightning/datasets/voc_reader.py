@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from sis_lightning.datasets.annotations import Annotations, Defect, check_boxes, file_names
+from sis_lightning.datasets.constants import IMAGE_ENDINGS
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError
 
@@ -17,7 +18,8 @@ from sis_lightning.errors import DataError
 def read_names(path: Path) -> list[str]:
     """Reads a list of image names, one per line, as in VOC's `ImageSets/`.
 
-    The name is the first word of the line. Empty lines and repetitions do not count.
+    A name may have spaces. If each line ends with a word of -1, 0 or 1, as in the lists of single classes, this word is
+    left out. Empty lines and repetitions do not count.
 
     Args:
         path: A text file in UTF-8, with or without a byte order mark.
@@ -34,7 +36,32 @@ def read_names(path: Path) -> list[str]:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    return list(dict.fromkeys(line.split()[0] for line in text.splitlines() if line.strip()))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    words = [line.rsplit(maxsplit=1) for line in lines]
+    if all(len(pair) == 2 and pair[1] in ("-1", "0", "1") for pair in words):
+        lines = [pair[0] for pair in words]
+    return list(dict.fromkeys(lines))
+
+
+def files_by_name(folder: Path, endings: Sequence[str]) -> dict[str, str]:
+    """The files of a folder by their names without ending; empty if there is no such folder.
+
+    Args:
+        folder: The folder.
+        endings: The endings that count, in lower case.
+
+    Raises:
+        DataError: If two files have the same name but for the ending.
+    """
+    found: dict[str, str] = {}
+    for file in sorted(file_names(folder)):
+        name, dot, ending = file.rpartition(".")
+        if dot + ending.lower() not in endings or file.startswith("."):
+            continue
+        if name in found:
+            raise DataError(f"{folder}: {found[name]} and {file} are both the image {name}: remove one of them")
+        found[name] = file
+    return found
 
 
 def voc_list(home: Path, task: str, split: str) -> Path:
@@ -75,25 +102,30 @@ def read_voc(
     sizes: list[tuple[int, int]] = []
     objects: list[tuple[int, int, bool, list[float], str, Path]] = []
     for home, names in homes_and_names:
-        found, described = file_names(home / "JPEGImages"), file_names(home / "Annotations")
+        found, described = files_by_name(home / "JPEGImages", IMAGE_ENDINGS), file_names(home / "Annotations")
         for name in names:
-            image_file, file = home / "JPEGImages" / f"{name}.jpg", home / "Annotations" / f"{name}.xml"
+            image_file = home / "JPEGImages" / found.get(name, f"{name}.jpg")
+            file = home / "Annotations" / f"{name}.xml"
             paths.append(image_file)
             sizes.append((0, 0))
-            if images and image_file.name not in found:
+            if images and name not in found:
                 defects.append(Defect(image_file, "", "no such file"))
             if file.name not in described:
                 defects.append(Defect(file, "", "no such file"))
                 continue
             tree = _parse_xml(file)
-            sizes[-1] = (_whole(tree.findtext("size/width")), _whole(tree.findtext("size/height")))
-            for place, node in enumerate(tree.findall("object"), start=1):
-                known = (node.findtext("name") or "").strip()
+            sizes[-1] = (_whole(tree.findtext("{*}size/{*}width")), _whole(tree.findtext("{*}size/{*}height")))
+            for place, node in enumerate(tree.findall("{*}object"), start=1):
+                known = (node.findtext("{*}name") or "").strip()
                 if known not in label_of:
                     defects.append(Defect(file, f"object {place}", f"unknown class {known!r}"))
                     continue
-                box = [_float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-                difficult = (node.findtext("difficult") or "0").strip() == "1"
+                box = [_float(node.findtext("{*}bndbox/{*}" + key)) for key in ("xmin", "ymin", "xmax", "ymax")]
+                flag = (node.findtext("{*}difficult") or "0").strip().lower()
+                if flag not in ("0", "1", "false", "true"):
+                    defects.append(Defect(file, f"object {place}, {known}", f"difficult is {flag!r}, not 0 or 1"))
+                    continue
+                difficult = flag in ("1", "true")
                 objects.append((len(paths) - 1, label_of[known], difficult, box, f"object {place}, {known}", file))
     boxes = np.array([item[3] for item in objects], dtype=np.float64).reshape(-1, 4)
     boxes[:, :2] -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichModelSummary
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
-from sis_lightning.errors import UsageError
+from sis_lightning.errors import DataError, UsageError
 from sis_lightning.files import write_text
 from sis_lightning.run import directory, history, process
 from sis_lightning.run.library_errors import explained
@@ -91,9 +92,11 @@ class _Started:
             trainer.predict(task, return_predictions=False, **given)
         elif self.command == "validate":
             trainer.validate(task, verbose=run.options.verbose, **given)
+            self._require_defined(trainer, task.monitor)
         else:
             trainer.test(task, verbose=run.options.verbose, **given)
             self._keep_record(trainer)
+            self._require_defined(trainer, f"test/{task.monitor.partition('/')[2]}")
         _print_profile(trainer)
 
     def _settle_resume(self) -> None:
@@ -209,6 +212,16 @@ class _Started:
             history.end(self.folder, "finished" if self.exact_resume.ended else "stopped early")
             self._summarise(trainer, time.monotonic() - began)
             _print_profile(trainer)
+        self._require_defined(trainer, run.task.monitor)
+
+    def _require_defined(self, trainer: Trainer, metric: str) -> None:
+        """Fails, on all ranks alike, if the primary metric was computed but is not defined."""
+        value = trainer.callback_metrics.get(metric)
+        if value is not None and math.isnan(value):
+            raise DataError(
+                f"{metric} is not defined (nan): the {metric.partition('/')[0]} split has nothing to score\n"
+                "  sis-lightning check-data, with the same options, tells what the split contains"
+            )
 
     def _begin(self) -> None:
         """Writes the resolved configuration of this start: `config.yaml` of the first, `config-2.yaml` and so on."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.datasets.base import Batch
-from sis_lightning.datasets.images import IMAGE_ENDINGS, open_image, to_rgb
+from sis_lightning.datasets.constants import IMAGE_ENDINGS
+from sis_lightning.datasets.images import open_image, to_rgb
 from sis_lightning.errors import DataError, UsageError
 
 #: One image for `predict`.

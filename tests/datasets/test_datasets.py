@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from sis_lightning.datamodules import VOCSegmentationDataModule
 from sis_lightning.datasets.base import collate
+from sis_lightning.datasets.check import summarize
 from sis_lightning.datasets.cifar import CIFAR100Dataset
 from sis_lightning.datasets.coco import COCODetectionDataset, COCOKeypointsDataset
 from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.datasets.constants import COCO_KEYPOINTS, VOC_CLASSES
 from sis_lightning.datasets.folder import UnlabelledDataset
+from sis_lightning.datasets.images import read_image
 from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.datasets.voc import VOCDetectionDataset, VOCSegmentationDataset
 from sis_lightning.datasets.voc_reader import read_names
 from sis_lightning.errors import DataError, MissingDataError, UsageError
@@ -144,8 +151,10 @@ def test_wrong_arguments_of_datasets(synthetic, build, error, words):
 
 def test_lists_of_names(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes("\ufeffone\r\n\ntwo -1\none\n".encode())
-    assert read_names(path) == ["one", "two"]
+    path.write_bytes("\ufeffone\r\n\nstreet 01\r\none\n".encode())
+    assert read_names(path) == ["one", "street 01"]
+    path.write_text("one  1\nstreet 1 -1\ntwo  0\n")  # the list of a class
+    assert read_names(path) == ["one", "street 1", "two"]
     path.write_bytes("Stra\u00dfe".encode("latin-1"))
     with pytest.raises(DataError, match=r"a\.txt: not UTF-8 text .* at byte 4"):
         read_names(path)
@@ -422,3 +431,129 @@ def test_a_run_on_merged_classes_without_empty_images(command, small, tmp_path):
     assert "images without objects" in fit.out
     check = command("check-data", *options, "--annotations-only")
     assert check.code == 0, check.out
+
+
+# Data sets as people have them
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    """Three images of VOC 2012 with masks and boxes, in a folder that a test may change."""
+    write_synthetic(tmp_path / "data", images=10, size=64, kinds=["voc"])
+    return tmp_path / "data"
+
+
+def voc2012(root: Path) -> Path:
+    return root / "VOCdevkit" / "VOC2012"
+
+
+def paint(root: Path, value) -> None:
+    for path in (voc2012(root) / "SegmentationClass").glob("*.png"):
+        with Image.open(path) as mask:
+            ids = np.array(mask)
+        Image.fromarray(value(ids).astype(np.uint8), mode="L").save(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (lambda ids: np.full_like(ids, 255), "no annotated pixel in [0-9]+ masks: nothing to learn(.|\n)*means void"),
+        (
+            lambda ids: np.where(ids > 0, 255, 0),
+            "only the class 'background' .0. in [0-9]+ masks(.|\n)*change 255 to 1",
+        ),
+        (np.zeros_like, "only the class 'background'"),
+    ],
+)
+def test_masks_without_two_classes_are_refused(few, value, words):
+    dataset = VOCSegmentationDataset(few, "train", ["background", "thing"])
+    paint(few, value)
+    with pytest.raises(DataError, match=words):
+        dataset.require_targets()
+    data = VOCSegmentationDataModule(str(few), classes=["background", "thing"], batch_size=2, crop_size=32)
+    with pytest.raises(DataError, match=words):
+        data.setup("fit")
+    data.setup("test")
+    assert any("nothing to learn" in defect for defect in summarize(dataset, "train", decode=False).defects)
+    paint(few, lambda ids: np.eye(len(ids), ids.shape[1]))
+    dataset.require_targets()
+
+
+def test_boxes_without_an_object_to_learn_from_are_refused(few):
+    for path in (voc2012(few) / "Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    dataset = VOCDetectionDataset(few, ["2012/trainval"])
+    with pytest.raises(DataError, match=r"no object to learn from in [0-9]+ images .* difficult objects are left out"):
+        dataset.require_targets()
+    VOCDetectionDataset(few, ["2012/trainval"], evaluation=True).require_targets()
+
+
+def test_images_have_any_usual_ending(few):
+    folder = voc2012(few) / "JPEGImages"
+    expected = [sample["image"].shape for sample in VOCSegmentationDataset(few, "train")]
+    boxes = [sample["boxes"].shape for sample in VOCDetectionDataset(few, ["2012/train"])]
+    for path, ending in zip(
+        sorted(folder.iterdir()), itertools.cycle([".JPG", ".png", ".webp", ".Jpeg"]), strict=False
+    ):
+        Image.open(path).save(path.with_suffix(ending))
+        path.unlink()
+    dataset = VOCSegmentationDataset(few, "train")
+    assert not dataset.defects
+    assert [sample["image"].shape for sample in dataset] == expected
+    assert [sample["boxes"].shape for sample in VOCDetectionDataset(few, ["2012/train"])] == boxes
+    twice = sorted(folder.iterdir())[0]
+    Image.open(twice).save(twice.with_suffix(".bmp"))
+    with pytest.raises(DataError, match=rf"{twice.stem}\..* and {twice.stem}\..* are both the image {twice.stem}"):
+        VOCSegmentationDataset(few, "train")
+
+
+def test_an_exif_orientation_is_named_and_followed_on_request(few):
+    dataset = VOCSegmentationDataset(few, "train")
+    path, mask = dataset.images[0], dataset.masks[0]
+    quarter = Image.Exif()
+    quarter[0x0112] = 6
+    with Image.open(path) as image:
+        stored = image.transpose(Image.Transpose.ROTATE_90)
+    stored.save(path, exif=quarter, quality=95)
+    if stored.width == stored.height:
+        pytest.fail("the image must not be square")
+    with pytest.raises(DataError, match=rf"{mask.name}: the mask has (.|\n)*EXIF orientation 6(.|\n)*upright: true"):
+        dataset[0]
+    assert summarize(dataset, "train").notes["EXIF"].startswith("1 images have an orientation")
+    dataset.upright = True
+    assert dataset[0]["image"].shape[1:] == dataset[0]["mask"].shape
+
+
+def test_another_palette_than_vocs_is_told(few):
+    assert "masks" not in VOCSegmentationDataset(few, "train").notes
+    for path in (voc2012(few) / "SegmentationClass").glob("*.png"):
+        with Image.open(path) as mask:
+            mask.putpalette([0, 0, 0, 0, 0, 128, 128, 0, 0])
+            mask.save(path)
+    assert (
+        "id 1 has the colour (0, 0, 128) instead of (128, 0, 0)" in VOCSegmentationDataset(few, "train").notes["masks"]
+    )
+    assert "masks" not in VOCSegmentationDataset(few, "train", VOC_CLASSES).notes
+
+
+def test_an_id_just_beyond_the_classes_asks_for_the_background(few):
+    paint(few, lambda ids: np.where(ids > 0, 2, 0))
+    with pytest.raises(DataError, match=r"mask id 2 is outside of the classes 0…1(.|\n)*begin with the background"):
+        VOCSegmentationDataset(few, "train", ["cat", "dog"])[0]
+
+
+def test_xml_with_a_namespace_is_read(few):
+    before = VOCDetectionDataset(few, ["2012/train"]).annotations
+    for path in (voc2012(few) / "Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("<annotation>", '<annotation xmlns="http://example.org/voc">'))
+    after = VOCDetectionDataset(few, ["2012/train"]).annotations
+    assert len(before.boxes)
+    assert np.array_equal(after.boxes, before.boxes)
+    assert np.array_equal(after.sizes, before.sizes)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
+def test_pixels_without_a_known_range_are_refused(tmp_path, dtype, words):
+    Image.fromarray(np.full((4, 4), 1000, dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match=rf"a\.tiff: its pixels are {words}"):
+        read_image(tmp_path / "a.tiff")
