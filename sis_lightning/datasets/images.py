@@ -32,7 +32,11 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         image = Image.open(path)
-        image.load()
+        try:
+            image.load()
+        except BaseException:
+            image.close()
+            raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except UNREADABLE as error:
