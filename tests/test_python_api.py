@@ -224,9 +224,9 @@ def test_predict_takes_paths_folders_images_and_tensors(tmp_path):
     assert torch.equal(task.predict(str(tmp_path / "a.png")).mask, want)
     assert torch.equal(task.predict(Image.fromarray(array)).mask, want)
     several = task.predict([tmp_path / "a.png", IMAGE, Image.fromarray(array)], batch_size=2)
-    assert [p.name for p in several] == ["a", "1", "2"]
+    assert [p.name for p in several] == ["a.png", "1", "2"]
     assert all(torch.equal(p.mask, want) for p in several)
-    assert [p.name for p in task.predict(tmp_path)] == ["a", "deep/b"]
+    assert [p.name for p in task.predict(tmp_path)] == ["a.png", "deep/b.png"]
     assert len(task.predict(torch.stack([IMAGE, IMAGE]))) == 2
     assert task.predict([]) == []
 

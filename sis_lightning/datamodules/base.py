@@ -114,6 +114,8 @@ class SISDataModule(LightningDataModule, ABC):
         synthetic: Arguments of `sis_lightning.write_synthetic`, including its `root`. Synthetic data is written only if
             that `root` and the DataModule's `root` are the same folder, and this folder does not exist. None: never.
         download: Whether the data set is downloaded into `root` if it is missing.
+        skip_bad: Whether unreadable images of `predict_path` are left out and named at the end, instead of refused
+            before any prediction.
         upright: Whether images are rotated as their EXIF orientation says. By default they are taken as stored, as most
             annotations refer to the stored pixels; images of `predict_path` are always rotated.
 
@@ -137,6 +139,7 @@ class SISDataModule(LightningDataModule, ABC):
         "predict_path": Effect.NOTHING,
         "synthetic": Effect.NOTHING,
         "download": Effect.NOTHING,
+        "skip_bad": Effect.NOTHING,
         "upright": Effect.RESULT,
     }
     image_size: tuple[int, int] | None = None
@@ -149,6 +152,7 @@ class SISDataModule(LightningDataModule, ABC):
         predict_path: str | None = None,
         synthetic: dict[str, Any] | None = None,
         download: bool = False,
+        skip_bad: bool = False,
         upright: bool = False,
     ) -> None:
         super().__init__()
@@ -158,7 +162,7 @@ class SISDataModule(LightningDataModule, ABC):
             raise UsageError("synthetic has no 'root': the folder in which synthetic data may be made")
         self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
         self.predict_path = Path(predict_path) if predict_path else None
-        self.synthetic, self.download, self.upright = synthetic, download, upright
+        self.synthetic, self.download, self.skip_bad, self.upright = synthetic, download, skip_bad, upright
         self.datasets: dict[str, ImageDataset] = {}
         self.notes: dict[str, str] = {}
         self.position = (0, 0)
@@ -315,7 +319,8 @@ class SISDataModule(LightningDataModule, ABC):
                 if split == "train":
                     self.datasets[split].require_targets()
         if stage == "predict" and "predict" not in self.datasets:
-            self._add("predict", UnlabelledDataset(self.predict_path) if self.predict_path else self.open("val"))
+            photographs = self.predict_path and UnlabelledDataset(self.predict_path, skip_bad=self.skip_bad)
+            self._add("predict", photographs or self.open("val"))
 
     def _add(self, split: str, dataset: ImageDataset) -> None:
         dataset.require_sound()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.constants import IMAGE_ENDINGS
-from sis_lightning.datasets.images import UNREADABLE, read_image
+from sis_lightning.datasets.images import image_fault, read_image
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError, MissingDataError
+from sis_lightning.machine import usable_cores
 
 #: Where the files are expected.
 LAYOUT = "Expected: train/CLASS/*.jpg and val/CLASS/*.jpg (or test/CLASS/*.jpg) in {root}"
@@ -91,40 +91,42 @@ class ImageFolderDataset(ImageDataset):
 class UnlabelledDataset(ImageDataset):
     """All images of a folder and its subfolders, or a single image, without targets.
 
-    Samples have `image` (3, H, W), rotated as its EXIF orientation says, and `name`, the path below the folder without
-    its ending (with it if two files differ in nothing else).
+    Samples have `image` (3, H, W), rotated as its EXIF orientation says, and `name`, the path below the folder with its
+    ending. Hidden files and folders, such as the `._a.jpg` that macOS writes, are left out.
 
     Args:
         path: The folder or image file.
+        skip_bad: Whether unreadable images are left out instead of refused. They are in `bad`.
+
+    Attributes:
+        bad: The unreadable images, by their names, with the reason.
 
     Raises:
-        DataError: If there is no image, or a file with an image's ending is not an image.
+        DataError: If there is no image, or some cannot be read; the message names all of these.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, skip_bad: bool = False) -> None:
         super().__init__()
         path = Path(path)
         self.meta = DatasetMeta()
         if path.is_file():
-            self.paths, self.root = [path], path.parent
+            paths, root = [path], path.parent
         elif path.is_dir():
-            self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
-            self.root = path
+            paths, root = images_below(path), path
         else:
             raise DataError(f"'{path}': no such file or folder")
-        if not self.paths:
-            raise DataError(f"'{path}': no images in it ({', '.join(IMAGE_ENDINGS)})")
-        for file in self.paths:  # before any work is done on the others
-            try:
-                Image.open(file).close()
-            except UNREADABLE as error:
-                raise DataError(f"{file}: not an image ({error})") from None
-        names = [path.relative_to(self.root).with_suffix("") for path in self.paths]
-        often = Counter(names)
-        self.names = [
-            (name if often[name] == 1 else path.relative_to(self.root)).as_posix()
-            for name, path in zip(names, self.paths, strict=True)
-        ]
+        with ThreadPoolExecutor(usable_cores()) as pool:  # decoding releases Python's lock
+            faults = list(pool.map(image_fault, paths))
+        names = [file.relative_to(root).as_posix() for file in paths]
+        self.bad = {name: fault for name, fault in zip(names, faults, strict=True) if fault}
+        if self.bad and not (skip_bad and len(self.bad) < len(paths)):
+            listed = "; ".join(f"{name} ({fault})" for name, fault in self.bad.items())
+            raise DataError(
+                f"{path}: {len(self.bad)} of {len(paths)} images cannot be read: {listed}\n"
+                "  With skip_bad: true the others are predicted."
+            )
+        self.paths = [file for file, fault in zip(paths, faults, strict=True) if not fault]
+        self.names = [name for name in names if name not in self.bad]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -135,3 +137,16 @@ class UnlabelledDataset(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         return {"image": read_image(self.paths[index], upright=True), "name": self.names[index]}
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The image files in a folder and its subfolders, sorted; hidden files and folders are left out.
+
+    Raises:
+        DataError: If there is none.
+    """
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+    paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    if not paths:
+        raise DataError(f"'{folder}': no images in it ({', '.join(IMAGE_ENDINGS)})")
+    return paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,31 @@ def read_image(path: Path, *, upright: bool = False) -> tv_tensors.Image:
         return image
     with open_image(path) as opened:
         return to_rgb(opened, upright=upright)
+
+
+def image_fault(path: Path) -> str:
+    """Decodes an image file, JPEGs at an eighth of their size, and says why it cannot be read; empty if it can.
+
+    Images of more than `Image.MAX_IMAGE_PIXELS` (89 megapixels) are not decoded: a small file can hold any number of
+    pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:
+                return f"{image.width * image.height / 1e6:.3g} megapixels, more than {limit / 1e6:.3g}"
+            if image.mode in ("I", "F"):
+                to_rgb(image)
+            image.draft("RGB", (image.width // 8 or 1, image.height // 8 or 1))
+            image.load()
+    except DataError as error:
+        return str(error).partition(": ")[2].partition("\n")[0]
+    except UNREADABLE as error:
+        return str(error).replace(str(path), path.name)
+    return ""
 
 
 def orientation(path: Path) -> int:

@@ -17,6 +17,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichModelSummary
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
+from sis_lightning.datasets.base import ImageDataset
+from sis_lightning.datasets.folder import UnlabelledDataset
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.files import write_text
 from sis_lightning.run import directory, history, process
@@ -90,6 +92,7 @@ class _Started:
         if self.command == "predict":
             # They are on disk; those of ten thousand photographs would fill the memory.
             trainer.predict(task, return_predictions=False, **given)
+            _require_all_read(data.datasets["predict"])
         elif self.command == "validate":
             trainer.validate(task, verbose=run.options.verbose, **given)
             self._require_defined(trainer, task.monitor)
@@ -280,6 +283,14 @@ class _Started:
         notes = "".join(f"; {label}: {text}" for label, text in record.data.notes.items())
         shown = "not defined" if value is None else f"{value:.4f}"
         console.print(f"{record.primary_metric} {shown} on {record.data.identity} data{notes}")
+
+
+def _require_all_read(dataset: ImageDataset) -> None:
+    """Fails after the predictions, on all ranks alike, if images were left out because they cannot be read."""
+    bad = dataset.bad if isinstance(dataset, UnlabelledDataset) else {}
+    if bad:
+        listed = "; ".join(f"{name} ({fault})" for name, fault in bad.items())
+        raise DataError(f"{len(dataset):,} images were predicted, {len(bad):,} cannot be read: {listed}")
 
 
 def _duration(seconds: float) -> str:

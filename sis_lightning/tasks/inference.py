@@ -15,9 +15,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.datasets.base import Batch
-from sis_lightning.datasets.constants import IMAGE_ENDINGS
+from sis_lightning.datasets.folder import images_below
 from sis_lightning.datasets.images import open_image, to_rgb
-from sis_lightning.errors import DataError, UsageError
+from sis_lightning.errors import UsageError
 
 #: One image for `predict`.
 ImageLike = str | Path | Image.Image | Tensor
@@ -106,11 +106,7 @@ class Inference(LightningModule):
         """Whether one image was given, and names and images (C, H, W) as they are read."""
         if isinstance(images, str | Path) and Path(images).is_dir():
             folder = Path(images)
-            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-            if not paths:
-                raise DataError(f"{folder}: there are no images in it ({', '.join(IMAGE_ENDINGS)})")
-            named = ((path.relative_to(folder).with_suffix("").as_posix(), self._read(path)) for path in paths)
-            return False, named
+            return False, ((path.relative_to(folder).as_posix(), self._read(path)) for path in images_below(folder))
         if isinstance(images, Tensor) and images.ndim == 4:
             images = list(images)
         if isinstance(images, str | Path | Image.Image | Tensor):
@@ -121,7 +117,7 @@ class Inference(LightningModule):
 
     @staticmethod
     def _name(image: Any, index: int) -> str:
-        return Path(image).stem if isinstance(image, str | Path) else str(index)
+        return Path(image).name if isinstance(image, str | Path) else str(index)
 
     def _read(self, image: Any) -> Tensor:
         """One image as uint8 (C, H, W)."""

@@ -58,7 +58,7 @@ class Prediction(ABC):
 
     Attributes:
         image: The image (C, H, W), uint8.
-        name: File name without its ending, name within the data set, or a running number.
+        name: File name, name within the data set, or a running number.
     """
 
     image: Tensor
@@ -168,7 +168,7 @@ class ClassificationPrediction(Prediction):
 
     Attributes:
         image: The image (C, H, W), uint8.
-        name: File name without its ending, name within the data set, or a running number.
+        name: File name, name within the data set, or a running number.
         probabilities: Probability of each class (K,), float32; their sum is 1.
         classes: Names of all K classes.
     """
@@ -246,7 +246,7 @@ class SegmentationPrediction(Prediction):
 
     Attributes:
         image: The image (C, H, W), uint8.
-        name: File name without its ending, name within the data set, or a running number.
+        name: File name, name within the data set, or a running number.
         mask: Class id of each pixel (H, W), uint8.
         class_names: Names of all K classes; a mask id is an index into them.
     """
@@ -326,7 +326,7 @@ class DetectionPrediction(Prediction):
 
     Attributes:
         image: The image (C, H, W), uint8.
-        name: File name without its ending, name within the data set, or a running number.
+        name: File name, name within the data set, or a running number.
         boxes: Boxes (n, 4): x1, y1, x2, y2 in px of the image, float32.
         labels: Class of each box (n,), 1…K.
         scores: Score of each box (n,), 0…1, or NaN for ground truth objects, which have no score.
@@ -415,7 +415,7 @@ class KeypointPrediction(Prediction):
 
     Attributes:
         image: The image (C, H, W), uint8.
-        name: File name without its ending, name within the data set, or a running number.
+        name: File name, name within the data set, or a running number.
         keypoints: Keypoints (P, K, 3): x and y in px of the image, and a score in about 0…1, float64.
         scores: Score of each person (P,), float64.
         boxes: Box of each person (P, 4): x1, y1, x2, y2 in px of the image, float64.

@@ -89,15 +89,30 @@ def test_a_segmentation_run_from_fit_to_predict(command, tiny, synthetic, tmp_pa
     Image.new("L", (21, 64), 9).save(tmp_path / "photos" / "deep" / "b.png")
     photos = command("predict", *tiny, "--data.predict_path", tmp_path / "photos")
     assert photos.code == 0, photos.err
-    for name, size in {"a": (50, 37), "deep/b": (21, 64)}.items():
+    for name, size in {"a.jpg": (50, 37), "deep/b.png": (21, 64)}.items():
         for path in (RUN / "predictions" / "masks" / f"{name}.png", RUN / "predictions" / "overlays" / f"{name}.jpg"):
             with Image.open(path) as image:
                 assert image.size == size
     table = json.loads((RUN / "predictions" / "predictions.json").read_text())
-    assert [row["name"] for row in table] == ["a", "deep/b"]
+    assert [row["name"] for row in table] == ["a.jpg", "deep/b.png"]
     assert all(abs(sum(row["shares"].values()) - 1) < 0.01 for row in table)
     # Earlier predictions are removed, so that the folder never mixes two; other files stay.
     assert len(list((RUN / "predictions" / "masks").rglob("*.png"))) == 2
+    # Unreadable images are all named before anything is written, or at the end; hidden files are no images.
+    (tmp_path / "photos" / "._a.jpg").write_text("of macOS")
+    (tmp_path / "photos" / "torn.jpg").write_bytes((tmp_path / "photos" / "a.jpg").read_bytes()[:300])
+    (tmp_path / "photos" / "empty.png").write_bytes(b"")
+    bad = command("predict", *tiny, "--data.predict_path", tmp_path / "photos")
+    assert bad.code == 1
+    assert "2 of 4 images cannot be read: empty.png (" in bad.err
+    assert "torn.jpg (" in bad.err
+    assert json.loads((RUN / "predictions" / "predictions.json").read_text()) == table
+    (tmp_path / "photos" / "deep" / "b.png").unlink()
+    skipped = command("predict", *tiny, "--data.predict_path", tmp_path / "photos", "--data.skip_bad", "true")
+    assert skipped.code == 1
+    assert "1 images were predicted, 2 cannot be read: empty.png (" in skipped.err
+    assert [path.name for path in (RUN / "predictions" / "masks").rglob("*.png")] == ["a.jpg.png"]
+    assert not list(RUN.glob("*.partial"))
     (tmp_path / "theirs" / "predictions").mkdir(parents=True)
     (tmp_path / "theirs" / "predictions" / "thesis.txt").write_text("mine")
     refused = command("predict", *tiny, "--run_dir", "theirs", "--ckpt_path", RUN / "checkpoints" / "best.ckpt")

@@ -295,11 +295,20 @@ def test_folder_to_predict(tmp_path):
         Image.new("RGB", (5, 4)).save(tmp_path / path)
     (tmp_path / "notes.txt").write_text("")
     source = UnlabelledDataset(tmp_path)
-    assert [source[index]["name"] for index in range(len(source))] == ["b", "deep/a"]
-    assert UnlabelledDataset(tmp_path / "b.PNG")[0]["name"] == "b"
+    assert [source[index]["name"] for index in range(len(source))] == ["b.PNG", "deep/a.jpg"]
+    assert UnlabelledDataset(tmp_path / "b.PNG")[0]["name"] == "b.PNG"
     Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg")
     names = UnlabelledDataset(tmp_path).names
-    assert sorted(names) == ["b.PNG", "b.jpg", "deep/a"]
+    assert sorted(names) == ["b.PNG", "b.jpg", "deep/a.jpg"]
+
+
+def test_an_image_of_absurd_size_is_refused_without_decoding_it(tmp_path, monkeypatch):
+    Image.new("1", (400, 300)).save(tmp_path / "large.png")
+    Image.new("1", (30, 40)).save(tmp_path / "small.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    source = UnlabelledDataset(tmp_path, skip_bad=True)
+    assert source.names == ["small.png"]
+    assert source.bad == {"large.png": "0.12 megapixels, more than 0.1"}
 
 
 def test_photographs_are_rotated_upright_and_16_bits_become_8(tmp_path):

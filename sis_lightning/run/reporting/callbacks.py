@@ -113,18 +113,16 @@ class WritePredictions(Callback):
     """Writes predictions into a folder: the files of each image, `predictions.json` and `predictions.csv`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
         self.rows: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes what an earlier `predict` wrote, so that two are not mixed; refuses a folder with other files."""
+        """Makes a folder beside; earlier predictions stay until the new ones are complete."""
         if trainer.is_global_zero:
-            table = self.folder / "predictions.json"
-            if table.is_file():
-                shutil.rmtree(self.folder)
-            elif self.folder.is_dir() and any(self.folder.iterdir()):
+            if not (self.folder / "predictions.json").is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
                 raise UsageError(f"{self.folder} holds files that predict did not write: choose another --run_dir")
-            write_text(table, "[]\n")
+            shutil.rmtree(self.partial, ignore_errors=True)  # of a predict that was killed
+            self.partial.mkdir(parents=True)
         trainer.strategy.barrier()
 
     def on_predict_batch_end(
@@ -138,7 +136,7 @@ class WritePredictions(Callback):
     ) -> None:
         """Writes the files of a batch's images."""
         notes = {key: text for key, text in trainer.datamodule.notes.items() if key == "person boxes"}  # type: ignore[attr-defined]
-        self.rows += [{**prediction.write(self.folder), **notes} for prediction in outputs]
+        self.rows += [{**prediction.write(self.partial), **notes} for prediction in outputs]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collects the rows of all ranks, and writes both tables on rank 0 in the order of the names."""
@@ -150,11 +148,14 @@ class WritePredictions(Callback):
         if not trainer.is_global_zero:
             return
         rows = sorted(rows, key=lambda row: str(row["name"]))
-        write_text(self.folder / "predictions.json", json.dumps(rows, indent=1) + "\n")
+        write_text(self.partial / "predictions.json", json.dumps(rows, indent=1) + "\n")
         flat = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
         table = io.StringIO()
         writer = csv.DictWriter(table, flat, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self.folder / "predictions.csv", table.getvalue())
+        write_text(self.partial / "predictions.csv", table.getvalue())
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
         console.print(f"{len(rows):,} predictions in {self.folder}")
