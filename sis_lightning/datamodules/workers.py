@@ -17,6 +17,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
 from sis_lightning.errors import DataError
 
 #: Exit codes of a worker that cannot hand over a batch, see `run.library_errors`.
@@ -58,6 +60,10 @@ def _leave(error: BaseException, _: Any) -> None:
         os._exit(NO_SHARED_MEMORY)
     multiprocessing.util.get_logger().error("a batch cannot be sent", exc_info=error)
     os._exit(1)
+
+
+# If the system refuses to start workers, torch's iterator is left without this attribute, which its destructor reads.
+_MultiProcessingDataLoaderIter._shutdown = True
 
 
 @atexit.register

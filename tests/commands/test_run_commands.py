@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_are_never_saved(command, tiny, monkeypatch)
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
-def tested_on_what_it_trains_on(synthetic: Path, tmp_path: Path) -> Path:
+def without_unseen_images(synthetic: Path, tmp_path: Path) -> Path:
     """A copy of CIFAR-100 whose test images are the training images but one."""
     folder = tmp_path / "odd" / "cifar-100-python"
     shutil.copytree(synthetic / "cifar-100-python", folder)
@@ -231,7 +231,7 @@ def test_two_ranks_measure_what_one_does(command, synthetic, small, tmp_path, ta
     steps, tested, metric = LEARNED[task]
     options = [*small(task, steps=steps), "--run_dir", "run", "--trainer.check_val_every_n_epoch", "1000", *tested]
     if task == "cls_cifar100":
-        options += ["--data.root", str(tested_on_what_it_trains_on(synthetic, tmp_path))]
+        options += ["--data.root", str(without_unseen_images(synthetic, tmp_path))]
     ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
     def call(*arguments: str) -> str:
