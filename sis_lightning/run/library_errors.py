@@ -43,6 +43,8 @@ def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if "DataLoader worker (pid" in str(error):  # torch reports it by a signal, so even while a checkpoint is saved
+            raise DataError(_of_loading(error)) from error
         text = re.sub("[\x02\x03]", "", str(error))
         if text == str(error):
             raise

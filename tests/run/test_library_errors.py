@@ -101,6 +101,11 @@ def test_too_little_memory_is_said_in_words():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")
 
 
+def test_a_worker_killed_while_a_checkpoint_is_saved_is_no_failure_of_the_disk():
+    with pytest.raises(DataError, match="a worker process that loads data was killed by signal Killed"), explained():
+        raise DataError("run/last.ckpt cannot be saved: DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
 @pytest.mark.parametrize(
     "wrong", [["--model.optimizer.lr", "-1"], ["--model.num_classes", "5"], ["--model.weights", "gone.ckpt"]], ids=str
 )

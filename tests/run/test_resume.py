@@ -28,6 +28,7 @@ from sis_lightning.run.history import begin, reach, read_history, requeue
 from sis_lightning.run.record import OptionChange, read_record
 from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
 from sis_lightning.run.resume.checkpoints import RUN, ResumePoint, SafeCheckpointIO, newest_checkpoint, own_checkpoints
+from sis_lightning.run.resume.signals import StopRequest
 from sis_lightning.tasks.checkpoint_files import UnreadableCheckpointError, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -328,7 +329,7 @@ def read_until(run: subprocess.Popen[str], word: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_the_run_resumes(command, small, tmp_path, number):
     options = [*small("seg_voc", steps=40), "--resume", "auto", "--trainer.check_val_every_n_epoch", "2"]
     assert command("fit", *options, "--run_dir", "undisturbed").code == 0
@@ -355,6 +356,19 @@ def test_a_signal_saves_and_the_run_resumes(command, small, tmp_path, number):
     third = command("fit", *options, "--run_dir", "run")
     assert third.code == 0, third.err
     assert "is finished: 40 steps" in third.out
+
+
+def test_a_run_under_nohup_ignores_sighup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest()
+        request.listen()
+        os.kill(os.getpid(), signal.SIGHUP)
+        request.deafen()
+        assert request.number == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_twice_stops_at_once(small, tmp_path):

@@ -7,8 +7,9 @@ import signal
 from types import FrameType
 from typing import Any
 
-#: SIGTERM comes from a scheduler, SIGINT from the user, SIGUSR1 from SLURM some time before the time limit.
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: SIGTERM comes from a scheduler, SIGINT from the user, SIGUSR1 from SLURM some time before the time limit,
+#: SIGHUP from a terminal that closes.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 _early: list[int] = []
 
@@ -32,6 +33,8 @@ class StopRequest:
         if _early:
             self.number = _early.pop()
         for number in STOPPING:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run continues after its terminal has closed
             self._before.setdefault(number, signal.getsignal(number))
             signal.signal(number, self._answer)
 
