@@ -385,7 +385,7 @@ class SISDataModule(LightningDataModule, ABC):
         training = isinstance(sampler, EpochSampler)
         count = min(self.num_workers, usable_cores())  # more workers than cores only compete for them
         if count:
-            workers.require_shared_memory()
+            workers.require_resources()
         return DataLoader(
             dataset,
             batch_size=batch_size,

@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.queues
 import multiprocessing.util  # registers its own function for the exit, which has to run after ours
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -27,6 +28,8 @@ NO_SHARED_MEMORY_MESSAGE = (
     "the shared memory (/dev/shm), by which workers send batches, is full\n"
     "  Give a container more of it (docker run --shm-size 8g), or choose --data.num_workers 0"
 )
+#: Fewer do not suffice for the batches under way; a loader that runs out of them prints tracebacks of torch's threads.
+_LEAST_OPEN_FILES = 128
 _SHARED_MEMORY = Path("/dev/shm")
 _LEAST_SHARED_MEMORY = 2**20  # bytes: a photograph
 _GRACE = 0.3  # seconds
@@ -41,14 +44,29 @@ def initialize(_: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_leave)  # type: ignore[attr-defined]
 
 
-def require_shared_memory() -> None:
-    """Checks that workers can send batches at all.
+def require_resources() -> None:
+    """Checks that workers can send batches at all, and lets this process have as many open files as the system allows.
 
     Raises:
-        DataError: If the shared memory is full.
+        DataError: If the shared memory is full, or the limit of open files is too low.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS allows less than its hard limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _LEAST_OPEN_FILES:
+        raise DataError(too_many_open_files())
     if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free < _LEAST_SHARED_MEMORY:
         raise DataError(NO_SHARED_MEMORY_MESSAGE)
+
+
+def too_many_open_files() -> str:
+    """The message for a process that may not open as many files as it needs."""
+    return (
+        f"too many open files: this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}\n"
+        "  Enter `ulimit -n 4096` before the command, or choose fewer --data.num_workers"
+    )
 
 
 def _leave(error: BaseException, _: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import resource
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,12 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from sis_lightning.datamodules.workers import NO_SHARED_MEMORY, NO_SHARED_MEMORY_MESSAGE, TOO_MANY_OPEN_FILES
+from sis_lightning.datamodules.workers import (
+    NO_SHARED_MEMORY,
+    NO_SHARED_MEMORY_MESSAGE,
+    TOO_MANY_OPEN_FILES,
+    too_many_open_files,
+)
 from sis_lightning.errors import DataError, UsageError, UserError
 
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (jsonargparse, lightning))
@@ -72,10 +76,7 @@ def _of_loading(error: BaseException) -> str:
     died = re.search(r"DataLoader worker .*?(?:killed by signal: (\w[\w ]*)|exited unexpectedly)", text)
     code = re.search(r"exited unexpectedly with exit code (\d+)", text)
     if (code and int(code[1]) == TOO_MANY_OPEN_FILES) or "Too many open files" in text:
-        return (
-            f"too many open files: this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}\n"
-            "  Enter `ulimit -n 4096` before the command, or choose fewer --data.num_workers"
-        )
+        return too_many_open_files()
     if (code and int(code[1]) == NO_SHARED_MEMORY) or "shared memory" in text:
         return NO_SHARED_MEMORY_MESSAGE
     if died:
