@@ -65,9 +65,9 @@ def to_rgb(image: Image.Image, *, upright: bool = False) -> tv_tensors.Image:
             f"{name}: its pixels are {kind}, and no file says which of them is white\n"
             "  Convert it to 8 or 16 bits per channel."
         )
+    image = ImageOps.exif_transpose(image) if upright else image
     if image.mode.startswith("I;16"):  # convert() would clip the upper 8 bits instead of dropping the lower ones
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = ImageOps.exif_transpose(image) if upright else image
     return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
 
 
@@ -120,7 +120,8 @@ def orientation(path: Path) -> int:
     """The EXIF orientation of an image file: 1 for upright or unknown, 5 to 8 for a quarter turn."""
     try:
         with Image.open(path) as image:
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+            number = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+            return number if 1 <= number <= 8 else 1
     except UNREADABLE:
         return 1
 
