@@ -463,7 +463,8 @@ def status(folders: Sequence[Path]) -> list[dict[str, Any]]:
         if state not in _LIVE:
             ended = starts[-1].how if starts else None
             noted = "running" if history.is_running(run) else ended or ("killed" if starts else state or "submitted")
-            state = f"{noted} (SLURM: {state})" if state and not noted.startswith(state) else noted
+            said = not state or noted.startswith(state) or (noted == "finished" and state == "completed")
+            state = noted if said else f"{noted} (SLURM: {state})"
         newest = history.newest_metrics(run)
         metric = next((key for key in sorted(newest) if key.startswith("val/") and key.count("/") == 1), None)
         # The history knows the steps up to the newest checkpoint; the log may be ahead of it.

@@ -33,7 +33,9 @@ def spoil_mask(home: Path) -> None:
 
 def shrink_masks(home: Path) -> None:
     for path in (home / "SegmentationClass").glob("*.png"):
-        Image.new("L", (9, 8)).save(path)
+        mask = Image.new("L", (9, 8))
+        mask.putpixel((0, 0), 1)
+        mask.save(path)
 
 
 def empty_split(home: Path) -> None:
