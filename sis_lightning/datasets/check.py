@@ -92,7 +92,8 @@ def summarize(dataset: ImageDataset, split: str, *, decode: bool = True) -> Data
         try:
             dataset.require_targets()
         except DataError as error:
-            summary.defects.append(str(error))
+            if str(error) not in summary.defects:  # a damaged mask was listed already
+                summary.defects.append(str(error))
     return summary
 
 

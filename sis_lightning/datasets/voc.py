@@ -197,14 +197,11 @@ class VOCSegmentationDataset(ImageDataset):
         """Checks that masks have at least two classes, reading them until two are found: mostly one mask.
 
         Raises:
-            DataError: If all masks together have fewer.
+            DataError: If all masks together have fewer, or one of those read is damaged or has an id that is no class.
         """
         seen: set[int] = set()
         for path in self.masks:
-            try:
-                seen.update(read_mask(path, self.meta.num_classes).unique().tolist())
-            except DataError:  # reported when it is its turn
-                return
+            seen.update(read_mask(path, self.meta.num_classes).unique().tolist())
             if len(seen - {VOID}) > 1:
                 return
         known = sorted(seen - {VOID})

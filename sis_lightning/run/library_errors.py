@@ -29,6 +29,8 @@ from sis_lightning.errors import DataError, UsageError, UserError
 
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (jsonargparse, lightning))
 _MISTAKES = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError)
+# As torch says it of its workers; compilers of GPU kernels have a shared memory of another kind.
+_SHARED_MEMORY_IS_FULL = re.compile(r"shared memory ?\(shm\)|workers are out of shared memory|file </torch_")
 #: The characters by which `run.parser` marks an inner parser's message.
 MARKS = "\x02{}\x03"
 
@@ -77,7 +79,7 @@ def _of_loading(error: BaseException) -> str:
     code = re.search(r"exited unexpectedly with exit code (\d+)", text)
     if (code and int(code[1]) == TOO_MANY_OPEN_FILES) or "Too many open files" in text:
         return too_many_open_files()
-    if (code and int(code[1]) == NO_SHARED_MEMORY) or "shared memory" in text:
+    if (code and int(code[1]) == NO_SHARED_MEMORY) or _SHARED_MEMORY_IS_FULL.search(text):
         return NO_SHARED_MEMORY_MESSAGE
     if died:
         how = f"was killed by signal {died[1].strip()}" if died[1] else "has gone"

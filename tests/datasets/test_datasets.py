@@ -479,6 +479,16 @@ def test_masks_without_two_classes_are_refused(few, value, words):
     dataset.require_targets()
 
 
+def test_a_damaged_mask_does_not_end_the_search_for_classes_silently(few):
+    paint(few, lambda ids: np.full_like(ids, 255))
+    dataset = VOCSegmentationDataset(few, "train")
+    dataset.masks[0].write_bytes(b"no mask")
+    with pytest.raises(DataError, match=rf"{dataset.masks[0].name}: unreadable"):
+        dataset.require_targets()
+    defects = summarize(dataset, "train").defects
+    assert sum(dataset.masks[0].name in defect for defect in defects) == 1
+
+
 def test_boxes_without_an_object_to_learn_from_are_refused(few):
     for path in (voc2012(few) / "Annotations").glob("*.xml"):
         path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))

@@ -113,3 +113,18 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(command, tiny, wr
     result = command("fit", *tiny, *wrong, "--run_dir", "run")
     assert result.code in (1, 2), result.err
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+    ],
+)
+def test_full_shared_memory_is_told_from_that_of_a_gpu(text):
+    with pytest.raises(DataError, match="by which workers send batches, is full"), explained():
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="out of resource"), explained():
+        raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
