@@ -22,6 +22,8 @@ from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
 
 FILE = "history.json"
+#: Environment variable with the file that a job's script looks for; see `requeue`.
+REQUEUE_FILE = "SIS_REQUEUE_FILE"
 #: Maximum number of consecutive starts without a step.
 STARTS_WITHOUT_A_STEP = 3
 
@@ -116,7 +118,10 @@ def _now() -> str:
 
 
 def requeue(run: Path, step: int, max_restarts: int) -> str:
-    """Puts this job back into SLURM's queue.
+    """Puts this job back into SLURM's queue; or lets its script do so when all processes have ended.
+
+    The scripts of `submit` name a file in `SIS_REQUEUE_FILE`, which is made then. Jobs with other scripts are requeued
+    at once.
 
     A job is not requeued if it was requeued `max_restarts` times already, or if `STARTS_WITHOUT_A_STEP` starts in a row
     made no step: it would be requeued for ever. On a busy cluster one start may well spend its whole time on imports.
@@ -143,7 +148,13 @@ def requeue(run: Path, step: int, max_restarts: int) -> str:
         idle += 1
     if idle >= STARTS_WITHOUT_A_STEP:
         return f"Job {job} made no step in its last {idle} starts, and is not requeued: give it more --time."
+    note = f"restart {count + 1}"
+    if idle:
+        note += f"; no step since its start, try {idle} of {STARTS_WITHOUT_A_STEP}"
     end(run, "requeued")
+    if asked := os.environ.get(REQUEUE_FILE):
+        Path(asked).touch()
+        return f"Job {job} is requeued by its script ({note})."
     try:
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     except OSError as error:  # such as in a container without SLURM's commands
@@ -152,8 +163,7 @@ def requeue(run: Path, step: int, max_restarts: int) -> str:
     if result.returncode:
         end(run, "requeue failed")
         return f"scontrol requeue {job} failed: {result.stderr.strip()}"
-    note = f"; no step since its start, try {idle} of {STARTS_WITHOUT_A_STEP}" if idle else ""
-    return f"Job {job} is requeued (restart {count + 1}{note})."
+    return f"Job {job} is requeued ({note})."
 
 
 def is_running(run: Path) -> bool:

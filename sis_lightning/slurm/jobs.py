@@ -227,14 +227,24 @@ def script(
     def python(arguments: Sequence[str]) -> str:
         return " \\\n  ".join([" ".join(map(shlex.quote, [*start, *arguments])), *seed])
 
+    job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if seeds is not None else '"$SLURM_JOB_ID"'
     lines += [
+        "# fit makes this file when it has saved itself before the time limit and needs another start. The job is",
+        "# requeued when all processes have ended: otherwise SLURM may take their end for that of the new ones.",
+        f"export {history.REQUEUE_FILE}={shlex.quote(str(log / '.requeue'))}-$SLURM_JOB_ID",
+        f'rm -f "${history.REQUEUE_FILE}"',
+        "code=0",
         "# SLURM's signal before the time limit may come before Python has started: until then it is ignored.",
         f'{srun} bash -c \'trap "" USR1; exec "$@"\' - \\',
-        f"  {python(command)}",
+        f"  {python(command)} || code=$?",
+        f'if [ -e "${history.REQUEUE_FILE}" ]; then',
+        f'  rm -f "${history.REQUEUE_FILE}"',
+        f"  scontrol requeue {job}",
+        "fi",
     ]
     if then_test:
-        job = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if seeds is not None else '"$SLURM_JOB_ID"'
         lines += [
+            '[ "$code" -eq 0 ] || exit "$code"',
             "",
             "# A test for which too little time is left runs in the next start, where fit has nothing more to do,",
             "# but not if fit had next to nothing to do in this start already.",
@@ -245,14 +255,13 @@ def script(
             "}",
             "left=$((${SLURM_JOB_END_TIME:-9999999999} - $(date +%s)))",
             f'if [ "$left" -lt {cluster.signal_seconds} ] && requeue; then exit 1; fi',
-            "code=0",
             f"{srun} \\",
             f"  {python(['test', *command[1:]])} || code=$?",
             'if [ "$code" -eq 138 ]; then # ended by the signal before the time limit',
             '  requeue || echo "The time limit ended the test: submit the job again with more --time." >&2',
             "fi",
-            'exit "$code"',
         ]
+    lines.append('exit "$code"')
     return "\n".join(lines) + "\n"
 
 

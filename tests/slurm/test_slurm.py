@@ -139,8 +139,8 @@ def test_any_directory_is_quoted(command, tmp_path, folder):
     assert all(len(found) == 1 for found in words.values()), words
     assert [f"--output={folder.replace('%', '%%')}/slurm-%j.out"] in words.values()
     # The shell passes the directory on as it is: srun is replaced by a function that prints what it gets.
-    text = 'srun() { printf "%s\\n" "$@"; }\n' + result.out
-    shown = subprocess.run(["bash"], input=text, text=True, check=True, capture_output=True, cwd=tmp_path)
+    text, job = 'srun() { printf "%s\\n" "$@"; }\n' + result.out, {**os.environ, "SLURM_JOB_ID": "7"}
+    shown = subprocess.run(["bash"], input=text, text=True, check=True, capture_output=True, cwd=tmp_path, env=job)
     assert shown.stdout.splitlines().count(f"--run_dir={folder}") == 2
     assert not list(tmp_path.iterdir())
 
@@ -171,9 +171,15 @@ def test_the_test_is_not_lost_at_the_time_limit(command, tmp_path):
         ["requeue 7"],
     )
     assert not Path("begun").exists()
-    # A job that is stopped during fit is requeued by fit, and does not test what is not finished.
+    # A job that is stopped during fit is requeued if fit asks for it, and does not test what is not finished.
+    asks = 'mkdir -p "$(dirname "$SIS_REQUEUE_FILE")"; touch "$SIS_REQUEUE_FILE"; exit 138'
     assert run_script(bin, text, "exit 138", "touch begun") == (138, [])
+    assert run_script(bin, text, asks, "touch begun") == (138, ["requeue 7"])
+    assert run_script(bin, text, "exit 1", "touch begun") == (1, [])  # the file of the earlier start is gone
     assert not Path("begun").exists()
+    without_test = command(*SUBMIT, "--dry-run").out
+    assert run_script(bin, without_test, "exit 3", "") == (3, [])
+    assert run_script(bin, without_test, asks, "") == (138, ["requeue 7"])
     # It ends: a test that had the whole time would not get more of it in another start.
     assert run_script(bin, text, "exit 0", "sleep 1; exit 138") == (138, [])
     assert run_script(bin, text, **usual, SLURM_RESTART_COUNT="100") == (138, [])
