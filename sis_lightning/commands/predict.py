@@ -31,4 +31,17 @@ def main(arguments: list[str]) -> int:
         help="For keypoints: file with person boxes, either predictions.json of predict for a detector, or results in "
         "COCO's format (default: the ground truth boxes, or with --data.predict_path each whole image as one person).",
     )
+    images.add_argument(
+        "--data.skip_bad",
+        metavar="BOOL",
+        help="If true, leave out images that cannot be read; they are named at the end (default: refuse all).",
+    )
+    images.add_argument(
+        "--output", metavar="DIR", help="Folder for the predictions (default: predictions/ in the run's directory)."
+    )
+    images.add_argument(
+        "--coco_json",
+        metavar="BOOL",
+        help="If true, also write coco.json: boxes, keypoints or run-length encoded regions in COCO's format.",
+    )
     return start(parser, "predict", arguments)

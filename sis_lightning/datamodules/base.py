@@ -35,7 +35,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sis_lightning.datamodules import workers
-from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler, sample_seed
+from sis_lightning.datamodules.samplers import BatchesBySize, EpochSampler, ShardSampler, sample_seed
 from sis_lightning.datasets.base import ImageDataset, Sample, collate
 from sis_lightning.datasets.constants import SPLITS, SYNTHETIC_MARKER, Split
 from sis_lightning.datasets.download import Archive, download, extract
@@ -52,6 +52,8 @@ from sis_lightning.option_effects import Effect
 Transform = Callable[[Sample], Sample]
 
 
+# Limit of a batch to predict: decoded, such a batch takes 50 MB, and normalised four times as much.
+_MAX_PIXELS = 16_000_000
 _OF_SPLITS = ("without", "areas", "boxes twice", "file names")
 
 
@@ -96,6 +98,16 @@ class _Augmented(Dataset[Sample]):
         np.random.seed(seed % 2**32)
         random.seed(seed)
         return self.transform(self.dataset[index])
+
+
+class _Batches(Dataset[Any]):
+    """Reads whole batches: item `keys` is the list of their samples."""
+
+    def __init__(self, samples: _Augmented) -> None:
+        self.samples = samples
+
+    def __getitem__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+        return self.samples.__getitems__(keys)
 
 
 class SISDataModule(LightningDataModule, ABC):
@@ -370,22 +382,49 @@ class SISDataModule(LightningDataModule, ABC):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """Every image of `predict_path` or of the val split once, over all devices."""
-        return self._eval_loader("predict")
+        """Every image of `predict_path` or of the val split once, over all devices.
+
+        Images of `predict_path` come in the order of their sizes, and in batches of at most 16 megapixels.
+        """
+        dataset = self.datasets["predict"]
+        if not isinstance(dataset, UnlabelledDataset):
+            return self._eval_loader("predict")
+        rank, world = self._ranks()
+        self._require_one_each("predict", world)
+        batches = BatchesBySize(dataset.sizes, max(1, self.eval_batch_size // world), _MAX_PIXELS, rank, world)
+        count = self._worker_count()
+        return DataLoader(
+            _Batches(_Augmented(dataset, self.eval_transform, 0)),
+            batch_size=None,
+            sampler=batches,
+            num_workers=count,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=1 if count else None,
+            worker_init_fn=workers.initialize,
+            generator=torch.Generator().manual_seed(0),
+        )
 
     def _eval_loader(self, split: str) -> DataLoader[Sample]:
         rank, world = self._ranks()
         dataset = self.datasets[split]
-        if len(dataset) < world:
-            raise UsageError(f"{len(dataset)} image(s) to {split} are fewer than {world}, the number of devices")
+        self._require_one_each(split, world)
         augmented = _Augmented(dataset, self.eval_transform, 0)
         return self._loader(augmented, ShardSampler(len(dataset), rank, world), max(1, self.eval_batch_size // world))
 
-    def _loader(self, dataset: _Augmented, sampler: Sampler[tuple[int, int]], batch_size: int) -> DataLoader[Sample]:
-        training = isinstance(sampler, EpochSampler)
+    def _require_one_each(self, split: str, world: int) -> None:
+        if (count := len(self.datasets[split])) < world:
+            raise UsageError(f"{count} image(s) to {split} are fewer than {world}, the number of devices")
+
+    def _worker_count(self) -> int:
         count = min(self.num_workers, usable_cores())  # more workers than cores only compete for them
         if count:
             workers.require_resources()
+        return count
+
+    def _loader(self, dataset: _Augmented, sampler: Sampler[tuple[int, int]], batch_size: int) -> DataLoader[Sample]:
+        training = isinstance(sampler, EpochSampler)
+        count = self._worker_count()
         return DataLoader(
             dataset,
             batch_size=batch_size,

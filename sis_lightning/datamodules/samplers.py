@@ -84,6 +84,41 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return torch.cat([*(whole[batch] for batch in batches), *rest])
 
 
+class BatchesBySize(Sampler[list[tuple[int, int]]]):
+    """Yields batches of (0, index) for one device, of images in the order of their sizes, so that most can be stacked.
+
+    Args:
+        sizes: Height and width in px of each image.
+        batch_size: Maximum number of images in a batch.
+        max_pixels: Maximum number of pixels in a batch of more than one image.
+        rank: Number of this device, from 0.
+        world_size: Number of devices; each gets at least one batch if there are as many images.
+    """
+
+    def __init__(
+        self, sizes: Sequence[tuple[int, int]], batch_size: int, max_pixels: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        batches: list[list[tuple[int, int]]] = []
+        pixels = 0
+        # The largest first: if memory does not suffice, that is known at once.
+        for index in sorted(range(len(sizes)), key=lambda index: (sizes[index], -index), reverse=True):
+            area = sizes[index][0] * sizes[index][1]
+            if not batches or len(batches[-1]) == batch_size or pixels + area > max_pixels:
+                batches.append([])
+                pixels = 0
+            batches[-1].append((0, index))
+            pixels += area
+        if len(batches) < world_size:
+            batches = [[key] for batch in batches for key in batch]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+
 class ShardSampler(Sampler[tuple[int, int]]):
     """Yields (0, index) for one device, in order; over all devices each sample comes exactly once.
 

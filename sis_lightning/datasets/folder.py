@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.constants import IMAGE_ENDINGS
-from sis_lightning.datasets.images import image_fault, read_image
+from sis_lightning.datasets.images import inspect_image, read_image
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError, MissingDataError
@@ -100,6 +100,7 @@ class UnlabelledDataset(ImageDataset):
 
     Attributes:
         bad: The unreadable images, by their names, with the reason.
+        sizes: Height and width in px of each image.
 
     Raises:
         DataError: If there is no image, or some cannot be read; the message names all of these.
@@ -116,7 +117,7 @@ class UnlabelledDataset(ImageDataset):
         else:
             raise DataError(f"'{path}': no such file or folder")
         with ThreadPoolExecutor(usable_cores()) as pool:  # decoding releases Python's lock
-            faults = list(pool.map(image_fault, paths))
+            sizes, faults = zip(*pool.map(inspect_image, paths), strict=True)
         names = [file.relative_to(root).as_posix() for file in paths]
         self.bad = {name: fault for name, fault in zip(names, faults, strict=True) if fault}
         if self.bad and not (skip_bad and len(self.bad) < len(paths)):
@@ -127,6 +128,7 @@ class UnlabelledDataset(ImageDataset):
             )
         self.paths = [file for file, fault in zip(paths, faults, strict=True) if not fault]
         self.names = [name for name in names if name not in self.bad]
+        self.sizes: list[tuple[int, int]] = [size for size, fault in zip(sizes, faults, strict=True) if not fault]
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -91,12 +91,16 @@ def read_image(path: Path, *, upright: bool = False) -> tv_tensors.Image:
         return to_rgb(opened, upright=upright)
 
 
-def image_fault(path: Path) -> str:
-    """Decodes an image file, JPEGs at an eighth of their size, and says why it cannot be read; empty if it can.
+def inspect_image(path: Path) -> tuple[tuple[int, int], str]:
+    """Decodes an image file, JPEGs at an eighth of their size.
 
     Images of more than `Image.MAX_IMAGE_PIXELS` (89 megapixels) are not decoded: a small file can hold any number of
     pixels.
+
+    Returns:
+        Height and width in px of the upright image, and why it cannot be read: empty if it can.
     """
+    size = (0, 0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -104,16 +108,18 @@ def image_fault(path: Path) -> str:
         with image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
-                return f"{image.width * image.height / 1e6:.3g} megapixels, more than {limit / 1e6:.3g}"
+                return size, f"{image.width * image.height / 1e6:.3g} megapixels, more than {limit / 1e6:.3g}"
+            turned = int(image.getexif().get(ExifTags.Base.Orientation, 1)) in range(5, 9)
+            size = (image.width, image.height) if turned else (image.height, image.width)
             if image.mode in ("I", "F"):
                 to_rgb(image)
             image.draft("RGB", (image.width // 8 or 1, image.height // 8 or 1))
             image.load()
     except DataError as error:
-        return str(error).partition(": ")[2].partition("\n")[0]
+        return size, str(error).partition(": ")[2].partition("\n")[0]
     except UNREADABLE as error:
-        return str(error).replace(str(path), path.name)
-    return ""
+        return size, str(error).replace(str(path), path.name) or type(error).__name__
+    return size, ""
 
 
 def orientation(path: Path) -> int:
@@ -172,9 +178,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Returns:
         (value / 255 - mean) / std, float32, of the same shape.
     """
-    normalized: Tensor = transforms.normalize(
-        transforms.to_dtype(images, torch.float32, scale=True), list(mean), list(std)
-    )
+    scaled = transforms.to_dtype(images, torch.float32, scale=True)
+    # In place, since a photograph of 48 megapixels takes 0.6 GB; to_dtype returns float32 images as they are.
+    normalized: Tensor = transforms.normalize(scaled, list(mean), list(std), inplace=scaled is not images)
     return normalized
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sis_lightning.backbones import Backbone, backbone_config
@@ -36,6 +38,35 @@ _FREE = frozenset((
     "stack", "sub", "sum", "t", "_to_copy", "transpose", "_unsafe_view", "unsqueeze", "upsample_bilinear2d",
     "upsample_nearest2d", "view", "zeros", "zeros_like",
 ))  # fmt: skip
+
+
+def peak_activations(function: Callable[[], object]) -> int:
+    """Runs a function, and returns the bytes that its own tensors take at most at one time.
+
+    Work space inside of operations, as convolutions need it, is not counted.
+    """
+    held: dict[int, int] = {}
+    peak = 0
+
+    def watch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+        nonlocal peak
+        given = {
+            value.untyped_storage().data_ptr() for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)
+        }
+        for value in tree_leaves(result):
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            place = storage.data_ptr()
+            if place not in held and place not in given:
+                held[place] = storage.nbytes()
+                weakref.finalize(storage, held.pop, place, None)
+        peak = max(peak, sum(held.values()))
+        return 0
+
+    with OperationCounter(watch):
+        function()
+    return peak
 
 
 class UncountableError(UsageError):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, get_args
 
 import segmentation_models_pytorch as smp
+import torch
 from segmentation_models_pytorch.encoders import encoders
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,6 +117,21 @@ def _registered(config: BackboneConfig) -> Iterator[str]:
         encoders.pop(name, None)
 
 
+def _is_aligned(module: nn.Module) -> bool:
+    return isinstance(module, nn.Upsample) and module.mode == "bilinear" and bool(module.align_corners)
+
+
+def _upsampled_rows(maps: Tensor, rows: range, height: int, width: int) -> Tensor:
+    """Some rows of maps (N, C, h, w) that are resized to (height, width), bilinearly and with aligned corners."""
+    last = maps.shape[-2] - 1
+    position = torch.arange(rows.start, rows.stop, device=maps.device, dtype=torch.float32)
+    position = position * (last / max(1, height - 1))
+    above = position.floor().long().clamp(max=last)
+    share = (position - above)[:, None].to(torch.promote_types(maps.dtype, torch.float32))
+    mixed = maps[:, :, above] * (1 - share) + maps[:, :, (above + 1).clamp(max=last)] * share
+    return F.interpolate(mixed, size=(len(rows), width), mode="bilinear", align_corners=True)
+
+
 class Segmenter(nn.Module):
     """Maps images (N, in_channels, H, W) of any size to logits (N, num_classes, H, W).
 
@@ -203,6 +219,32 @@ class Segmenter(nn.Module):
         if not right and not below:
             return self.logits(x)
         return self.logits(F.pad(x, (0, right, 0, below)))[..., :height, :width]
+
+    def class_map(self, x: Tensor, at_once: int = 64 * 2**20) -> Tensor:
+        """Maps (N, in_channels, H, W) to the class of each pixel (N, H, W), uint8: the argmax of the logits.
+
+        Where the head upsamples its logits, those of large images are upsampled in strips of rows, since at full size
+        the logits of 21 classes take 28 times the memory of the image.
+
+        Args:
+            x: Normalised images.
+            at_once: Maximum number of logits that are held at once; by default 256 MB of float32.
+        """
+        upsampling = self.segmentation_head[1]  # type: ignore[index]
+        height, width = x.shape[-2:]
+        classes = self.segmentation_head[0].out_channels  # type: ignore[index]
+        rows = max(1, at_once // (len(x) * classes * width))
+        if height <= rows or not _is_aligned(upsampling):
+            return self(x).argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
+        right, below = -width % self.divisor, -height % self.divisor
+        padded = F.pad(x, (0, right, 0, below)) if right or below else x
+        low: Tensor = self.segmentation_head[0](self.decoder(self.encoder(padded)))  # type: ignore[index]
+        found = torch.empty(len(x), height, width, dtype=torch.uint8, device=x.device)
+        for start in range(0, height, rows):
+            strip = range(start, min(start + rows, height))
+            logits = _upsampled_rows(low, strip, height + below, width + right)[..., :width]
+            found[:, strip.start : strip.stop] = logits.argmax(dim=1)
+        return found
 
     def logits(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W), with H and W multiples of `divisor`, to (N, num_classes, H, W)."""

@@ -28,6 +28,9 @@ class RunOptions:
         ckpt_path: For validate, test and predict: `last` or `best` checkpoint of the run, or the path of a checkpoint.
             None: `last`.
         deploy: For validate, test and predict: whether the deployed (fused) model is used.
+        output: For predict: folder into which the predictions are written. None: `predictions/` in the run's directory.
+        coco_json: For predict: whether the predictions are also written as a COCO file, `coco.json`: boxes, keypoints,
+            or the regions of classes, run-length encoded.
         verbose: For validate and test: whether all metrics are printed as a table.
     """
 
@@ -41,6 +44,8 @@ class RunOptions:
     max_restarts: NonNegativeInt = 100
     ckpt_path: str | None = None
     deploy: bool = False
+    output: str | None = None
+    coco_json: bool = False
     verbose: bool = True
 
     option_effects: ClassVar[Mapping[str, Effect]] = {
@@ -54,6 +59,8 @@ class RunOptions:
         "max_restarts": Effect.NOTHING,
         "ckpt_path": Effect.NOTHING,
         "deploy": Effect.NOTHING,
+        "output": Effect.NOTHING,
+        "coco_json": Effect.NOTHING,
         "verbose": Effect.NOTHING,
     }
 

@@ -162,7 +162,9 @@ class _Started:
         """The callbacks that a command has beside those of the configuration."""
         run, options = self.run, self.run.options
         if self.command == "predict":
-            return [*([Deploy()] if options.deploy else []), WritePredictions(self.folder / "predictions")]
+            folder = Path(options.output) if options.output else self.folder / "predictions"
+            writer = WritePredictions(folder, coco=options.coco_json)
+            return [*([Deploy()] if options.deploy else []), writer]
         if self.command != "fit":
             return [Deploy()] if options.deploy else []
         checkpoints = self.folder / "checkpoints"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask
 import torch
 from matplotlib import colormaps, get_data_path
 from matplotlib.figure import Figure
@@ -26,6 +27,10 @@ Color = tuple[int, int, int]
 
 #: Names under which data sets have a background class, which overlays leave uncoloured.
 _BACKGROUNDS = frozenset({"background", "_background_", "bg", "0"})
+
+
+#: Number of pixels that are drawn at once.
+_STRIP = 4_000_000
 
 
 def _upscaled(image: Tensor) -> tuple[Tensor, int, float]:
@@ -90,6 +95,26 @@ class Prediction(ABC):
         Returns:
             `to_dict()` with the paths of the files, relative to the folder.
         """
+
+    def columns(self) -> dict[str, float]:
+        """Further columns of the table of all predictions, beside the plain values of `write`."""
+        return {}
+
+    def coco_categories(self) -> list[dict[str, Any]]:
+        """The classes as `categories` of a COCO file.
+
+        Raises:
+            UsageError: If COCO's format has no place for predictions of this kind.
+        """
+        raise UsageError("COCO's format has no place for the class of a whole image: predictions.csv has it")
+
+    def coco_annotations(self) -> list[dict[str, Any]]:
+        """What was found as `annotations` of a COCO file, without `id` and `image_id`.
+
+        Raises:
+            UsageError: If COCO's format has no place for predictions of this kind.
+        """
+        raise UsageError("COCO's format has no place for the class of a whole image: predictions.csv has it")
 
     @property
     def rgb(self) -> Tensor:
@@ -257,12 +282,8 @@ class SegmentationPrediction(Prediction):
     @property
     def shares(self) -> dict[str, float]:
         """Share of the pixels of each class that occurs, 0…1, by class name."""
-        counts = np.bincount(self.mask.numpy().reshape(-1), minlength=VOID + 1)
-        return {
-            self.class_names[i]: float(counts[i] / self.mask.numel())
-            for i in np.flatnonzero(counts).tolist()
-            if i < len(self.class_names)
-        }
+        counts = torch.bincount(self.mask.reshape(-1), minlength=VOID + 1).tolist()
+        return {name: counts[i] / self.mask.numel() for i, name in enumerate(self.class_names) if counts[i]}
 
     def colored(self) -> Image.Image:
         """The mask as a palette image (mode P) in the colours of Pascal VOC's development kit."""
@@ -276,17 +297,50 @@ class SegmentationPrediction(Prediction):
         Returns:
             RGB (3, H, W), uint8. The background, if the first class is one, stays uncoloured.
         """
-        present = [i for i in torch.unique(self.mask).tolist() if i != VOID]
-        if self.class_names and self.class_names[0].lower() in _BACKGROUNDS:
-            present = [i for i in present if i != 0]
-        if not present:
-            return self.rgb.clone()
+        present = self._foreground()
+        drawn = self.rgb.clone()
         palette = np.array(voc_palette(), dtype=int).reshape(-1, 3)
         # A class with the colour black would look like a shadow.
         colors = [tuple(palette[i].tolist()) if palette[i].any() else (224, 224, 192) for i in present]
-        masks = torch.stack([self.mask == i for i in present])
-        drawn: Tensor = draw_segmentation_masks(self.rgb.contiguous(), masks, alpha=0.5, colors=colors)
+        # In strips of rows, as drawing takes 16 and more bytes for each pixel.
+        rows = max(1, _STRIP // drawn.shape[2])
+        for strip in (slice(start, start + rows) for start in range(0, drawn.shape[1] if present else 0, rows)):
+            masks = torch.stack([self.mask[strip] == i for i in present])
+            pixels = drawn[:, strip].contiguous()
+            drawn[:, strip] = draw_segmentation_masks(pixels, masks, alpha=0.5, colors=colors)
         return drawn
+
+    def _foreground(self) -> list[int]:
+        """Ids of the classes that occur, without the background if the first class is one."""
+        counts = torch.bincount(self.mask.reshape(-1), minlength=VOID + 1)[:VOID]
+        present: list[int] = counts.nonzero().flatten().tolist()
+        background = bool(self.class_names) and self.class_names[0].lower() in _BACKGROUNDS
+        return [i for i in present if i or not background]
+
+    def columns(self) -> dict[str, float]:
+        """`share(CLASS)` of every class, 0…1."""
+        shares = self.shares
+        return {f"share({name})": round(shares.get(name, 0.0), 6) for name in self.class_names}
+
+    def coco_categories(self) -> list[dict[str, Any]]:
+        """The classes, with their mask ids as ids."""
+        return [{"id": i, "name": name} for i, name in enumerate(self.class_names)]
+
+    def coco_annotations(self) -> list[dict[str, Any]]:
+        """The region of each class but the background, run-length encoded."""
+        found = []
+        for i in self._foreground():
+            encoded = pycocotools.mask.encode(np.asfortranarray((self.mask == i).numpy()))
+            found.append(
+                {
+                    "category_id": i,
+                    "segmentation": {"size": list(encoded["size"]), "counts": encoded["counts"].decode()},
+                    "area": int(pycocotools.mask.area(encoded)),
+                    "bbox": pycocotools.mask.toBbox(encoded).tolist(),
+                    "iscrowd": 0,
+                }
+            )
+        return found
 
     def draw(self) -> Tensor:
         """The overlay, upscaled by a whole factor if it has less than 480 px: RGB (3, h, w), uint8."""
@@ -396,6 +450,20 @@ class DetectionPrediction(Prediction):
         ]
         return {"name": self.name, "found": len(objects), "objects": objects}
 
+    def coco_categories(self) -> list[dict[str, Any]]:
+        """The classes, numbered from 1."""
+        return [{"id": i, "name": name} for i, name in enumerate(self.classes, start=1)]
+
+    def coco_annotations(self) -> list[dict[str, Any]]:
+        """The objects of at least `min_score`, with their scores."""
+        shown = self.above(self.min_score)
+        return [
+            {**_coco_box(box), "category_id": label, "score": round(score, 6)}
+            for box, label, score in zip(
+                shown.boxes.tolist(), shown.labels.tolist(), shown.scores.tolist(), strict=True
+            )
+        ]
+
     def write(self, folder: Path) -> dict[str, Any]:
         """Writes `images/NAME.jpg`, the image with boxes, classes and scores.
 
@@ -479,6 +547,28 @@ class KeypointPrediction(Prediction):
         ]
         return {"name": self.name, "found": len(people), "people": people}
 
+    def coco_categories(self) -> list[dict[str, Any]]:
+        """The category `person` with its keypoints and skeleton."""
+        skeleton = [[start + 1, end + 1] for start, end in self.skeleton]
+        return [{"id": 1, "name": "person", "keypoints": list(self.keypoint_names), "skeleton": skeleton}]
+
+    def coco_annotations(self) -> list[dict[str, Any]]:
+        """The people of at least `min_score`, with all their keypoints (visibility 2) and the scores."""
+        shown = self.above(self.min_score)
+        return [
+            {
+                **_coco_box(box),
+                "category_id": 1,
+                "keypoints": [number for x, y, _ in person for number in (round(x, 2), round(y, 2), 2)],
+                "num_keypoints": len(person),
+                "keypoint_scores": [round(confidence, 4) for _, _, confidence in person],
+                "score": round(score, 6),
+            }
+            for box, person, score in zip(
+                shown.boxes.tolist(), shown.keypoints.tolist(), shown.scores.tolist(), strict=True
+            )
+        ]
+
     def write(self, folder: Path) -> dict[str, Any]:
         """Writes `images/NAME.jpg`, the image with skeletons.
 
@@ -490,6 +580,13 @@ class KeypointPrediction(Prediction):
         """
         row = self.to_dict()
         return {"name": row.pop("name"), "image": self._write_drawn(folder), **row}
+
+
+def _coco_box(box: Sequence[float]) -> dict[str, Any]:
+    """A box x1, y1, x2, y2 in the format of COCO's annotations."""
+    left, top, right, bottom = (round(side, 2) for side in box)
+    width, height = round(right - left, 2), round(bottom - top, 2)
+    return {"bbox": [left, top, width, height], "area": round(width * height, 2), "iscrowd": 0}
 
 
 def captioned(images: Sequence[Sequence[tuple[str, Tensor]]], height: float = 3.0) -> Figure:

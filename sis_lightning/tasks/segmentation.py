@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,15 +16,26 @@ from torchmetrics import Metric
 
 from sis_lightning.datasets.base import Batch
 from sis_lightning.datasets.constants import VOID
-from sis_lightning.errors import UsageError
+from sis_lightning.errors import DataError, UsageError
 from sis_lightning.evaluation import IoUEvaluator
+from sis_lightning.machine import free_memory
 from sis_lightning.models import Segmenter
+from sis_lightning.models.complexity import peak_activations
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
 from sis_lightning.tasks.base import BaseTask
 from sis_lightning.tasks.inference import Outputs
 from sis_lightning.tasks.predictions import SegmentationPrediction, captioned
 from sis_lightning.tasks.targets import class_weight_tensor, require_labels, stacked_images
+
+#: Number of pixels above which `infer` predicts an image in tiles, and metrics require that the memory suffices.
+_TILED = 16_000_000
+#: Side of a tile, and the margin of each of its sides that is predicted with the neighbouring tile, in px.
+_TILE, _MARGIN = 2048, 256
+
+
+def _pixels(image: Tensor) -> int:
+    return image.shape[-2] * image.shape[-1]
 
 
 class SegmentationTask(BaseTask):
@@ -62,6 +74,7 @@ class SegmentationTask(BaseTask):
     }
     model: Segmenter
     class_weight: Tensor
+    _bytes_per_pixel: float | None = None
 
     def __init__(
         self,
@@ -137,13 +150,58 @@ class SegmentationTask(BaseTask):
         return {"cross_entropy": total / weights.sum().clamp_min(1e-6)}
 
     def infer(self, batch: Batch) -> Outputs:
-        """Predicts `mask` (H, W), uint8, of each image: the most probable class of every pixel."""
-        return [{"mask": self(image[None])[0].argmax(dim=0).to(torch.uint8)} for image in batch["image"]]
+        """Predicts `mask` (H, W), uint8, of each image: the most probable class of every pixel.
+
+        Images of more than 16 megapixels are predicted in tiles of at most 2048×2048 px that overlap by 512 px, since
+        as a whole they would fill the memory.
+        """
+        return [
+            {"mask": self._tiled(image) if _pixels(image) > _TILED else self._whole(image)} for image in batch["image"]
+        ]
+
+    def _whole(self, image: Tensor) -> Tensor:
+        return self.model.class_map(image[None])[0]
+
+    def _tiled(self, image: Tensor) -> Tensor:
+        """The mask of a large image, in tiles; each pixel has at least 256 px of the image around it in its tile."""
+        height, width = image.shape[-2:]
+        mask = torch.empty(height, width, dtype=torch.uint8, device=image.device)
+        step = _TILE - 2 * _MARGIN
+        for top, left in itertools.product(range(0, height, step), range(0, width, step)):
+            y, x = (max(0, min(start - _MARGIN, side - _TILE)) for start, side in ((top, height), (left, width)))
+            found = self._whole(image[:, y : y + _TILE, x : x + _TILE])
+            part = found[top - y : top - y + step, left - x : left - x + step]
+            mask[top : top + step, left : left + step] = part
+        return mask
+
+    def _require_memory(self, image: Tensor, name: str) -> None:
+        """Raises DataError if an image needs more memory than is free; the system would kill the process."""
+        if _pixels(image) < _TILED:
+            return
+        if self._bytes_per_pixel is None:
+            probe = torch.zeros(1, *image.shape[:1], 512, 512, dtype=image.dtype, device=image.device)
+            self._bytes_per_pixel = peak_activations(lambda: self.model.class_map(probe, at_once=1)) / 512**2
+        needed, free = self._bytes_per_pixel * _pixels(image), free_memory(image.device)
+        if free is not None and needed > free:
+            height, width = image.shape[-2:]
+            raise DataError(
+                f"{name}: {width}×{height} px need some {needed / 1e9:.1f} GB with this network, but "
+                f"{free / 1e9:.1f} GB are free\n  Metrics are computed on whole images: scale them down, or use a "
+                "machine with more memory."
+            )
 
     def evaluate(self, batch: Batch, metrics: Metric) -> Outputs:
-        """Predicts a batch with `mask`, and adds each image's pixels to the confusion matrix."""
+        """Predicts a batch with `mask`, and adds each image's pixels to the confusion matrix.
+
+        Images of any size are predicted as a whole.
+
+        Raises:
+            DataError: If an image is so large that the free memory does not suffice.
+        """
         self._require(batch, "image", "mask")
-        outputs = self.infer(batch)
+        for image, name in zip(batch["image"], self.names_of(batch), strict=True):
+            self._require_memory(image, name)
+        outputs: Outputs = [{"mask": self._whole(image)} for image in batch["image"]]
         metrics.update([output["mask"] for output in outputs], list(batch["mask"]))
         return outputs
 

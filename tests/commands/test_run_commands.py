@@ -15,12 +15,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pycocotools.coco import COCO
 
 from sis_lightning.config_files import config_names
 
 RUN = Path("runs/seg_voc/res2net14-4w4s-basic-8ch/seed0")
 
 
+# pycocotools 2.0.11 decodes masks by an interface that numpy is about to change.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_segmentation_run_from_fit_to_predict(command, tiny, synthetic, tmp_path, mean_iou):
     schedule = ["--model.lr_scheduler.init_args.total_steps", 6]
     fit = command("fit", *tiny, *schedule)
@@ -96,6 +99,29 @@ def test_a_segmentation_run_from_fit_to_predict(command, tiny, synthetic, tmp_pa
     table = json.loads((RUN / "predictions" / "predictions.json").read_text())
     assert [row["name"] for row in table] == ["a.jpg", "deep/b.png"]
     assert all(abs(sum(row["shares"].values()) - 1) < 0.01 for row in table)
+    assert " images/s)" in photos.out
+    with (RUN / "predictions" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shares = [{key: float(value) for key, value in row.items() if key.startswith("share(")} for row in rows]
+    assert list(shares[0])[:2] == ["share(background)", "share(aeroplane)"]
+    assert len(shares[0]) == 21
+    assert all(sum(row.values()) == pytest.approx(1, abs=1e-4) for row in shares)
+    # Into a folder of one's own, also in COCO's format, which pycocotools reads back to the same masks.
+    coco = command(
+        *("predict", *tiny, "--data.predict_path", tmp_path / "photos"),
+        *("--output", tmp_path / "mine" / "photos", "--coco_json", "true"),
+    )
+    assert coco.code == 0, coco.err
+    read = COCO(tmp_path / "mine" / "photos" / "coco.json")
+    assert [image["file_name"] for image in read.dataset["images"]] == ["a.jpg", "deep/b.png"]
+    for image in read.dataset["images"]:
+        with Image.open(tmp_path / "mine" / "photos" / "masks" / f"{image['file_name']}.png") as file:
+            mask = np.array(file)
+        assert mask.shape == (image["height"], image["width"])
+        found = np.zeros_like(mask)
+        for annotation in read.imgToAnns[image["id"]]:
+            found += annotation["category_id"] * read.annToMask(annotation)
+        assert np.array_equal(found, mask)
     # Earlier predictions are removed, so that the folder never mixes two; other files stay.
     assert len(list((RUN / "predictions" / "masks").rglob("*.png"))) == 2
     # Unreadable images are all named before anything is written, or at the end; hidden files are no images.
@@ -152,6 +178,10 @@ def test_a_classification_run_from_fit_to_predict(command, synthetic, tmp_path):
     assert predict.code == 0, predict.err
     (row,) = json.loads(Path("here/predictions/predictions.json").read_text())
     assert "p(plain_disc)" in row  # class names come from the checkpoint
+    refused = command("predict", *options, "--coco_json", "true")
+    assert refused.code == 2
+    assert "COCO's format has no place for the class of a whole image" in refused.err
+    assert not Path("here/predictions.partial").exists()
     predict = command("predict", *options)
     assert predict.code == 0, predict.err
     with Path("here/predictions/predictions.csv").open() as file:

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from sis_lightning.datamodules import CIFAR100DataModule, ImageFolderDataModule, VOCSegmentationDataModule
 from sis_lightning.datamodules.base import _Augmented
 from sis_lightning.datamodules.flips import RandomCropAndFlip
-from sis_lightning.datamodules.samplers import EpochSampler, ShardSampler, sample_seed
+from sis_lightning.datamodules.samplers import BatchesBySize, EpochSampler, ShardSampler, sample_seed
 from sis_lightning.datamodules.voc_segmentation import RandomScale
 from sis_lightning.datasets.constants import voc_palette
 from sis_lightning.datasets.folder import UnlabelledDataset
@@ -274,6 +274,33 @@ def test_unreadable_images_are_refused(tmp_path):
     path.write_text("no image")
     with pytest.raises(DataError, match=r"a\.jpg: unreadable or truncated"):
         read_image(path)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=40),
+    batch_size=st.integers(1, 8),
+    max_pixels=st.integers(1, 9000),
+    world=st.integers(1, 4),
+)
+def test_batches_to_predict_hold_every_image_once(sizes, batch_size, max_pixels, world):
+    ranks = [list(BatchesBySize(sizes, batch_size, max_pixels, rank, world)) for rank in range(world)]
+    assert sorted(index for batches in ranks for batch in batches for _, index in batch) == list(range(len(sizes)))
+    assert all(ranks) == (len(sizes) >= world)
+    for batch in (batch for batches in ranks for batch in batches):
+        areas = [sizes[index][0] * sizes[index][1] for _, index in batch]
+        assert len(batch) <= batch_size
+        assert len(batch) == 1 or sum(areas) <= max_pixels
+    tallest = max(height for height, _ in sizes)
+    assert sizes[ranks[0][0][0][1]][0] == tallest
+
+
+def test_images_of_one_size_are_predicted_together(tmp_path):
+    for number, size in enumerate([(30, 20), (8, 8), (30, 20), (8, 8), (30, 20)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    data = VOCSegmentationDataModule(str(tmp_path), predict_path=str(tmp_path), batch_size=3, num_workers=0)
+    data.setup("predict")
+    batches = [(batch["image"].shape, batch["name"]) for batch in data.predict_dataloader()]
+    assert batches == [((3, 3, 20, 30), ["0.png", "2.png", "4.png"]), ((2, 3, 8, 8), ["1.png", "3.png"])]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])

@@ -18,6 +18,7 @@ from sis_lightning.models.complexity import (
     count_parameters,
     measure,
     measure_backbones,
+    peak_activations,
     to_json,
     to_table,
 )
@@ -103,3 +104,18 @@ def test_counting_does_not_change_the_model():
     assert model.training
     assert count_parameters(model) == 4 * 3 * 9 + 4 + 8
     assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_peak_memory_of_tensors():
+    x = torch.zeros(1000)  # given: not counted
+
+    def work() -> torch.Tensor:
+        a = x + 1  # 4,000 bytes
+        b = torch.cat([a, a])  # 12,000 in all
+        del a
+        c = b[:1000] * 2  # a view and a product: 12,000
+        del b
+        return c.view(10, 100)  # 4,000
+
+    assert peak_activations(work) == 12_000
+    assert peak_activations(lambda: None) == 0

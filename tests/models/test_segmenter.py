@@ -10,6 +10,7 @@ from segmentation_models_pytorch.encoders import encoders
 from sis_lightning.backbones import create_backbone
 from sis_lightning.errors import UsageError
 from sis_lightning.models import Segmenter, register_encoder
+from sis_lightning.models.complexity import peak_activations
 
 ARCHITECTURES = [name for name in smp.MODEL_ARCHITECTURES_MAPPING if name != "dpt"]
 
@@ -49,6 +50,30 @@ def test_a_padded_image_is_cropped_again():
     padded = torch.zeros(1, 3, 48, 48)
     padded[..., :33, :47] = image
     assert torch.equal(model(image), model(padded)[..., :33, :47])
+
+
+@pytest.mark.parametrize("architecture", ["deeplabv3plus", "deeplabv3", "fpn", "unet"])
+@pytest.mark.parametrize("size", [(65, 97), (48, 64), (1, 1)])
+def test_classes_in_strips_are_those_of_the_logits(architecture, size):
+    torch.manual_seed(0)
+    stride = 16 if architecture.startswith("deeplab") else 32
+    model = Segmenter("sis_demo", 5, architecture, output_stride=stride).eval().double()
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(image).argmax(dim=1)
+        assert len(expected.unique()) > 1 or size == (1, 1)
+        for at_once in (1, 2 * 5 * size[1] * 7, 10**9):  # rows: 1, 7, all
+            assert torch.equal(model.class_map(image, at_once), expected.to(torch.uint8))
+
+
+def test_strips_take_less_memory_than_the_logits():
+    model = Segmenter("sis_demo", 200, decoder={"decoder_channels": 32}).eval()
+    image = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        whole = peak_activations(lambda: model.class_map(image, 10**9))
+        strips = peak_activations(lambda: model.class_map(image, 1))
+    assert whole > 200 * 256 * 256 * 4  # the logits alone
+    assert strips < whole / 3
 
 
 def test_the_encoder_is_our_backbone_under_its_own_name():

@@ -24,7 +24,15 @@ from sis_lightning.datamodules import (
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.option_effects import Effect, effects_of
 from sis_lightning.run.recipe import declared_effect
-from sis_lightning.tasks import BaseTask, ClassificationTask, DetectionTask, KeypointTask, SegmentationTask
+from sis_lightning.tasks import (
+    BaseTask,
+    ClassificationTask,
+    DetectionTask,
+    KeypointTask,
+    SegmentationTask,
+    predictions,
+)
+from sis_lightning.tasks import segmentation as segmentation_module
 
 SMALL = backbone_config("sis_demo", channels=8, width=4)
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -290,3 +298,65 @@ def test_thresholds_of_the_detector_do_not_change_the_network():
 
 def test_the_detector_says_the_size_of_its_largest_images():
     assert detection(min_size=50, max_size=64).image_size == (64, 64)
+
+
+@pytest.mark.parametrize("size", [(200, 150), (64, 300), (70, 10), (40, 64), (129, 65)])
+def test_tiles_cover_a_large_image(monkeypatch, size):
+    monkeypatch.setattr(segmentation_module, "_TILED", 0)
+    monkeypatch.setattr(segmentation_module, "_TILE", 64)
+    monkeypatch.setattr(segmentation_module, "_MARGIN", 16)
+    task = SegmentationTask("sis_demo", 200)
+    image = torch.randint(200, (3, *size)).float()
+    tiles = []
+
+    def first_channel(tile: torch.Tensor) -> torch.Tensor:
+        tiles.append(tuple(tile.shape[1:]))
+        return tile[0].to(torch.uint8)
+
+    monkeypatch.setattr(task, "_whole", first_channel)
+    (output,) = task.infer({"image": image[None]})
+    assert torch.equal(output["mask"], image[0].to(torch.uint8))
+    assert set(tiles) == {(min(64, size[0]), min(64, size[1]))}
+
+
+def test_pixels_inside_of_tiles_are_those_of_the_whole_image(monkeypatch):
+    torch.manual_seed(0)
+    task = SegmentationTask("sis_demo", 5, architecture="fpn", output_stride=32).eval()
+    image = torch.randint(256, (3, 96, 256), dtype=torch.uint8)
+    with torch.no_grad():
+        whole = task.infer(task.normalized({"image": image[None]}))[0]["mask"]
+        monkeypatch.setattr(segmentation_module, "_TILED", 0)
+        assert torch.equal(task.infer(task.normalized({"image": image[None]}))[0]["mask"], whole)  # one tile
+        monkeypatch.setattr(segmentation_module, "_TILE", 192)
+        monkeypatch.setattr(segmentation_module, "_MARGIN", 64)
+        tiled = task.infer(task.normalized({"image": image[None]}))[0]["mask"]
+    assert len(whole.unique()) > 1
+    assert (tiled == whole).double().mean() > 0.9
+
+
+def test_metrics_on_an_image_for_which_memory_does_not_suffice(monkeypatch):
+    monkeypatch.setattr(segmentation_module, "_TILED", 0)
+    monkeypatch.setattr(segmentation_module, "free_memory", lambda device: 10**7)
+    task = SegmentationTask("sis_demo", 3).eval()
+    image = torch.zeros(1, 3, 640, 480)
+    batch = {"image": image, "mask": torch.zeros(1, 640, 480, dtype=torch.uint8), "name": ["a.jpg"]}
+    with torch.no_grad(), pytest.raises(DataError, match=r"a.jpg: 480×640 px need some .* GB are free"):
+        task.evaluate(batch, task.test_metrics)
+    monkeypatch.setattr(segmentation_module, "free_memory", lambda device: None)  # nobody knows
+    with torch.no_grad():
+        task.evaluate(batch, task.test_metrics)
+    assert task.test_metrics.compute()
+
+
+def test_a_mask_is_drawn_in_strips(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(4, (50, 30), dtype=torch.uint8, generator=generator)
+    image = torch.randint(256, (3, 50, 30), dtype=torch.uint8, generator=generator)
+    prediction = predictions.SegmentationPrediction(image, "a", mask, ("background", "b", "c", "d"))
+    whole = prediction.overlay()
+    monkeypatch.setattr(predictions, "_STRIP", 100)
+    assert torch.equal(prediction.overlay(), whole)
+    assert torch.equal(whole[:, mask == 0], image[:, mask == 0])
+    assert not torch.equal(whole, image)
+    assert sum(prediction.shares.values()) == pytest.approx(1)
+    assert prediction.shares["b"] == pytest.approx((mask == 1).double().mean().item())

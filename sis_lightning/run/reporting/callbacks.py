@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -109,21 +112,39 @@ class PlotPredictions(Callback):
                 logger.experiment.add_figure("predictions", figure, trainer.global_step)
 
 
-class WritePredictions(Callback):
-    """Writes predictions into a folder: the files of each image, `predictions.json` and `predictions.csv`."""
+@dataclass
+class _Row:
+    """What the tables say of one image."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
-        self.rows: list[dict[str, Any]] = []
+    written: dict[str, Any]
+    columns: dict[str, float]
+    size: tuple[int, ...]
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class WritePredictions(Callback):
+    """Writes predictions into a folder: the files of each image, `predictions.json` and `predictions.csv`.
+
+    Args:
+        folder: The folder.
+        coco: Whether they are also written as a COCO file, `coco.json`.
+    """
+
+    def __init__(self, folder: Path, *, coco: bool = False) -> None:
+        self.folder, self.partial, self.coco = folder, folder.with_name(f"{folder.name}.partial"), coco
+        self.rows: list[_Row] = []
+        self.categories: list[dict[str, Any]] = []
+        self.began = 0.0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes a folder beside; earlier predictions stay until the new ones are complete."""
         if trainer.is_global_zero:
             if not (self.folder / "predictions.json").is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
-                raise UsageError(f"{self.folder} holds files that predict did not write: choose another --run_dir")
+                raise UsageError(f"{self.folder} holds files that predict did not write: choose another --output")
             shutil.rmtree(self.partial, ignore_errors=True)  # of a predict that was killed
             self.partial.mkdir(parents=True)
         trainer.strategy.barrier()
+        self.began = time.monotonic()
 
     def on_predict_batch_end(
         self,
@@ -136,7 +157,17 @@ class WritePredictions(Callback):
     ) -> None:
         """Writes the files of a batch's images."""
         notes = {key: text for key, text in trainer.datamodule.notes.items() if key == "person boxes"}  # type: ignore[attr-defined]
-        self.rows += [{**prediction.write(self.partial), **notes} for prediction in outputs]
+        for prediction in outputs:
+            written = {**prediction.write(self.partial), **notes}
+            row = _Row(written, prediction.columns(), tuple(prediction.image.shape[1:]))
+            if self.coco:
+                self.categories = prediction.coco_categories()
+                row.annotations = prediction.coco_annotations()
+            self.rows.append(row)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Removes what was written so far."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collects the rows of all ranks, and writes both tables on rank 0 in the order of the names."""
@@ -147,15 +178,32 @@ class WritePredictions(Callback):
             rows = [row for part in gathered for row in part]
         if not trainer.is_global_zero:
             return
-        rows = sorted(rows, key=lambda row: str(row["name"]))
-        write_text(self.partial / "predictions.json", json.dumps(rows, indent=1) + "\n")
-        flat = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
+        rows = sorted(rows, key=lambda row: str(row.written["name"]))
+        write_text(self.partial / "predictions.json", json.dumps([row.written for row in rows], indent=1) + "\n")
+        lines = [
+            {key: value for key, value in row.written.items() if not isinstance(value, dict | list)} for row in rows
+        ]
+        lines = [{**line, **row.columns} for line, row in zip(lines, rows, strict=True)]
         table = io.StringIO()
-        writer = csv.DictWriter(table, flat, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(table, list(lines[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(lines)
         write_text(self.partial / "predictions.csv", table.getvalue())
+        if self.coco:
+            write_text(self.partial / "coco.json", json.dumps(_coco(rows, self.categories)) + "\n")
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.partial.rename(self.folder)
-        console.print(f"{len(rows):,} predictions in {self.folder}")
+        seconds = max(1e-9, time.monotonic() - self.began)
+        console.print(f"{len(rows):,} predictions in {self.folder} ({len(rows) / seconds:.1f} images/s)")
+
+
+def _coco(rows: Sequence[_Row], categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """Predictions as the content of a COCO file."""
+    images = [
+        {"id": number, "file_name": row.written["name"], "height": row.size[0], "width": row.size[1]}
+        for number, row in enumerate(rows, start=1)
+    ]
+    found = [{"image_id": number, **one} for number, row in enumerate(rows, start=1) for one in row.annotations]
+    annotations = [{"id": number, **one} for number, one in enumerate(found, start=1)]
+    return {"images": images, "categories": categories, "annotations": annotations}

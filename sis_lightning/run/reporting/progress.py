@@ -20,6 +20,8 @@ from sis_lightning.text_tables import plain_console
 console = plain_console(soft_wrap=True)
 #: About so many lines are printed by a run whose output is not a terminal.
 _LINES = 20
+#: Seconds between two lines of `predict`.
+_SECONDS = 10
 #: Width of the bar in columns.
 _BAR = 10
 
@@ -107,6 +109,7 @@ class ProgressLine(ProgressBar):
         self.enabled = True
         self.metric = ""
         self.line: Progress | None = None
+        self.images, self.began = 0, time.perf_counter()
 
     def disable(self) -> None:
         """Displays nothing, as on ranks other than the first."""
@@ -194,6 +197,10 @@ class ProgressLine(ProgressBar):
         """Counts the batch."""
         self._show("test", batch_idx + 1, trainer.num_test_batches[dataloader_idx], [])
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self.images, self.began = 0, time.perf_counter()
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -203,8 +210,10 @@ class ProgressLine(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Counts the batch."""
-        self._show("predict", batch_idx + 1, trainer.num_predict_batches[dataloader_idx], [])
+        """Counts the batch, and its images a second."""
+        self.images += len(batch["image"])
+        speed = f"{self.images / max(1e-9, time.perf_counter() - self.began):.1f} images/s"
+        self._show("predict", batch_idx + 1, trainer.num_predict_batches[dataloader_idx], [speed])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the line."""
@@ -266,6 +275,28 @@ class ProgressLines(Callback):
             note = f" (person boxes: {boxes})" if boxes else ""
             step = trainer.global_step if self.tested_step is None else self.tested_step
             console.print(f"validation at step {step}: {pl_module.monitor} {float(value):.4f}{note}")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self.images, self.began, self.told = 0, time.perf_counter(), time.perf_counter()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Prints the number of images and their speed every ten seconds."""
+        self.images += len(batch["image"])
+        now = time.perf_counter()
+        if trainer.is_global_zero and now - self.told >= _SECONDS:
+            self.told = now
+            batches = trainer.num_predict_batches[dataloader_idx]
+            speed = self.images / (now - self.began)
+            console.print(f"predict: batch {batch_idx + 1:,}/{batches:,}, {self.images:,} images, {speed:.1f} images/s")
 
 
 def progress() -> Callback:
