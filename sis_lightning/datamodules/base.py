@@ -330,6 +330,8 @@ class SISDataModule(LightningDataModule, ABC):
                     raise DataError(f"{self.root}: the {split} split is empty")
                 if split == "train":
                     self.datasets[split].require_targets()
+                else:
+                    self.datasets[split].require_scores()
         if stage == "predict" and "predict" not in self.datasets:
             photographs = self.predict_path and UnlabelledDataset(self.predict_path, skip_bad=self.skip_bad)
             self._add("predict", photographs or self.open("val"))

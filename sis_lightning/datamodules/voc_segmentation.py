@@ -82,6 +82,9 @@ class VOCSegmentationDataModule(SISDataModule):
         classes: Names of the classes in the order of their mask ids, background first. None: VOC's 21.
         train_split: Name of a list in `ImageSets/Segmentation/`, such as `train`; or `auto`: `train_aug` if the folder
             `SegmentationClassAug/` exists, and `train` otherwise.
+        mask_values: What the masks have for each class, in the order of `classes`: numbers such as `[0, 255]`, or
+            colours such as `[[0, 0, 0], [128, 0, 0]]`. None: the ids 0, 1, …, and 255 for void.
+        void_values: With `mask_values`, the numbers or colours of pixels that are not annotated (void).
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`; `download` fetches 2 GB.
 
     Raises:
@@ -96,6 +99,8 @@ class VOCSegmentationDataModule(SISDataModule):
         "scale": Effect.RESULT,
         "classes": Effect.RESULT,
         "train_split": Effect.RESULT,
+        "mask_values": Effect.RESULT,
+        "void_values": Effect.RESULT,
     }
 
     def __init__(
@@ -105,6 +110,8 @@ class VOCSegmentationDataModule(SISDataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         classes: list[str] | None = None,
         train_split: str = "auto",
+        mask_values: list[int | list[int]] | None = None,
+        void_values: list[int | list[int]] | None = None,
         **loading: Any,
     ) -> None:
         super().__init__(root, **loading)
@@ -114,6 +121,7 @@ class VOCSegmentationDataModule(SISDataModule):
             raise UsageError(f"scale is {list(scale)}, must be [low, high] with 0 < low <= high")
         self.image_size = (crop_size, crop_size)
         self.classes, self.train_split = classes, train_split
+        self.mask_values, self.void_values = mask_values, void_values or ()
         colour = [round(255 * value) for value in IMAGENET_MEAN]
         self._augmentation = v2.Compose(
             [
@@ -130,7 +138,8 @@ class VOCSegmentationDataModule(SISDataModule):
 
     def dataset(self, split: Split) -> ImageDataset:
         """The images and masks of a split; `val` for val and test."""
-        return VOCSegmentationDataset(self.root, self.train_split if split == "train" else "val", self.classes)
+        name = self.train_split if split == "train" else "val"
+        return VOCSegmentationDataset(self.root, name, self.classes, self.mask_values, self.void_values)
 
     def layout(self) -> str:
         """VOC's folders, and where they are published."""

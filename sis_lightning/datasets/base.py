@@ -77,6 +77,13 @@ class ImageDataset(Dataset[Sample], ABC):
             DataError: If no sample has a target.
         """
 
+    def require_scores(self) -> None:
+        """Checks that metrics on these samples mean something, in a moment: without decoding images.
+
+        Raises:
+            DataError: If they would be of their best value for want of a second class.
+        """
+
     def groups(self) -> Sequence[int] | None:
         """A number for each sample if training batches should hold samples of one number only, else None."""
         return None

@@ -88,12 +88,14 @@ def summarize(dataset: ImageDataset, split: str, *, decode: bool = True) -> Data
             summary.notes["EXIF"] = f"{summary.turned:,} images have an orientation, which upright: true follows"
     else:
         summary.images = len(dataset)
-    if split == "train":
-        try:
+    try:
+        if split == "train":
             dataset.require_targets()
-        except DataError as error:
-            if str(error) not in summary.defects:  # a damaged mask was listed already
-                summary.defects.append(str(error))
+        else:
+            dataset.require_scores()
+    except DataError as error:
+        if str(error) not in summary.defects:  # a damaged mask was listed already
+            summary.defects.append(str(error))
     return summary
 
 

@@ -117,6 +117,8 @@ def inspect_image(path: Path) -> tuple[tuple[int, int], str]:
             image.load()
     except DataError as error:
         return size, str(error).partition(": ")[2].partition("\n")[0]
+    except Image.DecompressionBombError:  # twice the limit
+        return size, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.3g} megapixels"
     except UNREADABLE as error:
         return size, str(error).replace(str(path), path.name) or type(error).__name__
     return size, ""

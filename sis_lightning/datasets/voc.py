@@ -20,6 +20,9 @@ from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.voc_reader import files_by_name, read_names, read_voc, voc_list
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 
+#: What a mask has for a class: a number, or a colour (red, green, blue).
+MaskValue = int | Sequence[int]
+
 _COLOUR_OF_ID_1 = (128, 0, 0)  # of VOC's palette
 
 #: Where the files are expected.
@@ -126,13 +129,23 @@ class VOCSegmentationDataset(ImageDataset):
             consists of all images of SBD and of `train` that are not in `val`. `auto` is `train_aug` if this folder
             exists, else `train`.
         classes: Names of the classes by mask id, background first; None for VOC's 21.
+        mask_values: What the masks have for each class, in the order of the classes: numbers such as [0, 255], or
+            colours such as [[0, 0, 0], [128, 0, 0]]. None: the ids 0, 1, …, and 255 for void.
+        void_values: With `mask_values`, the numbers or colours of pixels that are not annotated.
 
     Raises:
         DataError: If folders or lists are missing. Listed images or masks that do not exist are in `defects`. Reading a
             sample: if a file is unreadable, the mask has another size than the image, or an id that is no class.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        classes: Sequence[str] | None = None,
+        mask_values: Sequence[MaskValue] | None = None,
+        void_values: Sequence[MaskValue] = (),
+    ) -> None:
         super().__init__()
         self.home = voc_home(Path(root), "2012", itself=True)
         if not (self.home / "JPEGImages").is_dir():
@@ -140,6 +153,13 @@ class VOCSegmentationDataset(ImageDataset):
                 f"{self.home / 'JPEGImages'} does not exist\n  {SEGMENTATION_LAYOUT.format(root=root)}"
             )
         self.meta = DatasetMeta(tuple(classes or VOC_CLASSES))
+        self._values = None if mask_values is None else MaskValues(mask_values, void_values)
+        if mask_values is not None and len(mask_values) != self.meta.num_classes:
+            raise UsageError(
+                f"mask_values has {len(mask_values)} entries for {self.meta.num_classes} classes: give one for each"
+            )
+        if mask_values is None and void_values:
+            raise UsageError("void_values is given without mask_values, which says what the classes have")
         masks, listed_in, self.names = self._listed(split)
         photographs = files_by_name(self.home / "JPEGImages", IMAGE_ENDINGS)
         annotated = files_by_name(self.home / masks, (".png",))
@@ -153,7 +173,7 @@ class VOCSegmentationDataset(ImageDataset):
         stray = sorted(set(annotated) - set(photographs) - set(self.names))
         defects += [Defect(self.home / masks / annotated[name], "", "it has no image", "dropped") for name in stray]
         self.defects = defects
-        if classes is None and (note := self._foreign_palette()):
+        if classes is None and mask_values is None and (note := self._foreign_palette()):
             self.notes["masks"] = note
 
     def _listed(self, split: str) -> tuple[str, str, list[str]]:
@@ -199,17 +219,37 @@ class VOCSegmentationDataset(ImageDataset):
         Raises:
             DataError: If all masks together have fewer, or one of those read is damaged or has an id that is no class.
         """
+        self._require_classes(self._seen())
+
+    def require_scores(self) -> None:
+        """Checks that masks of one class are not ones of 0 and 255, whose mIoU would be 1 whatever is predicted.
+
+        Raises:
+            DataError: If all masks together have one class and void pixels, or nothing else than these.
+        """
+        seen = self._seen()
+        if VOID in seen:
+            self._require_classes(seen)
+
+    def _seen(self) -> set[int]:
+        """The ids in the masks, read until two classes are found."""
         seen: set[int] = set()
         for path in self.masks:
-            seen.update(read_mask(path, self.meta.num_classes).unique().tolist())
+            if path.is_file():  # those that lack are told elsewhere
+                seen.update(self._read_mask(path).unique().tolist())
             if len(seen - {VOID}) > 1:
-                return
+                break
+        return seen
+
+    def _require_classes(self, seen: set[int]) -> None:
+        if len(seen - {VOID}) > 1:
+            return
         known = sorted(seen - {VOID})
         names = [self.meta.class_names[number] for number in known]
         found = f"only the class {names[0]!r} ({known[0]})" if names else "no annotated pixel"
         hint = ""
         if VOID in seen:
-            hint = f"\n  The id {VOID} means void (not annotated). In masks of 0 and {VOID}, change {VOID} to 1."
+            hint = f"\n  The id {VOID} means void (not annotated). For masks of 0 and {VOID}: mask_values: [0, {VOID}]."
         raise DataError(f"{self.masks[0].parent}: {found} in {len(self.masks):,} masks: nothing to learn{hint}")
 
     def __len__(self) -> int:
@@ -226,15 +266,79 @@ class VOCSegmentationDataset(ImageDataset):
             if not missing.intersection(files):
                 yield functools.partial(self.__getitem__, index)
 
+    def _read_mask(self, path: Path) -> tv_tensors.Mask:
+        return read_mask(path, self.meta.num_classes) if self._values is None else self._values.read(path)
+
     def __getitem__(self, index: int) -> Sample:
         image = read_image(self.images[index], upright=self.upright)
-        mask = read_mask(self.masks[index], self.meta.num_classes)
+        mask = self._read_mask(self.masks[index])
         if image.shape[1:] != mask.shape:
             size, expected = (image.shape[2], image.shape[1]), (mask.shape[1], mask.shape[0])
             sizes = f"{expected[0]}×{expected[1]} px, its image {size[0]}×{size[1]}"
             why = turned(self.images[index], size, expected)
             raise DataError(f"{self.masks[index]}: the mask has {sizes}{why}")
         return {"image": image, "mask": mask, "name": self.names[index]}
+
+
+class MaskValues:
+    """Reads masks whose values are not the ids of the classes.
+
+    Args:
+        classes: The value of each class, 0…K-1: numbers, or colours (red, green, blue).
+        void: Values of pixels that are not annotated.
+
+    Raises:
+        UsageError: If numbers and colours are mixed, one is out of range, or one is given twice.
+    """
+
+    def __init__(self, classes: Sequence[MaskValue], void: Sequence[MaskValue] = ()) -> None:
+        given = [*classes, *void]
+        self.colours = not all(isinstance(value, int) for value in given)
+        codes = []
+        for value in given:
+            parts, limit = ([value], 65536) if isinstance(value, int) else (list(value), 256)
+            if len(parts) != (3 if self.colours else 1) or not all(0 <= part < limit for part in parts):
+                raise UsageError(
+                    f"mask_values: {value!r} must be a number in 0…65535, or all must be colours [red, green, blue]"
+                )
+            codes.append(functools.reduce(lambda code, part: 256 * code + part, parts))
+        for value, code in zip(given, codes, strict=True):
+            if codes.count(code) > 1:
+                raise UsageError(f"mask_values: {value!r} is given twice")
+        order = np.argsort(codes)
+        self._codes = np.array(codes, dtype=np.int64)[order]
+        self._ids = np.array([*range(len(classes)), *(VOID for _ in void)], dtype=np.uint8)[order]
+
+    def read(self, path: Path) -> tv_tensors.Mask:
+        """Reads a mask of any mode.
+
+        Args:
+            path: An image file without loss, such as a PNG.
+
+        Returns:
+            Class ids (H, W), uint8.
+
+        Raises:
+            DataError: If the file is missing or damaged, or has a value that is not among those given.
+        """
+        with open_image(path) as image:
+            if self.colours:
+                rgb = np.asarray(image.convert("RGB")).astype(np.int64)
+                codes = (rgb[..., 0] * 256 + rgb[..., 1]) * 256 + rgb[..., 2]
+            elif image.mode in ("P", "L", "1", "I;16", "I"):
+                codes = np.asarray(image).astype(np.int64)
+            else:
+                raise DataError(f"{path}: mask of mode {image.mode}: mask_values must be colours [red, green, blue]")
+        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = self._codes[place] != codes
+        if unknown.any():
+            code = int(codes[unknown][0])
+            value = [code >> 16, code >> 8 & 255, code & 255] if self.colours else code
+            raise DataError(
+                f"{path}: the mask has {value}, which is neither among mask_values nor among void_values "
+                f"({unknown.mean():.2%} of its pixels have such values)"
+            )
+        return tv_tensors.Mask(torch.from_numpy(self._ids[place]))
 
 
 def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
@@ -252,7 +356,10 @@ def read_mask(path: Path, classes: int) -> tv_tensors.Mask:
     """
     with open_image(path) as image:
         if image.mode not in ("P", "L", "1"):
-            raise DataError(f"{path}: mask of mode {image.mode}: class ids need a palette (P) or grey (L) PNG")
+            raise DataError(
+                f"{path}: mask of mode {image.mode}: class ids need a palette (P) or grey (L) PNG\n"
+                "  For masks in colours, set mask_values to the colours of the classes."
+            )
         ids = np.array(image, dtype=np.uint8)
     found = np.flatnonzero(np.bincount(ids.reshape(-1), minlength=256))
     outside = [int(i) for i in found if i >= classes and i != VOID]

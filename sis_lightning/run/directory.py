@@ -52,7 +52,7 @@ def unlock() -> None:
     while _held:
         file_lock, folder, made = _held.pop()
         file_lock.release()
-        if made and [path.name for path in folder.iterdir()] == [".lock"]:
+        if made and folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:
             (folder / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 for path in made:

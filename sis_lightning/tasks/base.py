@@ -362,7 +362,8 @@ class BaseTask(Optimization, Inference, ABC):
         """A batch with normalised images; stacked ones in the memory layout `channels_last`."""
         images = self._require(batch, "image")
         if isinstance(images, Tensor):
-            return {**batch, "image": self.normalize(images).contiguous(memory_format=torch.channels_last)}
+            # The layout first: bytes are moved faster than floats, and take a quarter of their memory.
+            return {**batch, "image": self.normalize(images.contiguous(memory_format=torch.channels_last))}
         return {**batch, "image": [self.normalize(image) for image in images]}
 
     def displayable(self, image: Tensor) -> Tensor:

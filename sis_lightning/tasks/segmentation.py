@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import segmentation_models_pytorch as smp
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -16,7 +17,7 @@ from torchmetrics import Metric
 
 from sis_lightning.datasets.base import Batch
 from sis_lightning.datasets.constants import VOID
-from sis_lightning.errors import DataError, UsageError
+from sis_lightning.errors import DataError, UsageError, nearest
 from sis_lightning.evaluation import IoUEvaluator
 from sis_lightning.machine import free_memory
 from sis_lightning.models import Segmenter
@@ -34,12 +35,29 @@ _TILED = 16_000_000
 _TILE, _MARGIN = 2048, 256
 
 
+_focal = smp.losses.FocalLoss(mode="multiclass", ignore_index=VOID, reduction="sum")
+
+
+def _focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """SMP's focal loss; its own mean is not a number if there are only void pixels."""
+    loss: Tensor = _focal(logits, target) / (target != VOID).sum().clamp_min(1)
+    return loss
+
+
+#: Losses by name.
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "dice": smp.losses.DiceLoss(mode="multiclass", ignore_index=VOID),
+    "focal": _focal_loss,
+}
+
+
 def _pixels(image: Tensor) -> int:
     return image.shape[-2] * image.shape[-1]
 
 
 class SegmentationTask(BaseTask):
-    """Semantic segmentation with the cross-entropy loss, scored by the mIoU over the whole split.
+    """Semantic segmentation, scored by the mIoU over the whole split.
 
     Batches are those of `BaseTask`, with the target `mask`: class ids (N, H, W), uint8, 255 where nothing is annotated
     (void), or a list of (H, W) if the sizes differ. Evaluation takes one image at a time at its own size, so that the
@@ -55,6 +73,9 @@ class SegmentationTask(BaseTask):
             `{"decoder_channels": 256}`.
         background_weight: Weight of class 0 (background) in the loss, at least 0. All other classes have weight 1.
         class_weights: Weight of each class in the loss (K values), in place of `background_weight`.
+        losses: Weight of each part of the loss: `cross_entropy`, `dice` (Milletari et al. 2016) and `focal` (Lin et al.
+            2017, gamma 2), the latter two as in segmentation-models-pytorch, such as `{"cross_entropy": 1, "dice": 1}`.
+            Class weights apply to the cross-entropy alone. None: the cross-entropy.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
             `freeze_backbone`, `compile_mode` and `meta`.
@@ -71,6 +92,7 @@ class SegmentationTask(BaseTask):
         "decoder": Effect.NETWORK,
         "background_weight": Effect.RESULT,
         "class_weights": Effect.RESULT,
+        "losses": Effect.RESULT,
     }
     model: Segmenter
     class_weight: Tensor
@@ -85,6 +107,7 @@ class SegmentationTask(BaseTask):
         decoder: dict[str, Any] | None = None,
         background_weight: float = 1.0,
         class_weights: Sequence[float] | None = None,
+        losses: dict[str, float] | None = None,
         **training: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **training)
@@ -97,6 +120,14 @@ class SegmentationTask(BaseTask):
             raise UsageError("background_weight and class_weights both set the weight of class 0: give one of them")
         weight = class_weight_tensor(class_weights or [background_weight] + [1.0] * (num_classes - 1), num_classes)
         self.register_buffer("class_weight", weight, persistent=False)
+        self.losses = {"cross_entropy": 1.0} if losses is None else dict(losses)
+        for name, share in self.losses.items():
+            if name not in _LOSSES:
+                raise UsageError(f"losses: there is no '{name}': {nearest(name, _LOSSES)}")
+            if not share > 0:
+                raise UsageError(f"losses: the weight of {name} is {share}, must be above 0")
+        if not self.losses:
+            raise UsageError("losses is empty: give at least one, such as {cross_entropy: 1}")
         model = Segmenter(
             self.backbone_config,
             num_classes,
@@ -132,7 +163,7 @@ class SegmentationTask(BaseTask):
             raise UsageError(f"mask is {shape}, must be a tensor {want}, a class id for each pixel of the images")
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Computes the weighted cross-entropy over all pixels that are not void; 0 if all are.
+        """Computes the parts of the loss over all pixels that are not void; 0 if all are.
 
         Args:
             batch: `image` (N, C, H, W), normalised, and `mask` (N, H, W).
@@ -147,7 +178,12 @@ class SegmentationTask(BaseTask):
             require_labels(target[target != VOID], 0, self.num_classes - 1)
             raise
         weights = weight[target.where(target != VOID, 0)] * (target != VOID)
-        return {"cross_entropy": total / weights.sum().clamp_min(1e-6)}
+        parts = {"cross_entropy": total / weights.sum().clamp_min(1e-6)}
+        shape = (len(batch["image"]), -1, self.num_classes)
+        for name in self.losses.keys() - parts.keys():
+            # Softmax and reshaping are SMP's: it takes (N, K, pixels) and (N, pixels).
+            parts[name] = _LOSSES[name](logits.view(shape).transpose(1, 2), target.view(shape[:2]))
+        return {name: share * parts[name] for name, share in self.losses.items()}
 
     def infer(self, batch: Batch) -> Outputs:
         """Predicts `mask` (H, W), uint8, of each image: the most probable class of every pixel.

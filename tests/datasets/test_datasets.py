@@ -21,12 +21,12 @@ from sis_lightning.datasets.check import summarize
 from sis_lightning.datasets.cifar import CIFAR100Dataset
 from sis_lightning.datasets.coco import COCODetectionDataset, COCOKeypointsDataset
 from sis_lightning.datasets.coco_reader import read_coco
-from sis_lightning.datasets.constants import COCO_KEYPOINTS, VOC_CLASSES
+from sis_lightning.datasets.constants import COCO_KEYPOINTS, VOC_CLASSES, voc_palette
 from sis_lightning.datasets.folder import UnlabelledDataset
 from sis_lightning.datasets.images import read_image
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.synthetic import write_synthetic
-from sis_lightning.datasets.voc import VOCDetectionDataset, VOCSegmentationDataset
+from sis_lightning.datasets.voc import MaskValues, VOCDetectionDataset, VOCSegmentationDataset, read_mask
 from sis_lightning.datasets.voc_reader import read_names
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 from sis_lightning.evaluation import evaluate
@@ -460,7 +460,7 @@ def paint(root: Path, value) -> None:
         (lambda ids: np.full_like(ids, 255), "no annotated pixel in [0-9]+ masks: nothing to learn(.|\n)*means void"),
         (
             lambda ids: np.where(ids > 0, 255, 0),
-            "only the class 'background' .0. in [0-9]+ masks(.|\n)*change 255 to 1",
+            "only the class 'background' .0. in [0-9]+ masks(.|\n)*mask_values: .0, 255.",
         ),
         (np.zeros_like, "only the class 'background'"),
     ],
@@ -473,10 +473,68 @@ def test_masks_without_two_classes_are_refused(few, value, words):
     data = VOCSegmentationDataModule(str(few), classes=["background", "thing"], batch_size=2, crop_size=32)
     with pytest.raises(DataError, match=words):
         data.setup("fit")
-    data.setup("test")
+    if 255 in read_mask(dataset.masks[0], 2):  # its mIoU would be 1
+        with pytest.raises(DataError, match=words):
+            data.setup("test")
+        assert any("nothing to learn" in defect for defect in summarize(dataset, "val", decode=False).defects)
+    else:
+        data.setup("test")
     assert any("nothing to learn" in defect for defect in summarize(dataset, "train", decode=False).defects)
     paint(few, lambda ids: np.eye(len(ids), ids.shape[1]))
     dataset.require_targets()
+
+
+def test_masks_of_0_and_255_by_mask_values(few):
+    names = ["background", "thing"]
+    paint(few, lambda ids: np.where(ids > 0, 1, 0))
+    expected = [sample["mask"] for sample in VOCSegmentationDataset(few, "train", names)]
+    assert any(mask.any() for mask in expected)
+    paint(few, lambda ids: np.where(ids > 0, 255, 0))
+    dataset = VOCSegmentationDataset(few, "train", names, [0, 255])
+    dataset.require_targets()
+    dataset.require_scores()
+    assert all(torch.equal(sample["mask"], mask) for sample, mask in zip(dataset, expected, strict=True))
+    with pytest.raises(UsageError, match="mask_values has 2 entries for 21 classes"):
+        VOCSegmentationDataset(few, "train", None, [0, 255])
+    with pytest.raises(UsageError, match="void_values is given without mask_values"):
+        VOCSegmentationDataset(few, "train", names, None, [3])
+
+
+def test_masks_in_colours_and_with_other_ids(few):
+    plain = VOCSegmentationDataset(few, "train")
+    expected = [sample["mask"] for sample in plain]
+    assert any((mask == 255).any() for mask in expected)
+    palette = np.array(voc_palette()).reshape(-1, 3)
+    colours, void = palette[:21].tolist(), palette[255].tolist()
+    for path in plain.masks:
+        with Image.open(path) as mask:
+            mask.convert("RGB").save(path)
+    coloured = VOCSegmentationDataset(few, "train", None, colours, [void])
+    assert all(torch.equal(sample["mask"], mask) for sample, mask in zip(coloured, expected, strict=True))
+    with pytest.raises(DataError, match=r"mask of mode RGB(.|\n)*set mask_values to the colours"):
+        plain[0]
+    with pytest.raises(DataError, match=rf"the mask has \[{void[0]}, {void[1]}, {void[2]}\], which is neither"):
+        for _ in VOCSegmentationDataset(few, "train", None, colours):
+            pass
+    for path, mask in zip(plain.masks, expected, strict=True):  # 16 bits, as ids from 1000 on
+        Image.fromarray(np.where(mask == 255, 7, 1000 + mask.numpy().astype(np.uint16)).astype(np.uint16)).save(path)
+    shifted = VOCSegmentationDataset(few, "train", None, list(range(1000, 1021)), [7])
+    assert all(torch.equal(sample["mask"], mask) for sample, mask in zip(shifted, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0, 0], "0 is given twice"),
+        ([0, [1, 2, 3]], "0 must be a number"),
+        ([[1, 2], [1, 2, 3]], r"\[1, 2\] must be a number"),
+        ([-1, 2], "-1 must be"),
+        ([[0, 0, 256], [1, 2, 3]], r"\[0, 0, 256\] must be"),
+    ],
+)
+def test_mask_values_that_say_nothing(values, words):
+    with pytest.raises(UsageError, match=words):
+        MaskValues(values)
 
 
 def test_a_damaged_mask_does_not_end_the_search_for_classes_silently(few):

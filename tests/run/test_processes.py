@@ -82,6 +82,23 @@ def test_predict_ends_at_an_unreadable_image(synthetic, tmp_path):
     assert len(done.stderr.splitlines()) <= 5
 
 
+@pytest.mark.parametrize("logger", ["null", "false"])
+def test_a_removed_run_directory_ends_the_run(synthetic, tmp_path, logger):
+    options = ["--trainer.logger", logger, "--checkpoint_every", 5, "--trainer.log_every_n_steps", 1]
+    with subprocess.Popen(
+        fit(synthetic, tmp_path / "run", *options), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            assert process.stdout.readline()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)  # of what was written meanwhile
+        _, errors = process.communicate(timeout=NEVER)
+    assert process.returncode == 1, errors
+    assert "was removed while the run writes into it" in errors
+    assert len(errors.splitlines()) <= 3
+
+
 def test_a_killed_worker_is_named_in_a_sentence(synthetic, tmp_path):
     with subprocess.Popen(
         fit(synthetic, tmp_path / "run"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

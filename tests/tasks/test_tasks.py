@@ -103,6 +103,36 @@ def test_segmentation_loss_is_weighted_cross_entropy():
     assert nothing == 0
 
 
+def test_the_dice_and_focal_losses_by_their_definitions():
+    torch.manual_seed(0)
+    shares = {"cross_entropy": 2.0, "dice": 0.5, "focal": 3.0}
+    task = segmentation(losses=shares).eval()
+    image, mask = torch.randn(2, 3, 32, 48), torch.randint(0, 5, (2, 32, 48), dtype=torch.uint8)
+    mask[:, :9] = 255
+    with torch.no_grad():
+        parts = task.training_loss({"image": image, "mask": mask})
+        probability = task(image).double().softmax(dim=1).permute(0, 2, 3, 1)[mask != 255].numpy()
+    ids = mask[mask != 255].numpy()
+    true = np.eye(21)[ids]
+    chosen = probability[np.arange(len(ids)), ids]
+    # Dice: 1 - 2 |p t| / (|p| + |t|) of each class over the batch, 0 for a class that does not occur; the mean of all.
+    overlap, size = (probability * true).sum(0), (probability + true).sum(0)
+    dice = np.where(true.sum(0) > 0, 1 - 2 * overlap / size, 0).mean()
+    assert list(parts) == list(shares)
+    assert parts["cross_entropy"].item() == pytest.approx(2 * -np.log(chosen).mean(), rel=1e-4)
+    assert parts["dice"].item() == pytest.approx(0.5 * dice, rel=1e-4)
+    # Focal: for each class a binary loss of its logit against all others, averaged over the classes (SMP's reading).
+    with torch.no_grad():
+        logits = task(image).double().permute(0, 2, 3, 1)[mask != 255].numpy()
+    sure = np.where(true == 1, 1 / (1 + np.exp(-logits)), 1 - 1 / (1 + np.exp(-logits)))
+    focal = (-((1 - sure) ** 2) * np.log(sure)).mean()
+    assert parts["focal"].item() == pytest.approx(3 * focal, rel=1e-4)
+    mask[:] = 255
+    with torch.no_grad():
+        nothing = segmentation(losses=shares).training_loss({"image": image, "mask": mask})
+    assert all(value.item() == 0 for value in nothing.values())
+
+
 def test_classification_counts_top_1_and_top_5():
     task = classification(num_classes=7)
     logits = torch.tensor(
@@ -198,6 +228,9 @@ def test_data_with_other_classes_is_refused(synthetic, tmp_path):
         (lambda: classification(num_classes=1), "num_classes"),
         (lambda: segmentation(background_weight=-1), "background_weight"),
         (lambda: segmentation(output_stride=12), "8 or 16"),
+        (lambda: segmentation(losses={"dise": 1}), "there is no 'dise': did you mean 'dice'"),
+        (lambda: segmentation(losses={"dice": 0}), "weight of dice is 0"),
+        (lambda: segmentation(losses={}), "losses is empty"),
         (lambda: segmentation(architecture="unett", output_stride=32), "unet"),
         (lambda: segmentation(backbone=backbone_config("sis29")), "four-stage"),
     ],

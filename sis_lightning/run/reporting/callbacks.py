@@ -195,7 +195,7 @@ class WritePredictions(Callback):
             shutil.rmtree(self.folder)
         self.partial.rename(self.folder)
         seconds = max(1e-9, time.monotonic() - self.began)
-        console.print(f"{len(rows):,} predictions in {self.folder} ({len(rows) / seconds:.1f} images/s)")
+        console.print(f"{len(rows):,} predictions in {self.folder} ({len(rows) / seconds:.3g} images/s)")
 
 
 def _coco(rows: Sequence[_Row], categories: list[dict[str, Any]]) -> dict[str, Any]:

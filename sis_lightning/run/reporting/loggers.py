@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from sis_lightning.errors import DataError
 from sis_lightning.files import write_bytes, write_text
 
 
@@ -38,6 +39,12 @@ def curves(run: Path, metric: str, points: int = 200) -> dict[str, list[tuple[in
                     if row.get(key) and math.isfinite(float(row[key])):
                         values.append((int(row["step"]) + 1, round(float(row[key]), 6)))
     return {key: values[:: -(-len(values) // points) or 1] for key, values in found.items()}
+
+
+def require_folder(folder: Path) -> None:
+    """Raises DataError if a folder that this run writes into was removed."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} was removed while the run writes into it; what it held is lost")
 
 
 class MetricsCSV(Logger):
@@ -88,9 +95,15 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the waiting rows into the file."""
+        """Writes the waiting rows into the file.
+
+        Raises:
+            DataError: If the folder is gone.
+        """
         if not self._started:
             self._start()
+        else:
+            require_folder(self.path.parent)
         if not self.waiting:
             return
         new = [key for row in self.waiting for key in row if key not in self.columns]
@@ -104,8 +117,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes the waiting rows into the file."""
-        self.save()
+        """Writes the waiting rows into the file, unless its folder is gone."""
+        if not self._started or self.path.parent.is_dir():
+            self.save()
 
     @rank_zero_only
     def _start(self) -> None:
@@ -168,6 +182,8 @@ class TensorBoard(TensorBoardLogger):
         """The writer of the events."""
         if self._experiment is None:
             self._cut()
+        else:
+            require_folder(Path(self.log_dir))
         return super().experiment
 
     @property
@@ -175,7 +191,7 @@ class TensorBoard(TensorBoardLogger):
         """Bytes of all events so far; they are on disk."""
         if self._experiment is None:
             return 0
-        self._experiment.flush()
+        self.experiment.flush()
         return sum(path.stat().st_size for path in self._files())
 
     @rank_zero_only
@@ -184,6 +200,12 @@ class TensorBoard(TensorBoardLogger):
         if self.steps_done is not None and any(key.startswith("val/") for key in metrics):
             step = self.steps_done()
         super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes the waiting events, unless the folder is gone: the writer would wait for ever."""
+        if Path(self.log_dir).is_dir():
+            super().finalize(status)
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self._all_files() if path.suffix != ".partial")

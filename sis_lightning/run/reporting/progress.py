@@ -212,7 +212,7 @@ class ProgressLine(ProgressBar):
     ) -> None:
         """Counts the batch, and its images a second."""
         self.images += len(batch["image"])
-        speed = f"{self.images / max(1e-9, time.perf_counter() - self.began):.1f} images/s"
+        speed = f"{self.images / max(1e-9, time.perf_counter() - self.began):.3g} images/s"
         self._show("predict", batch_idx + 1, trainer.num_predict_batches[dataloader_idx], [speed])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -296,7 +296,7 @@ class ProgressLines(Callback):
             self.told = now
             batches = trainer.num_predict_batches[dataloader_idx]
             speed = self.images / (now - self.began)
-            console.print(f"predict: batch {batch_idx + 1:,}/{batches:,}, {self.images:,} images, {speed:.1f} images/s")
+            console.print(f"predict: batch {batch_idx + 1:,}/{batches:,}, {self.images:,} images, {speed:.3g} images/s")
 
 
 def progress() -> Callback:

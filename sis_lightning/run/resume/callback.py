@@ -12,7 +12,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +37,7 @@ from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.late_values import LateValue
 from sis_lightning.run.recipe import effective_changes
 from sis_lightning.run.record import Code
-from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
+from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard, require_folder
 from sis_lightning.run.resume.checkpoints import RUN, Checkpoint, ResumePoint, resume_point, sync_folder
 from sis_lightning.run.resume.signals import StopRequest
 
@@ -94,6 +96,7 @@ class ExactResume(Callback):
         self._asked: LateValue | None = None
         self._point_of_ranks: tuple[Any, ...] = ()
         self._trained_on: list[str] = []
+        self._listing: Future[str] | None = None
         self._changed: list[str] = []
         self._devices: list[int] = []
 
@@ -151,10 +154,10 @@ class ExactResume(Callback):
         """
         self.request.listen()
         if trainer.is_global_zero:
-            data = trainer.datamodule.listing("train")  # type: ignore[attr-defined]
-            if self._trained_on and data not in self._trained_on:
-                self.report("The training data is not what it was before: this is no longer the same run.")
-            self._trained_on = list(dict.fromkeys([*self._trained_on, data]))
+            # Beside the first steps: a million files take minutes to list.
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self._listing = Future()
+            threading.Thread(target=_settle, args=(self._listing, lambda: data.listing("train")), daemon=True).start()
         if trainer.world_size > 1:
             points: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(points, self._point_of_ranks)
@@ -246,6 +249,7 @@ class ExactResume(Callback):
         """
         if not self._point:
             return
+        self._note_listing()
         for logger in trainer.loggers:
             logger.save()
         logged: list[Any] = [internals.logged_values(trainer)]
@@ -276,6 +280,16 @@ class ExactResume(Callback):
 
     # How it is done.
 
+    def _note_listing(self) -> None:
+        """Waits until the training data is listed, and notes which it is."""
+        if self._listing is None:
+            return
+        listing, self._listing = self._listing, None
+        data = listing.result()
+        if self._trained_on and data not in self._trained_on:
+            self.report("The training data is not what it was before: this is no longer the same run.")
+        self._trained_on = list(dict.fromkeys([*self._trained_on, data]))
+
     def _return(self, trainer: Trainer, point: str) -> None:
         """Sets all counts as they were, at the first point after a resume."""
         if self._pending is None:
@@ -295,6 +309,8 @@ class ExactResume(Callback):
         batches = internals.batch_progress(trainer).total.completed
         if batches == self._saved_at and point == "batch":
             return
+        if self.last_good is not None and self.last_good.parent == self.folder:
+            require_folder(self.folder)
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
         self._point = point
         try:
@@ -338,6 +354,14 @@ class ExactResume(Callback):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+
+
+def _settle(future: Future[str], function: Callable[[], str]) -> None:
+    """Sets the result of a future; not by an executor, whose threads a process waits for at its end."""
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 #: Callbacks with which a resumed run would differ from an uninterrupted one, and why.
