@@ -22,11 +22,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -54,7 +55,9 @@ Transform = Callable[[Sample], Sample]
 
 # Limit of a batch to predict: decoded, such a batch takes 50 MB, and normalised four times as much.
 _MAX_PIXELS = 16_000_000
-_OF_SPLITS = ("without", "areas", "boxes twice", "file names")
+# Number of damaged samples in a row that are replaced.
+_REPLACED = 100
+_OF_SPLITS = ("listed again", "without", "areas", "boxes twice", "file names")
 
 
 def unchanged(sample: Sample) -> Sample:
@@ -78,10 +81,18 @@ class ImageTransform:
 
 
 class _Augmented(Dataset[Sample]):
-    """Samples by (epoch, index), each read and transformed under a seed of its own."""
+    """Samples by (epoch, index), each read and transformed under a seed of its own.
 
-    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    Args:
+        dataset: The Dataset.
+        transform: Augments a sample.
+        seed: Seed of the run.
+        replace: Whether the next sample takes the place of one that is damaged.
+    """
+
+    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int, *, replace: bool = False) -> None:
+        self.dataset, self.transform, self.seed, self.replace = dataset, transform, seed, replace
+        self.told: set[int] = set()
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         return self.__getitems__([key])[0]
@@ -97,7 +108,18 @@ class _Augmented(Dataset[Sample]):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        return self.transform(self.dataset[index])
+        return self.transform(self._read(index))
+
+    def _read(self, index: int, replaced: int = 0) -> Sample:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            if not self.replace or replaced == _REPLACED:
+                raise
+            if index not in self.told:
+                self.told.add(index)
+                print(f"left out, as on_error is skip: {error}", file=sys.stderr, flush=True)
+        return self._read((index + 1) % len(self.dataset), replaced + 1)
 
 
 class _Batches(Dataset[Any]):
@@ -128,6 +150,9 @@ class SISDataModule(LightningDataModule, ABC):
         download: Whether the data set is downloaded into `root` if it is missing.
         skip_bad: Whether unreadable images of `predict_path` are left out and named at the end, instead of refused
             before any prediction.
+        on_error: What happens if a training image or its target is damaged: `fail` ends the run; `skip` takes the next
+            sample instead, and names the damaged file once in each worker. Evaluation always fails, as its metrics
+            would not be those of the split.
         upright: Whether images are rotated as their EXIF orientation says. By default they are taken as stored, as most
             annotations refer to the stored pixels; images of `predict_path` are always rotated.
 
@@ -153,6 +178,7 @@ class SISDataModule(LightningDataModule, ABC):
         "download": Effect.NOTHING,
         "skip_bad": Effect.NOTHING,
         "upright": Effect.RESULT,
+        "on_error": Effect.RESULT,
     }
     image_size: tuple[int, int] | None = None
 
@@ -166,6 +192,7 @@ class SISDataModule(LightningDataModule, ABC):
         download: bool = False,
         skip_bad: bool = False,
         upright: bool = False,
+        on_error: Literal["fail", "skip"] = "fail",
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -175,6 +202,9 @@ class SISDataModule(LightningDataModule, ABC):
         self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
         self.predict_path = Path(predict_path) if predict_path else None
         self.synthetic, self.download, self.skip_bad, self.upright = synthetic, download, skip_bad, upright
+        if on_error not in ("fail", "skip"):
+            raise UsageError(f"on_error is {on_error!r}, must be fail or skip")
+        self.on_error = on_error
         self.datasets: dict[str, ImageDataset] = {}
         self.notes: dict[str, str] = {}
         self.position = (0, 0)
@@ -363,7 +393,8 @@ class SISDataModule(LightningDataModule, ABC):
         epoch, batches = self.position
         start = (epoch, batches * self.batch_size)
         sampler = EpochSampler(len(dataset), seed, rank, world, dataset.groups(), self.batch_size, start)
-        return self._loader(_Augmented(dataset, self.train_transform, seed), sampler, per_device)
+        augmented = _Augmented(dataset, self.train_transform, seed, replace=self.on_error == "skip")
+        return self._loader(augmented, sampler, per_device)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the number of its batches that are done, so that a resumed run reads the next sample."""

@@ -17,7 +17,7 @@ from sis_lightning.datasets.constants import IMAGE_ENDINGS, VOC_CLASSES, VOID
 from sis_lightning.datasets.detection_dataset import DetectionDataset
 from sis_lightning.datasets.images import UNREADABLE, open_image, read_image, turned
 from sis_lightning.datasets.meta import DatasetMeta
-from sis_lightning.datasets.voc_reader import files_by_name, read_names, read_voc, voc_list
+from sis_lightning.datasets.voc_reader import files_by_name, read_names, read_voc, repeated, voc_list
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 
 #: What a mask has for a class: a number, or a colour (red, green, blue).
@@ -93,6 +93,7 @@ class VOCDetectionDataset(DetectionDataset):
         if isinstance(splits, str) or not splits:
             raise UsageError("splits must be a list of at least one YEAR/SPLIT, such as ['2012/trainval']")
         homes: dict[Path, dict[str, tuple[str, ...]]] = {}
+        again: list[str] = []
         for split in splits:
             year, name = parse_split(split)
             home = voc_home(Path(root), year)
@@ -101,6 +102,7 @@ class VOCDetectionDataset(DetectionDataset):
                     f"{home / 'Annotations'} does not exist\n  {DETECTION_LAYOUT.format(year=year, root=root)}"
                 )
             listed = homes.setdefault(home, {})
+            again += [note for note in [repeated(voc_list(home, "Main", name))] if note]
             for image in read_names(voc_list(home, "Main", name)):
                 listed[image] = (*listed.get(image, ()), split)
         names = tuple(classes or VOC_CLASSES[1:])
@@ -111,6 +113,8 @@ class VOCDetectionDataset(DetectionDataset):
         )
         super().__init__(annotations, evaluation=evaluation, limit=limit, ignored_name="difficult objects")
         self.meta = DatasetMeta(names, annotations.category_ids, primary_metric="AP50_voc07", protocol="voc")
+        if again:
+            self.notes["listed again"] = "; ".join(again)
 
     def annotation_files(self) -> Sequence[Path]:
         """The XML file of each image."""
@@ -161,8 +165,8 @@ class VOCSegmentationDataset(ImageDataset):
         if mask_values is None and void_values:
             raise UsageError("void_values is given without mask_values, which says what the classes have")
         masks, listed_in, self.names = self._listed(split)
-        photographs = files_by_name(self.home / "JPEGImages", IMAGE_ENDINGS)
-        annotated = files_by_name(self.home / masks, (".png",))
+        photographs = files_by_name(self.home / "JPEGImages", IMAGE_ENDINGS, self.names)
+        annotated = files_by_name(self.home / masks, (".png",), self.names)
         self.images = [self.home / "JPEGImages" / photographs.get(name, f"{name}.jpg") for name in self.names]
         self.masks = [self.home / masks / annotated.get(name, f"{name}.png") for name in self.names]
         what = f"does not exist, but {listed_in} names it"
@@ -181,6 +185,8 @@ class VOCSegmentationDataset(ImageDataset):
 
         def by_list(name: str, masks: str) -> tuple[str, str, list[str]]:
             path = voc_list(self.home, "Segmentation", name)
+            if note := repeated(path):
+                self.notes["listed again"] = note
             return masks, str(path), read_names(path)
 
         if split not in ("auto", "train_aug", "trainaug"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,6 +27,11 @@ def read_names(path: Path) -> list[str]:
     Raises:
         DataError: If it does not exist (the message names the other lists of its folder) or is not UTF-8 text.
     """
+    return _read_list(path)[0]
+
+
+def _read_list(path: Path) -> tuple[list[str], int]:
+    """The names in a list, and the number of lines with a name."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -40,25 +45,33 @@ def read_names(path: Path) -> list[str]:
     words = [line.rsplit(maxsplit=1) for line in lines]
     if all(len(pair) == 2 and pair[1] in ("-1", "0", "1") for pair in words):
         lines = [pair[0] for pair in words]
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys(lines)), len(lines)
 
 
-def files_by_name(folder: Path, endings: Sequence[str]) -> dict[str, str]:
+def repeated(path: Path) -> str:
+    """Says how often a list names an image again; empty if it does not. Raises as `read_names`."""
+    names, lines = _read_list(path)
+    return f"{lines - len(names)} times in {path.name}, which count once" if lines > len(names) else ""
+
+
+def files_by_name(folder: Path, endings: Sequence[str], wanted: Collection[str] = ()) -> dict[str, str]:
     """The files of a folder by their names without ending; empty if there is no such folder.
 
     Args:
         folder: The folder.
         endings: The endings that count, in lower case.
+        wanted: The names that will be read.
 
     Raises:
-        DataError: If two files have the same name but for the ending.
+        DataError: If two files have the same wanted name but for the ending.
     """
+    wanted = set(wanted)
     found: dict[str, str] = {}
     for file in sorted(file_names(folder)):
         name, dot, ending = file.rpartition(".")
         if dot + ending.lower() not in endings or file.startswith("."):
             continue
-        if name in found:
+        if name in found and name in wanted:
             raise DataError(f"{folder}: {found[name]} and {file} are both the image {name}: remove one of them")
         found[name] = file
     return found
@@ -102,7 +115,7 @@ def read_voc(
     sizes: list[tuple[int, int]] = []
     objects: list[tuple[int, int, bool, list[float], str, Path]] = []
     for home, names in homes_and_names:
-        found, described = files_by_name(home / "JPEGImages", IMAGE_ENDINGS), file_names(home / "Annotations")
+        found, described = files_by_name(home / "JPEGImages", IMAGE_ENDINGS, names), file_names(home / "Annotations")
         for name in names:
             image_file = home / "JPEGImages" / found.get(name, f"{name}.jpg")
             file = home / "Annotations" / f"{name}.xml"

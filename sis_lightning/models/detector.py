@@ -131,7 +131,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         backbone: Name such as `"sis50"`, mapping of fields, or `BackboneConfig`, as for `create_backbone`. It needs
             four stages for the levels c2 … c5.
         num_classes: Number of classes, without background.
-        min_size: Length in pixels to which the shorter side of an image is resized, unless `max_size` limits it.
+        min_size: Length in pixels to which the shorter side of an image is resized, unless `max_size` limits it. Of
+            several, one is drawn for each training image, and evaluation takes the last.
         max_size: Upper limit in pixels of the longer side of a resized image.
         levels: Names of the backbone's maps under the feature pyramid, finest first.
         fpn_channels: Number of channels of the feature pyramid.
@@ -160,7 +161,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         backbone: str | BackboneConfig | Mapping[str, Any],
         num_classes: int,
         *,
-        min_size: int = 800,
+        min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         levels: Sequence[str] = ("c2", "c3", "c4", "c5"),
         fpn_channels: int = 256,
@@ -187,7 +188,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
                 f"anchor_sizes has {len(anchor_sizes)} entries, must have {len(levels) + 1}: one for each of the "
                 f"{len(levels)} levels, and one for the level above them"
             )
-        if not 0 < min_size <= max_size:
+        sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
+        if not sizes or not all(0 < size <= max_size for size in sizes):
             raise UsageError(f"min_size is {min_size} and max_size {max_size}, must be 0 < min_size <= max_size")
         for argument, norm in {"fpn_norm": fpn_norm, "head_norm": head_norm}.items():
             if norm not in _NORMS:
@@ -201,7 +203,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         ratios = (0.5, 1.0, 2.0)
         super().__init__(
             body,
-            min_size=min_size,
+            min_size=sizes,
             max_size=max_size,
             # Images arrive normalised.
             image_mean=[0.0] * in_channels,

@@ -37,7 +37,9 @@ class DetectionTask(BaseTask):
         backbone: The backbone, given as the name of a file in `configs/backbones/` such as `"sis50"`, a mapping of
             `BackboneConfig`'s fields, or a `BackboneConfig`. The default `levels` need four stages.
         num_classes: Number of classes K, without background.
-        min_size: Length in px to which the shorter side of an image is resized, unless `max_size` limits it.
+        min_size: Length in px to which the shorter side of an image is resized, unless `max_size` limits it. If several
+            are given, such as `[640, 672, 704, 736, 768, 800]`, one is drawn for each training image, and evaluation
+            takes the last.
         max_size: Upper limit in px of the longer side of a resized image.
         levels: Names of the backbone's feature maps that the feature pyramid takes, finest first.
         fpn_channels: Number of channels of the feature pyramid.
@@ -85,7 +87,7 @@ class DetectionTask(BaseTask):
         self,
         backbone: BackboneLike,
         num_classes: int,
-        min_size: int = 800,
+        min_size: int | list[int] = 800,
         max_size: int = 1333,
         levels: Sequence[str] = ("c2", "c3", "c4", "c5"),
         fpn_channels: int = 256,
@@ -127,7 +129,8 @@ class DetectionTask(BaseTask):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in px of the largest images of the network: detectors pad them to multiples of 32."""
-        height, width = (-(-side // 32) * 32 for side in (self.min_size, self.max_size))
+        shorter = self.min_size if isinstance(self.min_size, int) else max(self.min_size)
+        height, width = (-(-side // 32) * 32 for side in (shorter, self.max_size))
         return height, width
 
     def _default_meta(self) -> DatasetMeta:

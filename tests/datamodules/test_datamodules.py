@@ -507,3 +507,35 @@ def test_fewer_images_than_a_batch(synthetic):
     data.setup("fit")
     with pytest.raises(DataError, match=r"fewer than one batch of 64.*\n.*batch_size"):
         data.train_dataloader()
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_damaged_training_image_fails_or_is_replaced(synthetic, tmp_path, capfd, count):
+    root = tmp_path / "voc"
+    shutil.copytree(synthetic / "VOCdevkit", root / "VOCdevkit")
+    options = {"batch_size": 4, "crop_size": 32, "num_workers": count}
+    data = VOCSegmentationDataModule(str(root), **options)
+    data.setup("fit")
+    whole = [name for batch in data.train_dataloader() for name in batch["name"]]
+    damaged = data.datasets["train"].files()[0]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    if not count:
+        with pytest.raises(DataError, match=damaged.name):
+            list(data.train_dataloader())
+    data = VOCSegmentationDataModule(str(root), on_error="skip", **options)
+    data.setup("fit")
+    found = [name for batch in data.train_dataloader() for name in batch["name"]]
+    following = data.datasets["train"][1]["name"]
+    assert found == [following if name == damaged.stem else name for name in whole]
+    assert damaged.stem in whole
+    assert damaged.name in capfd.readouterr().err
+    data.setup("validate")
+    damaged = data.datasets["val"].files()[0]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    with pytest.raises(DataError, match=damaged.name):
+        list(data.val_dataloader())
+
+
+def test_on_error_must_be_known(synthetic):
+    with pytest.raises(UsageError, match="on_error is 'ignore', must be fail or skip"):
+        VOCSegmentationDataModule(str(synthetic), on_error="ignore")

@@ -573,6 +573,22 @@ def test_images_have_any_usual_ending(few):
     Image.open(twice).save(twice.with_suffix(".bmp"))
     with pytest.raises(DataError, match=rf"{twice.stem}\..* and {twice.stem}\..* are both the image {twice.stem}"):
         VOCSegmentationDataset(few, "train")
+    kept = [name for name in read_names(voc2012(few) / "ImageSets/Segmentation/train.txt") if name != twice.stem]
+    (voc2012(few) / "ImageSets/Segmentation/others.txt").write_text("\n".join(kept))
+    assert len(VOCSegmentationDataset(few, "others")) == len(kept)  # the list does not name it
+
+
+def test_images_that_a_list_names_again_are_told(few):
+    for folder in ("Main", "Segmentation"):
+        path = voc2012(few) / "ImageSets" / folder / "train.txt"
+        path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    note = "1 times in train.txt, which count once"
+    assert VOCSegmentationDataset(few, "train").notes["listed again"] == note
+    assert VOCDetectionDataset(few, ["2012/train"]).notes["listed again"] == note
+    assert "listed again" in str(summarize(VOCSegmentationDataset(few, "train"), "train", decode=False))
+    data = VOCSegmentationDataModule(str(few), batch_size=2, crop_size=32)
+    data.setup("fit")
+    assert data.notes["train listed again"] == note
 
 
 def test_an_exif_orientation_is_named_and_followed_on_request(few):

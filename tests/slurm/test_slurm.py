@@ -420,7 +420,11 @@ def in_queue() -> list[str]:
 
 def waits_or_runs(job: str) -> bool:
     """Whether a job, or any element of an array, is in the queue, at work, or about to be requeued."""
-    return bool(re.search("pending|running|completing|requeue|configuring|suspended", state(job)))
+    for _ in range(5):  # between its end and the next start a job may be neither, and squeue may give no answer
+        if re.search("pending|running|completing|requeue|configuring|suspended", state(job)):
+            return True
+        time.sleep(1)
+    return False
 
 
 def state(job: str) -> str:
@@ -489,14 +493,14 @@ def test_a_requeued_job_ends_like_an_uninterrupted_run(submitted, command, small
 
 @pytest.mark.slurm
 def test_a_job_whose_process_was_killed_resumes_when_submitted_again(submitted, tmp_path):
-    job, run = submitted(steps=1500)
+    job, run = submitted(steps=400)
     wait_for(lambda: steps_done(run) > 40, lambda: waits_or_runs(job), log(run))
     processes = output("pgrep", "--full", f"^{sys.executable} -m sis_lightning fit .*--run_dir={run}").split()
     assert processes
     for process in processes:
         os.kill(int(process), signal.SIGKILL)
     wait_for(lambda: not waits_or_runs(job), lambda: True, log(run))
-    again, _ = submitted(steps=1500)
+    again, _ = submitted(steps=400)
     wait_for(lambda: finished(run), lambda: waits_or_runs(again), log(run))
     starts = read_history(run)
     assert [start.how for start in starts] == [None, "finished"]
@@ -505,7 +509,7 @@ def test_a_job_whose_process_was_killed_resumes_when_submitted_again(submitted, 
 
 @pytest.mark.slurm
 def test_an_array_of_which_one_element_is_requeued(submitted, tmp_path):
-    job, runs = submitted("--array", "seeds=3,4", steps=800, run=None)
+    job, runs = submitted("--array", "seeds=3,4", steps=400, run=None)
     folders = {seed: tmp_path / "runs" / "seg_voc" / "res2net14-4w4s-basic-8ch" / f"seed{seed}" for seed in (3, 4)}
     wait_for(lambda: all(steps_done(folder) > 20 for folder in folders.values()), lambda: waits_or_runs(job), log(runs))
     output("scontrol", "requeue", f"{job}_4")

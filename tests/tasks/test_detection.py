@@ -407,3 +407,25 @@ def test_invalid_options(command, small, arguments, words):
     assert words in result.err
     assert len(result.err.splitlines()) <= 5
     assert not Path("runs").exists() or not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_training_draws_one_of_several_sizes_and_evaluation_takes_the_last():
+    torch.manual_seed(0)
+    task = detection(min_size=[32, 48, 64], max_size=128)
+    assert task.image_size == (64, 128)
+    images = [torch.zeros(3, 100, 100)]
+    network = task.model.transform
+    targets = [{"boxes": torch.tensor([[0.0, 0.0, 50.0, 100.0]]), "labels": torch.tensor([1])}]
+    network.train()
+    seen = {}
+    for _ in range(40):
+        resized, moved = network(images, targets)
+        side = resized.image_sizes[0][0]
+        seen[side] = moved[0]["boxes"].tolist()
+    assert seen == {side: [[0, 0, side / 2, side]] for side in (32, 48, 64)}
+    network.eval()
+    assert {network(images)[0].image_sizes[0] for _ in range(10)} == {(64, 64)}
+    with pytest.raises(UsageError, match="min_size is"):
+        detection(min_size=[])
+    with pytest.raises(UsageError, match="min_size is"):
+        detection(min_size=[64, 200], max_size=128)
