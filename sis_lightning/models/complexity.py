@@ -11,14 +11,13 @@ import copy
 import dataclasses
 import json
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sis_lightning.backbones import Backbone, backbone_config
@@ -50,13 +49,9 @@ def peak_activations(function: Callable[[], object]) -> int:
 
     def watch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
         nonlocal peak
-        given = {
-            value.untyped_storage().data_ptr() for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)
-        }
-        for value in tree_leaves(result):
-            if not isinstance(value, Tensor):
-                continue
-            storage = value.untyped_storage()
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors([args, kwargs])}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
             place = storage.data_ptr()
             if place not in held and place not in given:
                 held[place] = storage.nbytes()
@@ -67,6 +62,17 @@ def peak_activations(function: Callable[[], object]) -> int:
     with OperationCounter(watch):
         function()
     return peak
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 class UncountableError(UsageError):
