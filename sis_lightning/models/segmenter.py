@@ -202,10 +202,10 @@ class Segmenter(nn.Module):
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"{architecture}: {error}") from error
-        self.architecture = architecture.lower()
+        self.architecture, self.num_classes = architecture.lower(), num_classes
         self.encoder: SMPEncoder = network.encoder
         self.decoder: nn.Module = network.decoder
-        self.segmentation_head: nn.Module = network.segmentation_head
+        self.segmentation_head: nn.Sequential = network.segmentation_head
 
     @property
     def divisor(self) -> int:
@@ -230,15 +230,15 @@ class Segmenter(nn.Module):
             x: Normalised images.
             at_once: Maximum number of logits that are held at once; by default 256 MB of float32.
         """
-        upsampling = self.segmentation_head[1]  # type: ignore[index]
+        convolution, upsampling = self.segmentation_head[0], self.segmentation_head[1]
         height, width = x.shape[-2:]
-        classes = self.segmentation_head[0].out_channels  # type: ignore[index]
-        rows = max(1, at_once // (len(x) * classes * width))
+        rows = max(1, at_once // (len(x) * self.num_classes * width))
         if height <= rows or not _is_aligned(upsampling):
-            return self(x).argmax(dim=1).to(torch.uint8)  # type: ignore[no-any-return]
+            whole: Tensor = self(x)
+            return whole.argmax(dim=1).to(torch.uint8)
         right, below = -width % self.divisor, -height % self.divisor
         padded = F.pad(x, (0, right, 0, below)) if right or below else x
-        low: Tensor = self.segmentation_head[0](self.decoder(self.encoder(padded)))  # type: ignore[index]
+        low: Tensor = convolution(self.decoder(self.encoder(padded)))
         found = torch.empty(len(x), height, width, dtype=torch.uint8, device=x.device)
         for start in range(0, height, rows):
             strip = range(start, min(start + rows, height))

@@ -35,11 +35,6 @@ def trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-#: Largest difference in float32, relative to the largest output: 1.1e-5 was measured on a CPU without AVX-512, less on
-#: others. In float64 the two forms agree to 1e-12.
-FLOAT32 = 3e-5
-
-
 def assert_same(model: nn.Module, other: nn.Module, x: torch.Tensor, tolerance: float) -> None:
     with torch.no_grad():
         want, got = model(x), other(x.clone())
@@ -56,8 +51,16 @@ def test_backbones_give_the_same_maps(name, operator, norm):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     deployed = deploy(model)
     x = torch.randn(2, 3, 64, 48).contiguous(memory_format=torch.channels_last)
-    assert_same(model, deployed, x, FLOAT32)
+    with torch.no_grad():
+        eager, fused = model(x), deployed(x.clone())
     assert_same(model.double(), deploy(model.double()), x.double(), 1e-12)
+    with torch.no_grad():
+        exact = model(x.double())
+    for key, maps in exact.items():
+        # Two float32 forms may differ by the errors of both (1.06e-5 after 29 layers of two steps without AVX-512), so
+        # each is compared with the exact maps: the fused form may be 1e-5 further away.
+        own, error = (torch.linalg.vector_norm(found[key] - maps, torch.inf) for found in (eager, fused))
+        assert error <= own + 1e-5 * maps.abs().max(), key
     assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in model.state_dict().items())
     if norm != "gn":
         assert not any(isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in deployed.modules())
@@ -122,7 +125,7 @@ def test_any_network_with_operators_in_it():
     replace_convs(model, "interactive1")
     model.layer1[0].conv1 = Doubled(64, 64)
     trained(model)
-    assert_same(model, deploy(model), torch.randn(2, 3, 64, 64), FLOAT32)
+    assert_same(model, deploy(model), torch.randn(2, 3, 64, 64), 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["deeplabv3plus", "unet", "fpn"])
@@ -131,7 +134,7 @@ def test_decoders_are_folded(architecture):
     stride = 16 if architecture == "deeplabv3plus" else 32
     model = trained(Segmenter("sis_demo", 5, architecture, output_stride=stride))
     deployed = deploy(model)
-    assert_same(model, deployed, torch.randn(2, 3, 64, 64), FLOAT32)
+    assert_same(model, deployed, torch.randn(2, 3, 64, 64), 1e-5)
     left = [name for name, module in deployed.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert left == []
 
@@ -152,11 +155,11 @@ def test_a_deployed_network_under_autocast_and_with_gradients():
 def test_deploying_a_deployed_network_or_a_single_operator():
     torch.manual_seed(0)
     model = trained(create_backbone("sis_demo", **SHAPES["sis_demo"]))
-    assert_same(model, deploy(deploy(model)), torch.randn(1, 3, 64, 64), FLOAT32)
+    assert_same(model, deploy(deploy(model)), torch.randn(1, 3, 64, 64), 1e-5)
     operator = create_operator("interactive2", 8, 8)
     deployed = deploy(operator)
     assert isinstance(deployed, DeployedOperator)
-    assert_same(operator, deployed, torch.randn(1, 8, 9, 9), FLOAT32)
+    assert_same(operator, deployed, torch.randn(1, 8, 9, 9), 1e-5)
 
 
 def test_returned_maps_do_not_change_later():
