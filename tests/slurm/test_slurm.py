@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -464,23 +465,45 @@ def finished(folder: Path) -> bool:
     return bool(starts) and starts[-1].how == "finished"
 
 
+def processes(run: Path) -> list[int]:
+    """The processes of a job that train into a directory."""
+    return list(map(int, output("pgrep", "--full", f"^{sys.executable} -m sis_lightning fit .*--run_dir={run}").split()))
+
+
+def has_pending(process: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has a signal to come, or is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return True
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"^S[hi][dg]Pnd:\s*(\w+)", status, re.MULTILINE))
+
+
 @pytest.mark.slurm
-def test_a_requeued_job_ends_like_an_uninterrupted_run(submitted, command, small, tmp_path):
-    steps = 1200
+def test_a_requeued_job_ends_like_an_uninterrupted_run(submitted, small, tmp_path, command):
+    steps = 150
     job, run = submitted("--time", "1", steps=steps)
-    # SLURM sends USR1 some time before the minute is over: the run is saved, the job requeued, and the run resumed.
-    # Under load a start may be over before its first step: then the job is requeued all the same.
-    wait_for(lambda: finished(run), lambda: waits_or_runs(job), log(run))
+    options = [*small("seg_voc", steps=steps), "--checkpoint_every", 5, "--trainer.check_val_every_n_epoch", 50]
+    line = [sys.executable, "-m", "sis_lightning", "fit", *map(str, options), "--run_dir", "uninterrupted"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as uninterrupted:
+        # It is stopped halfway, as a machine that swaps, until SLURM's USR1 comes, some time before the minute is over:
+        # so the run is saved, the job requeued and the run resumed, however fast this machine is. Under load a start
+        # may be over before its first step: then the job is requeued all the same.
+        wait_for(lambda: steps_done(run) > 20, lambda: waits_or_runs(job), log(run))
+        for process in processes(run):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGSTOP)
+                wait_for(lambda process=process: has_pending(process, signal.SIGUSR1), lambda: True)
+                os.kill(process, signal.SIGCONT)
+        wait_for(lambda: finished(run), lambda: waits_or_runs(job), log(run))
+    assert uninterrupted.returncode == 0
     starts = read_history(run)
     assert {start.job for start in starts} == {job}
     assert [start.how for start in starts] == ["requeued"] * (len(starts) - 1) + ["finished"]
     assert len(starts) > 1
     assert [start.from_step for start in starts[1:]] == [start.step for start in starts[:-1]]
     assert starts[-1].from_step > 0
-    options = [*small("seg_voc", steps=steps), "--checkpoint_every", 5, "--trainer.check_val_every_n_epoch", 50]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "sis_lightning", "fit", *map(str, options), "--run_dir", "uninterrupted"]
-    subprocess.run(line, check=True, cwd=tmp_path, env=environment, capture_output=True)
     one, other = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for name in ("run", "uninterrupted")
@@ -493,14 +516,13 @@ def test_a_requeued_job_ends_like_an_uninterrupted_run(submitted, command, small
 
 @pytest.mark.slurm
 def test_a_job_whose_process_was_killed_resumes_when_submitted_again(submitted, tmp_path):
-    job, run = submitted(steps=400)
+    job, run = submitted(steps=100)
     wait_for(lambda: steps_done(run) > 40, lambda: waits_or_runs(job), log(run))
-    processes = output("pgrep", "--full", f"^{sys.executable} -m sis_lightning fit .*--run_dir={run}").split()
-    assert processes
-    for process in processes:
-        os.kill(int(process), signal.SIGKILL)
+    assert processes(run)
+    for process in processes(run):
+        os.kill(process, signal.SIGKILL)
     wait_for(lambda: not waits_or_runs(job), lambda: True, log(run))
-    again, _ = submitted(steps=400)
+    again, _ = submitted(steps=100)
     wait_for(lambda: finished(run), lambda: waits_or_runs(again), log(run))
     starts = read_history(run)
     assert [start.how for start in starts] == [None, "finished"]

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.text import Text
 from torch import nn
+from torchvision.io import decode_image
 
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
@@ -103,13 +104,13 @@ class PlotPredictions(Callback):
         """Draws the first batch of a validation, on rank 0."""
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not isinstance(pl_module, BaseTask):
             return
-        figure = pl_module.plot(batch, outputs["outputs"])
-        folder = Path(trainer.default_root_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"step_{trainer.global_step:07d}.png", dpi=80)
+        path = Path(trainer.default_root_dir) / "images" / f"step_{trainer.global_step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pl_module.plot(batch, outputs["outputs"]).savefig(path, dpi=80)
+        drawn = decode_image(str(path))[:3]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("predictions", figure, trainer.global_step)
+                logger.experiment.add_image("predictions", drawn, trainer.global_step)
 
 
 @dataclass
