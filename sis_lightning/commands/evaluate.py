@@ -5,6 +5,7 @@ from __future__ import annotations
 from sis_lightning.commands.arguments import Parser
 
 KINDS = ("bbox", "segm", "keypoints", "voc07", "voc12")
+_OF_COCO = ("evaluator", "category", "sigmas")
 
 
 def main(arguments: list[str]) -> int:
@@ -52,6 +53,19 @@ def main(arguments: list[str]) -> int:
         help="Library that computes COCO's metrics; both give the same values. auto is faster-coco-eval if it is "
         "installed, else pycocotools (default: auto).",
     )
+    coco.add_argument(
+        "--category",
+        metavar="NAME",
+        help="For keypoints: the only category that is scored (default: all that have keypoints).",
+    )
+    coco.add_argument(
+        "--sigmas",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="For keypoints: standard deviation of each keypoint for the object keypoint similarity (default: those of "
+        "the annotation file, or COCO's; for keypoints of unknown names the mean of COCO's).",
+    )
     voc = parser.add_argument_group("Pascal VOC")
     voc.add_argument(
         "--split", metavar="NAME", help="Name of an image list in ImageSets/Main (default: all annotated images)."
@@ -67,12 +81,14 @@ def main(arguments: list[str]) -> int:
     voc.add_argument("--classes", nargs="+", metavar="NAME", help="Class names (default: the 20 classes of VOC).")
     chosen = parser.parse_args(arguments)
     of_voc = chosen.type.startswith("voc")
-    options = {key: getattr(chosen, key) for key in ("split", "rule", "iou", "classes", "evaluator")}
+    options = {key: getattr(chosen, key) for key in (*_OF_COCO, "split", "rule", "iou", "classes")}
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
-        if (key == "evaluator") == of_voc:
+        if (key in _OF_COCO) == of_voc:
             option = "--voc-rule" if key == "rule" else f"--{key}"
             parser.error(f"{option} belongs to {'COCO' if of_voc else 'Pascal VOC'}, and --type is {chosen.type}")
+    for key in {"category", "sigmas"} & given.keys() if chosen.type != "keypoints" else ():
+        parser.error(f"--{key} belongs to keypoints, and --type is {chosen.type}")
     if "evaluator" in given:
         given["backend"] = given.pop("evaluator")
     from sis_lightning.evaluation.files import evaluate

@@ -10,7 +10,7 @@ The batch format, for every task:
 - classification: `label` (N,).
 - segmentation: `mask` (N, H, W) uint8 of class ids, 255 for void, or a list of (H, W).
 - detection: lists `boxes` of (n, 4) x1, y1, x2, y2 in px and `labels` of (n,) 1…K.
-- keypoints, training: `keypoints` (N, 17, 3) x, y in px of the crop and visibility 0, 1 or 2.
+- keypoints, training: `keypoints` (N, K, 3) x, y in px of the crop and visibility 0, 1 or 2.
 - keypoints, evaluation: lists with an entry for each image: `crops` (P, 3, h, w) uint8, `to_image` (P, 2, 3), the
   affine matrix from a crop's px to the image's, `person_boxes` (P, 4) x1, y1, x2, y2 in px of the image, `box_scores`
   (P,), `areas` (P,) of the crops in px² of the image, and `box_source`, which says where the boxes are from.

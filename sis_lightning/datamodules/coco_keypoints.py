@@ -44,7 +44,7 @@ class RandomPersonCrop:
     flip_order: tuple[int, ...]
 
     def __call__(self, sample: Sample) -> Sample:
-        """Returns `image` (3, h, w), `name` and `keypoints` (17, 3): x, y in px of the crop, and visibility."""
+        """Returns `image` (3, h, w), `name` and `keypoints` (K, 3): x, y in px of the crop, and visibility."""
         crop = Crop.around(sample["box"], self.output)
         factor = float(np.clip(1 + self.scale * np.random.randn(), 1 - self.scale, 1 + self.scale))
         angle = float(np.clip(self.rotation * np.random.randn(), -2 * self.rotation, 2 * self.rotation))
@@ -108,6 +108,8 @@ class PersonCrops:
 class COCOKeypointsDataModule(COCODataModule):
     """Top-down keypoint detection on COCO, with 17 keypoints per person (Simple Baselines, Xiao et al. 2018).
 
+    Other objects and keypoints are those that the category of the annotation file names.
+
     Training: one person per sample. The person's box is extended to the aspect ratio of the input, scaled by 1.25, and
     cropped. Scale and rotation are drawn from truncated normal distributions, and 60 % of the crops are rotated. A
     random horizontal flip exchanges left and right keypoints. Crowds and persons without any annotated keypoint are
@@ -124,6 +126,11 @@ class COCOKeypointsDataModule(COCODataModule):
             format, or the `predictions.json` that `predict` wrote for a detection task. None: the ground truth boxes,
             or each whole image as one person with `predict_path`.
         least_box_score: Minimum score of the boxes in `person_boxes`; boxes with a lower score are not used.
+        category: Name of the category with the keypoints. None: the only one that has keypoints, or `person`.
+        flip_pairs: Names (left, right) of the keypoints that a horizontal flip exchanges, such as
+            `[[left_eye, right_eye]]`. None: those whose names differ in left and right, or in a separate l and r.
+        sigmas: Standard deviation of each keypoint, as a share of the object's size, for the object keypoint similarity
+            (OKS). None: those of the annotation file, or COCO's; for keypoints of unknown names the mean of COCO's.
         files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
             other arguments of `SISDataModule`.
 
@@ -140,6 +147,9 @@ class COCOKeypointsDataModule(COCODataModule):
         "scale": Effect.RESULT,
         "person_boxes": Effect.RESULT,
         "least_box_score": Effect.RESULT,
+        "category": Effect.RESULT,
+        "flip_pairs": Effect.RESULT,
+        "sigmas": Effect.RESULT,
     }
 
     def __init__(
@@ -150,6 +160,9 @@ class COCOKeypointsDataModule(COCODataModule):
         scale: float = 0.3,
         person_boxes: str | None = None,
         least_box_score: float = 0.0,
+        category: str | None = None,
+        flip_pairs: list[tuple[str, str]] | None = None,
+        sigmas: list[float] | None = None,
         **files: Any,
     ) -> None:
         super().__init__(root, **files)
@@ -162,6 +175,7 @@ class COCOKeypointsDataModule(COCODataModule):
         self.rotation, self.scale = rotation, scale
         self.person_boxes = Path(person_boxes) if person_boxes else None
         self.least_box_score = least_box_score
+        self.category, self.flip_pairs, self.sigmas = category, flip_pairs, sigmas
         self._named_boxes: dict[str, Boxes] | None = None
 
     @property
@@ -176,13 +190,18 @@ class COCOKeypointsDataModule(COCODataModule):
 
     def dataset(self, split: Split) -> ImageDataset:
         """Persons for training, images of persons for evaluation."""
-        name = self.splits[split]
-        if split == "train":
-            return COCOKeypointsDataset(self.root, name, limit=self.limit)
+        evaluation: dict[str, Any] = {
+            "evaluation": True, "person_boxes": self.person_boxes, "least_box_score": self.least_box_score
+        }  # fmt: skip
         return COCOKeypointsDataset(
-            self.root, name, evaluation=True, person_boxes=self.person_boxes, least_box_score=self.least_box_score,
+            self.root,
+            self.splits[split],
             limit=self.limit,
-        )  # fmt: skip
+            category=self.category,
+            flip_pairs=self.flip_pairs,
+            sigmas=self.sigmas,
+            **({} if split == "train" else evaluation),
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Makes the Datasets; for a folder of images to predict on, finds the person boxes by the images' names."""
@@ -197,7 +216,7 @@ class COCOKeypointsDataModule(COCODataModule):
 
     @property
     def train_transform(self) -> Transform:
-        """Crops one person, randomly rotated, scaled and flipped; `keypoints` (17, 3) are in px of the crop."""
+        """Crops one person, randomly rotated, scaled and flipped; `keypoints` (K, 3) are in px of the crop."""
         return RandomPersonCrop(self._output, self.rotation, self.scale, self.meta.flip_order)
 
     @property

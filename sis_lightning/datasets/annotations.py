@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sis_lightning.datasets.paths import PathArray
+from sis_lightning.datasets.skeleton import Skeleton
 from sis_lightning.errors import DataError
 
 #: Ground truth of one image as evaluators take it; see `Annotations.ground_truth`.
@@ -86,7 +87,7 @@ class Annotations:
         labels: Label of each object (N,), 0…K-1.
         ignored: Whether each object counts neither for nor against a detection (N,): COCO's crowds, VOC's difficult
             objects.
-        keypoints: Keypoints x, y, visibility (N, 17, 3), visibility being 0 (not annotated), 1 (hidden) or 2 (visible);
+        keypoints: Keypoints x, y, visibility (N, K, 3), visibility being 0 (not annotated), 1 (hidden) or 2 (visible);
             None if they were not read.
         areas: Area of each object in px² as the file has it (N,); None for the area of its box.
         num_keypoints: Number of annotated keypoints as the file has it (N,).
@@ -100,6 +101,7 @@ class Annotations:
             lacks and that were computed.
         annotated: False if the file has no annotations at all, as those of COCO's test sets.
         folder: The folder to which the names of images are relative; None if their names are their ids.
+        skeleton: The K keypoints; None if they were not read.
     """
 
     source: Path
@@ -123,6 +125,7 @@ class Annotations:
     notes: dict[str, str] = field(default_factory=dict)
     annotated: bool = True
     folder: Path | None = None
+    skeleton: Skeleton | None = None
 
     def __post_init__(self) -> None:
         self.splits = self.splits or [("",)] * len(self.paths)
@@ -195,21 +198,9 @@ class Annotations:
             notes=self.notes,
             annotated=self.annotated,
             folder=self.folder,
+            skeleton=self.skeleton,
             **{**of_objects, "image": np.searchsorted(chosen, self.image[objects])},
         )
-
-    def keep_class(self, name: str) -> None:
-        """Leaves out all other classes.
-
-        Raises:
-            DataError: If there is no such class.
-        """
-        if name not in self.class_names:
-            raise DataError(f"{self.source}: no category '{name}' among its {len(self.class_names)}")
-        label = self.class_names.index(name)
-        self._select(self.labels == label)
-        self.labels = np.zeros_like(self.labels)
-        self.class_names, self.category_ids = (name,), (self.category_ids[label],)
 
     def choose_classes(self, classes: Sequence[str] | Mapping[str, Sequence[str]]) -> None:
         """Leaves out all other classes, and merges classes into one.
@@ -290,7 +281,7 @@ class Annotations:
             `image_id`; `source`, the names of the splits that list the image; `annotated`, False if the file has no
             annotations; and of its n objects, in the order of the file, `boxes` (n, 4) x1, y1, x2, y2 in px, not
             clipped, float64, `labels` (n,) 1…K, `ignored` (n,), `areas` (n,) in px²; for COCO `extents` (n, 4) x, y,
-            width, height as in the file; with keypoints `keypoints` (n, 17, 3) and `num_keypoints` (n,).
+            width, height as in the file; with keypoints `keypoints` (n, K, 3) and `num_keypoints` (n,).
         """
         objects = self.objects(index)
         boxes = self.boxes[objects]

@@ -8,6 +8,7 @@ date.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from sis_lightning.datasets.annotations import PER_OBJECT, Annotations, Defect
 from sis_lightning.datasets.paths import PathArray
+from sis_lightning.datasets.skeleton import Skeleton
 from sis_lightning.files import write_bytes
 
 #: Smaller files are parsed in no time.
@@ -76,7 +78,7 @@ def cached(path: Path, kind: str, read: Callable[[], Annotations]) -> Annotation
 def _code() -> str:
     """A digest of the modules that decide what is read: a rule that changes makes all entries stale."""
     digest = hashlib.sha256()
-    for name in ("annotations.py", "annotations_cache.py", "coco_columns.py", "coco_reader.py"):
+    for name in ("annotations.py", "annotations_cache.py", "coco_columns.py", "coco_reader.py", "skeleton.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
@@ -90,6 +92,7 @@ def _store(entry: Path, annotations: Annotations) -> None:
         "class_names": annotations.class_names,
         "category_ids": annotations.category_ids,
         "annotated": annotations.annotated,
+        "skeleton": None if annotations.skeleton is None else dataclasses.asdict(annotations.skeleton),
         "notes": annotations.notes,
         "defects": [[defect.where, defect.what, defect.remedy] for defect in defects],
     }
@@ -145,9 +148,17 @@ def _load(entry: Path, source: Path) -> Annotations | None:
                 defects=[Defect(source, *defect) for defect in facts["defects"]],
                 notes=facts["notes"],
                 annotated=facts["annotated"],
+                skeleton=_skeleton(facts["skeleton"]),
                 **arrays,
             )
         os.utime(entry)  # the entries that were used last are kept
     except Exception:  # a damaged file leads to errors of any kind
         return None
     return annotations
+
+
+def _skeleton(facts: dict[str, Any] | None) -> Skeleton | None:
+    if facts is None:
+        return None
+    pairs = {key: tuple((start, end) for start, end in facts[key]) for key in ("flip_pairs", "edges")}
+    return Skeleton(**{**facts, **pairs, "names": tuple(facts["names"]), "sigmas": tuple(facts["sigmas"])})

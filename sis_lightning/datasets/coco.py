@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.base import Sample
-from sis_lightning.datasets.coco_reader import Kind, read_coco
-from sis_lightning.datasets.constants import COCO_FLIP_PAIRS, COCO_KEYPOINTS, COCO_SIGMAS, COCO_SKELETON
+from sis_lightning.datasets.coco_reader import Kind, read_coco, several_categories
 from sis_lightning.datasets.detection_dataset import DetectionDataset
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.person_boxes import PersonBoxes
@@ -73,8 +72,9 @@ def annotation_file(root: Path, split: str, kind: Kind) -> Path:
     return path
 
 
-def _read(root: str | Path, split: str, kind: Kind) -> Annotations:
-    return read_coco(annotation_file(Path(root), split, kind), image_folder(Path(root), split), kind, split=split)
+def _read(root: str | Path, split: str, kind: Kind, category: str | None = None) -> Annotations:
+    images = image_folder(Path(root), split)
+    return read_coco(annotation_file(Path(root), split, kind), images, kind, split=split, category=category)
 
 
 def image_folder(root: Path, split: str) -> Path:
@@ -136,10 +136,10 @@ class COCODetectionDataset(DetectionDataset):
 
 
 class COCOKeypointsDataset(DetectionDataset):
-    """COCO's persons with 17 keypoints.
+    """COCO's persons with 17 keypoints, or other objects with other keypoints, which the file's category names.
 
     For training a sample is one annotated person: `image` (3, H, W), `name`, `box` (4,) x1, y1, x2, y2 in px, and
-    `keypoints` (17, 3) x, y in px and visibility 0, 1 or 2, float64 arrays. Crowds and persons without any annotated
+    `keypoints` (K, 3) x, y in px and visibility 0, 1 or 2, float64 arrays. Crowds and persons without any annotated
     keypoint are left out.
 
     For evaluation a sample is one image: `image`, `name`, `person_boxes` (P, 5) x1, y1, x2, y2 in px and score, the
@@ -154,12 +154,18 @@ class COCOKeypointsDataset(DetectionDataset):
             ground truth, of persons with keypoints.
         least_box_score: Minimum score of the boxes of `person_boxes`; others are left out.
         limit: Number of images that have persons with keypoints; only the first ones are used. None for all images.
+        category: Name of the category with the keypoints; None for the only one, or `person`.
+        flip_pairs: Names (left, right) of the keypoints that a horizontal flip exchanges; None for those whose names
+            differ in left and right.
+        sigmas: Standard deviation of each keypoint for the object keypoint similarity (OKS); None for the file's or
+            COCO's, for unknown keypoints the mean of COCO's.
 
     Raises:
         DataError: If files are missing or not of COCO's format, no person has keypoints (training), or
             `person_boxes` has none of the images. What is wrong with single entries is in `defects`. Reading a
             sample: if the image is unreadable or has another size than its annotation says.
-        UsageError: If `limit` is below 1, or the split has no annotations and `person_boxes` are not given.
+        UsageError: If `limit` is below 1, `flip_pairs` or `sigmas` do not fit, or the split has no annotations and
+            `person_boxes` are not given.
     """
 
     def __init__(
@@ -171,20 +177,28 @@ class COCOKeypointsDataset(DetectionDataset):
         person_boxes: str | Path | None = None,
         least_box_score: float = 0.0,
         limit: int | None = None,
+        category: str | None = None,
+        flip_pairs: Sequence[tuple[str, str]] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
-        annotations = _read(root, split, "keypoints")
-        if len(annotations.class_names) != 1:
-            annotations.keep_class("person")
+        annotations = _read(root, split, "keypoints", category)
+        if len(annotations.class_names) > 1:
+            if "person" not in annotations.class_names:
+                raise DataError(f"{annotations.source}: {several_categories(annotations.class_names)}")
+            annotations.choose_classes(["person"])
         super().__init__(annotations, evaluation=evaluation, limit=limit)
         known = self.annotations
+        assert known.skeleton is not None
+        skeleton = known.skeleton.changed(flip_pairs, sigmas)
+        self.notes.update(skeleton.notes())
         self.meta = DatasetMeta(
             known.class_names,
             known.category_ids,
             protocol="coco",
-            keypoint_names=COCO_KEYPOINTS,
-            flip_pairs=COCO_FLIP_PAIRS,
-            skeleton=COCO_SKELETON,
-            sigmas=COCO_SIGMAS,
+            keypoint_names=skeleton.names,
+            flip_pairs=skeleton.flip_pairs,
+            skeleton=skeleton.edges,
+            sigmas=skeleton.sigmas,
         )
         if not evaluation:
             known.drop(np.all(self._keypoints[..., 2] == 0, axis=1), "persons without keypoints")

@@ -20,6 +20,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from sis_lightning.datasets.constants import COCO_KEYPOINTS
+from sis_lightning.datasets.skeleton import Skeleton
+from sis_lightning.errors import DataError
+
 
 @dataclass
 class Columns:
@@ -40,9 +44,10 @@ class Columns:
         sound: False where an entry has a defect that the arrays do not show (N,).
         where: Describes an annotation, by its index, for messages.
         annotated: Whether the file has annotations at all.
-        keypoints: x, y, visibility (N, 17, 3), NaN if they are not these numbers; None if they were not read.
+        keypoints: x, y, visibility (N, K, 3), NaN if they are not these numbers; None if they were not read.
         num_keypoints: `num_keypoints` as the file has it, else the number of visible keypoints; NaN if it is no number.
         segmentations: The value `segmentation` of each annotation (N,); None if they were not read.
+        skeleton: The K keypoints; None if they were not read.
     """
 
     names: Sequence[str]
@@ -62,6 +67,7 @@ class Columns:
     keypoints: NDArray[np.float64] | None = None
     num_keypoints: NDArray[np.float64] | None = None
     segmentations: NDArray[np.object_] | None = None
+    skeleton: Skeleton | None = None
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -74,6 +80,12 @@ class _Image(msgspec.Struct, gc=False):
 class _Category(msgspec.Struct, gc=False):
     id: int
     name: str | None = None
+
+
+class _PersonCategory(_Category, gc=False):
+    keypoints: list[str] = []
+    skeleton: list[tuple[int, int]] = []
+    sigmas: list[float] = []
 
 
 class _Box(msgspec.Struct, gc=False):
@@ -101,16 +113,16 @@ class _Boxes(msgspec.Struct):
 
 class _Persons(msgspec.Struct):
     images: list[_Image]
-    categories: list[_Category]
+    categories: list[_PersonCategory]
     annotations: list[_Person] | msgspec.UnsetType = msgspec.UNSET
 
 
-def decode(path: Path, keypoints: int) -> Columns | None:
+def decode(path: Path, keypoints: bool) -> Columns | None:
     """Reads an annotation file of COCO whose entries have the usual types and refer to each other.
 
     Args:
         path: The JSON file.
-        keypoints: Number of keypoints of each annotation; 0 if they are not to be read.
+        keypoints: Whether keypoints are read, of a file with one category.
 
     Returns:
         Its entries; None if anything is unusual.
@@ -126,8 +138,9 @@ def decode(path: Path, keypoints: int) -> Columns | None:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError):  # mmap: an empty file
             return None
         try:
-            return _columns(file, keypoints)
-        except (OverflowError, ValueError):  # whole numbers of more than 64 bits, or lists of other lengths
+            return _columns(file)
+        # Whole numbers of more than 64 bits, lists of other lengths, or a skeleton that contradicts itself.
+        except (OverflowError, ValueError, DataError):
             return None
 
 
@@ -143,7 +156,7 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _columns(file: _Boxes | _Persons, keypoints: int) -> Columns | None:
+def _columns(file: _Boxes | _Persons) -> Columns | None:
     rows: Sequence[Any] = [] if isinstance(file.annotations, msgspec.UnsetType) else file.annotations
     count = len(rows)
 
@@ -191,7 +204,15 @@ def _columns(file: _Boxes | _Persons, keypoints: int) -> Columns | None:
         where=where,
         annotated=not isinstance(file.annotations, msgspec.UnsetType),
     )
-    if keypoints:
+    if isinstance(file, _Persons):
+        if len(file.categories) != 1:
+            return None
+        category = file.categories[0]
+        stated_count = len(rows[0].keypoints) // 3 if rows else 0 if category.keypoints else len(COCO_KEYPOINTS)
+        columns.skeleton = Skeleton.from_category(category.keypoints, category.skeleton, category.sigmas, stated_count)
+        keypoints = len(columns.skeleton.names)
+        if not keypoints:
+            return None
         lengths = np.fromiter((len(row.keypoints) for row in rows), dtype=np.int64, count=count)
         if (lengths != 3 * keypoints).any():
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from sis_lightning.datasets.annotations_cache import cached
 from sis_lightning.datasets.coco_columns import Columns, count_distinct, decode
 from sis_lightning.datasets.constants import COCO_KEYPOINTS
 from sis_lightning.datasets.paths import PathArray
+from sis_lightning.datasets.skeleton import Skeleton
 from sis_lightning.errors import DataError
 
 _NORMALISED = "they look like fractions of the image's sides, but COCO's values are in px"
@@ -45,31 +46,34 @@ def read_coco(
     kind: Kind = "bbox",
     *,
     split: str = "",
+    category: str | None = None,
 ) -> Annotations:
     """Reads an annotation file of COCO: instances, person_keypoints, or image_info without annotations.
 
     Args:
         source: The JSON file, or its content, which is not changed.
         images: The folder of the image files; None if they are not going to be read.
-        kind: Further values that are read of each annotation: `segm` its mask, `keypoints` its 17 keypoints.
+        kind: Further values that are read of each annotation: `segm` its mask, `keypoints` its keypoints.
         split: Name of the split, for results files.
+        category: With `keypoints`, the only category that is read; None for all that have keypoints, or `person` if
+            theirs differ.
 
     Returns:
         The annotations. What is wrong with single entries is in `defects`. If an annotation has no `area`, it is that
         of its mask (`segm`), else width × height of its box, which `notes` say.
 
     Raises:
-        DataError: If there is no such file, or it is not of this format at all.
+        DataError: If there is no such file, it is not of this format at all, or has no such category.
     """
     if isinstance(source, Path) and kind != "segm":
         try:
-            known = cached(source, kind, lambda: _read(source, kind))
+            known = cached(source, f"{kind} {category}", lambda: _read(source, kind, category))
         except OSError:
-            known = _read_entries(source, load_json(source), kind)  # says what is wrong
+            known = _read_entries(source, load_json(source), kind, category)  # says what is wrong
     elif isinstance(source, Path):
-        known = _read_entries(source, load_json(source), kind)
+        known = _read_entries(source, load_json(source), kind, category)
     else:
-        known = _read_entries(Path("ground truth"), source, kind)
+        known = _read_entries(Path("ground truth"), source, kind, category)
     known.splits = [(split,)] * len(known)
     if images is not None:
         _find_images(known, images)
@@ -84,10 +88,12 @@ def read_coco(
     return known
 
 
-def _read(path: Path, kind: Kind) -> Annotations:
-    columns = decode(path, len(COCO_KEYPOINTS) if kind == "keypoints" else 0)
+def _read(path: Path, kind: Kind, category: str | None) -> Annotations:
+    columns = decode(path, kind == "keypoints")
     # What the quick way does not know is read entry by entry, which finds and names what is wrong.
-    return _read_entries(path, load_json(path), kind) if columns is None else _judge(path, columns, [])
+    if columns is None or (category is not None and columns.class_names != (category,)):
+        return _read_entries(path, load_json(path), kind, category)
+    return _judge(path, columns, [])
 
 
 def _find_images(known: Annotations, folder: Path) -> None:
@@ -113,7 +119,7 @@ def _find_images(known: Annotations, folder: Path) -> None:
     known.folder = folder
 
 
-def _read_entries(path: Path, content: Any, kind: Kind) -> Annotations:
+def _read_entries(path: Path, content: Any, kind: Kind, category: str | None) -> Annotations:
     """Reads the content of a file entry by entry, and names every defect."""
     lists = _entries(content, path)
     defects: list[Defect] = []
@@ -121,7 +127,12 @@ def _read_entries(path: Path, content: Any, kind: Kind) -> Annotations:
     index_of = {image["id"]: index for index, image in enumerate(listed)}
     sizes = rows_of_numbers([[image.get("width"), image.get("height")] for image in listed], 2)
     categories = sorted(_unique(lists["categories"], "category", path, defects), key=lambda item: int(item["id"]))
-    label_of = {category["id"]: label for label, category in enumerate(categories)}
+    others: set[Any] = set()
+    if kind == "keypoints" and categories:
+        chosen = _with_keypoints(categories, category, path)
+        others = {item["id"] for item in categories} - {item["id"] for item in chosen}
+        categories = chosen
+    label_of = {item["id"]: label for label, item in enumerate(categories)}
     places = {id(row): place for place, row in enumerate(lists["annotations"])}
 
     def describe(row: Entry) -> str:
@@ -133,6 +144,8 @@ def _read_entries(path: Path, content: Any, kind: Kind) -> Annotations:
         if not _known(row.get("image_id"), index_of):
             what = f"its image {shortened(row.get('image_id'))} is not listed under 'images'"
             defects.append(Defect(path, describe(row), what))
+        elif _known(row.get("category_id"), others):
+            continue
         elif not _known(row.get("category_id"), label_of):
             what = f"unknown category {shortened(row.get('category_id'))}: it is not listed under 'categories'"
             defects.append(Defect(path, describe(row), what))
@@ -147,8 +160,8 @@ def _read_entries(path: Path, content: Any, kind: Kind) -> Annotations:
         names=[str(image.get("file_name", "")) for image in listed],
         image_ids=[image["id"] for image in listed],
         sizes=np.nan_to_num(sizes, nan=0, posinf=0, neginf=0).astype(np.int64),
-        class_names=tuple(str(category.get("name", category["id"])) for category in categories),
-        category_ids=tuple(int(category["id"]) for category in categories),
+        class_names=tuple(str(item.get("name", item["id"])) for item in categories),
+        category_ids=tuple(int(item["id"]) for item in categories),
         image=np.array([index_of[row["image_id"]] for row in rows], dtype=np.int64),
         labels=np.array([label_of[row["category_id"]] for row in rows], dtype=np.int64),
         extents=rows_of_numbers([row.get("bbox") for row in rows], 4),
@@ -163,12 +176,56 @@ def _read_entries(path: Path, content: Any, kind: Kind) -> Annotations:
         columns.segmentations = np.empty(len(rows), dtype=np.object_)
         columns.segmentations[:] = [row.get("segmentation") for row in rows]
     if kind == "keypoints":
-        count = len(COCO_KEYPOINTS)
+        columns.skeleton = _skeleton(categories[0] if categories else {}, rows, path)
+        count = len(columns.skeleton.names)
         columns.keypoints = rows_of_numbers([row.get("keypoints") for row in rows], 3 * count).reshape(-1, count, 3)
         visible = np.count_nonzero(columns.keypoints[..., 2] > 0, axis=1).tolist()
         stated = [row.get("num_keypoints", found) for row, found in zip(rows, visible, strict=True)]
         columns.num_keypoints = rows_of_numbers(stated, 0)
     return _judge(path, columns, defects)
+
+
+def _with_keypoints(categories: list[Entry], name: str | None, path: Path) -> list[Entry]:
+    """The categories whose keypoints are read: those that state some, or all if none does."""
+    chosen = [item for item in categories if item.get("keypoints")] or categories
+    stated = [item.get("keypoints") for item in chosen]
+    if name is None and stated.count(stated[0]) < len(stated):  # one array cannot hold both
+        name = "person" if any(item.get("name") == "person" for item in chosen) else None
+        if name is None:
+            raise DataError(f"{path}: {several_categories([str(item.get('name')) for item in chosen])}")
+    if name is None:
+        return chosen
+    for item in categories:
+        if item.get("name") == name:
+            return [item]
+    raise DataError(f"{path}: no category '{name}' among its {len(categories)}")
+
+
+def several_categories(names: Sequence[str]) -> str:
+    """What is wrong if it is not clear which category's keypoints are meant."""
+    found = ", ".join(f"'{name}'" for name in names[:5])
+    return f"{len(names)} categories may have keypoints ({found}): `category` must name the one to read"
+
+
+def _skeleton(category: Entry, rows: Sequence[Entry], path: Path) -> Skeleton:
+    """The keypoints that a category states; without names, as many as the first annotation has."""
+    names, edges, sigmas = (category.get(key) or () for key in ("keypoints", "skeleton", "sigmas"))
+    where = f"{path}: category {shortened(category.get('name'))}"
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: keypoints is {shortened(names)}, not a list of names")
+    if not isinstance(edges, (list, tuple)) or not all(
+        isinstance(edge, (list, tuple)) and all(isinstance(end, int) for end in edge) for edge in edges
+    ):
+        raise DataError(f"{where}: skeleton is {shortened(edges)}, not a list of pairs of numbers")
+    if not isinstance(sigmas, (list, tuple)) or not all(isinstance(sigma, (int, float)) for sigma in sigmas):
+        raise DataError(f"{where}: sigmas is {shortened(sigmas)}, not a list of numbers")
+    lists = [row["keypoints"] for row in rows if isinstance(row.get("keypoints"), list)]
+    # Without names and annotations, such as COCO's image_info: COCO's own.
+    count = len(lists[0]) // 3 if lists else 0 if names else len(COCO_KEYPOINTS)
+    try:
+        return Skeleton.from_category(names, edges, sigmas, count)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _judge(path: Path, columns: Columns, defects: list[Defect]) -> Annotations:
@@ -247,6 +304,7 @@ def _judge(path: Path, columns: Columns, defects: list[Defect]) -> Annotations:
         defects=defects,
         notes=notes,
         annotated=columns.annotated,
+        skeleton=columns.skeleton,
     )
 
 
@@ -367,7 +425,7 @@ def _unique(entries: Iterable[Entry], kind: str, path: Path, defects: list[Defec
     return kept
 
 
-def _known(number: Any, known: Mapping[Any, int]) -> bool:
+def _known(number: Any, known: Container[Any]) -> bool:
     return isinstance(number, (int, float)) and number in known
 
 

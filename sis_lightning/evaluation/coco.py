@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sis_lightning.datasets.annotations import Annotations, load_json, shortened
 from sis_lightning.datasets.coco_reader import Kind, rle_fault
-from sis_lightning.datasets.constants import COCO_KEYPOINTS, COCO_SIGMAS
+from sis_lightning.datasets.constants import COCO_SIGMAS
 from sis_lightning.datasets.meta import Backend
 from sis_lightning.errors import DataError, UsageError
 
@@ -71,7 +71,6 @@ COCO_METRICS: dict[Kind, tuple[COCOMetric, ...]] = {
 }
 #: The key of COCO's result format that holds what is scored.
 RESULT_KEYS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-_KEYPOINT_VALUES = 3 * len(COCO_KEYPOINTS)
 
 
 class COCOGroundTruth:
@@ -82,7 +81,8 @@ class COCOGroundTruth:
         kind: The kind of results.
         backend: The library that computes the metrics; `auto` is faster-coco-eval if it is installed, else
             pycocotools.
-        sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for COCO's 17.
+        sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for those that the
+            annotations have, or COCO's.
 
     Raises:
         DataError: If an entry has a defect without a remedy; the message names it.
@@ -100,6 +100,8 @@ class COCOGroundTruth:
         self._coco, self._evaluation = _tools(self.backend)
         annotations.require_sound()
         self.annotations, self.kind = annotations, kind
+        if sigmas is None and annotations.skeleton is not None:
+            sigmas = annotations.skeleton.sigmas
         # COCO's tools have COCO's own in themselves, which differ in the last bit from decimal ones.
         usual = sigmas is None or (len(sigmas) == len(COCO_SIGMAS) and np.allclose(sigmas, COCO_SIGMAS))
         self.sigmas = None if usual else np.array(sigmas)
@@ -112,6 +114,12 @@ class COCOGroundTruth:
     def image_ids(self) -> list[Any]:
         """Ids of all images, ascending."""
         return list(self._number_of)
+
+    @property
+    def keypoint_values(self) -> int:
+        """How many numbers the keypoints of a result are: x, y and score of each."""
+        keypoints = self.annotations.keypoints
+        return 0 if keypoints is None else 3 * keypoints.shape[1]
 
     @property
     def annotated(self) -> bool:
@@ -130,8 +138,8 @@ class COCOGroundTruth:
 
         Args:
             rows: Entries of COCO's result format: `image_id`, `category_id`, `score`, and `bbox` [x, y, w, h],
-                `segmentation` (compressed RLE) or `keypoints` (51 numbers). Other keys do not count: a `bbox` beside a
-                `segmentation` does not decide on its area. The rows are not changed.
+                `segmentation` (compressed RLE) or `keypoints` (x, y, score of each: 51 numbers for COCO's). Other keys
+                do not count: a `bbox` beside a `segmentation` does not decide on its area. The rows are not changed.
             image_ids: The images that are scored; None for all.
 
         Returns:
@@ -290,7 +298,7 @@ def check_results(rows: Any, ground_truth: COCOGroundTruth, source: str = "resul
     if ground_truth.kind == "bbox":
         _require_boxes(rows, where)
     elif ground_truth.kind == "keypoints":
-        _numbers(rows, "keypoints", _KEYPOINT_VALUES, where)
+        _numbers(rows, "keypoints", ground_truth.keypoint_values, where)
     else:
         annotations = ground_truth.annotations
         size_of = dict(zip(annotations.image_ids, annotations.sizes, strict=True))

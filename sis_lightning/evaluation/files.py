@@ -100,7 +100,8 @@ def evaluate(
             `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
         kind: The kind of results: COCO's `bbox`, `segm` or `keypoints`, or VOC's average precision by the rules of 2007
             (`voc07`) or of 2010 and later (`voc12`).
-        options: For COCO: `backend` (`auto`, `pycocotools` or `faster-coco-eval`). For VOC: `split` (a list of
+        options: For COCO: `backend` (`auto`, `pycocotools` or `faster-coco-eval`); for keypoints also `category` and
+            `sigmas` (see `COCOKeypointsDataset`). For VOC: `split` (a list of
             `ImageSets/Main/`), `rule` (`devkit` or `toolkit`), `iou` and `classes`.
 
     Returns:
@@ -113,7 +114,8 @@ def evaluate(
     if kind not in (*get_args(Kind), *get_args(VOCKind)):
         known = ", ".join((*get_args(Kind), *get_args(VOCKind)))
         raise UsageError(f"kind is {kind!r}, must be one of {known}")
-    allowed = ("split", "rule", "iou", "classes") if kind in get_args(VOCKind) else ("backend",)
+    allowed = ["split", "rule", "iou", "classes"] if kind in get_args(VOCKind) else ["backend"]
+    allowed += ["category", "sigmas"] if kind == "keypoints" else []
     for name in options:
         if name not in allowed:
             raise UsageError(f"{name} is not an option of {kind}, which has {', '.join(allowed)}")
@@ -134,6 +136,9 @@ def evaluate_coco(
     results: Path | list[dict[str, Any]],
     kind: Kind,
     backend: Backend = "auto",
+    *,
+    category: str | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Evaluation:
     """Scores results in COCO's result format.
 
@@ -142,13 +147,20 @@ def evaluate_coco(
         results: A results file, or its content.
         kind: The kind of results.
         backend: The library that computes the metrics.
+        category: With `keypoints`, the only category that is scored; None for all that have keypoints.
+        sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for the file's or COCO's,
+            for unknown keypoints the mean of COCO's.
 
     Raises:
         DataError: If either is not what it should be, or the ground truth has no annotations.
-        UsageError: If the backend is not installed.
+        UsageError: If the backend is not installed, or there are not as many deviations as keypoints.
     """
-    known = COCOGroundTruth(read_coco(ground_truth, kind=kind), kind, backend)
-    annotations = known.annotations
+    annotations = read_coco(ground_truth, kind=kind, category=category)
+    if annotations.skeleton is not None:
+        annotations.skeleton = annotations.skeleton.changed(sigmas=sigmas)
+        if not annotations.skeleton.measured:
+            annotations.notes["sigmas"] = f"sigmas: {annotations.skeleton.notes()['sigmas']}"
+    known = COCOGroundTruth(annotations, kind, backend)
     if not known.annotated:
         raise DataError(
             f"{annotations.source} has no 'annotations' (COCO's image_info of a test set): only its server can score"

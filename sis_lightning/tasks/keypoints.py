@@ -31,18 +31,20 @@ from sis_lightning.tasks.targets import stacked_images
 class KeypointTask(BaseTask):
     """Top-down keypoint detection with heatmaps of person crops, scored by COCO's 10 keypoint metrics.
 
+    The persons may be any other objects, with any keypoints.
+
     The loss is the mean squared error of the heatmaps of annotated keypoints. Evaluation averages the heatmaps of a
     crop and of its horizontal flip, multiplies a person's score by that of the keypoints, and removes duplicates by
     OKS-NMS (threshold 0.9).
 
     Training batches are those of `BaseTask`, with `image` a crop of one person (N, C, H, W), H and W multiples of the
-    backbone's stride, and the target `keypoints` (N, 17, 3): x, y in px of the crop, and visibility (0: not annotated).
+    backbone's stride, and the target `keypoints` (N, K, 3): x, y in px of the crop, and visibility (0: not annotated).
     Evaluation takes such batches, too, and scores each crop as an image of one person.
 
     To find all people of an image, batches hold whole images and, as lists over these, `crops` (P, C, H, W), uint8,
     `to_image` (P, 2, 3), the affine map from crop to image, `box_scores` (P,), `areas` (P,) in px², and optionally
     `person_boxes` (P, 4), the boxes of the crops. For evaluation there is also `truth`, a list of one mapping per
-    image, of arrays over its n annotated people: `keypoints` (n, 17, 3) in px of the image, `boxes` (n, 4), `labels`
+    image, of arrays over its n annotated people: `keypoints` (n, K, 3) in px of the image, `boxes` (n, 4), `labels`
     (n,), all 1; and optionally `areas` (n,), `num_keypoints` (n,), `ignored` (n,), bool, for crowds, and `image_id`.
     `predict` returns `KeypointPrediction`.
 
@@ -55,8 +57,8 @@ class KeypointTask(BaseTask):
         flip_test: Whether evaluation averages the heatmaps of each crop and of its horizontal flip.
         shown_score: Minimum score, in 0…1, of the persons that are drawn and that `sis-lightning predict` lists, and of
             the keypoints that are drawn.
-        num_classes: Number of classes, which must be 1 (person).
-        num_keypoints: Number of keypoints of a person.
+        num_classes: Number of classes, which must be 1, such as person.
+        num_keypoints: Number of keypoints K of a person.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
             `freeze_backbone`, `compile_mode` and `meta`.
@@ -91,7 +93,7 @@ class KeypointTask(BaseTask):
         if sigma <= 0:
             raise UsageError(f"sigma is {sigma}, must be above 0")
         if num_classes != 1:
-            raise UsageError(f"num_classes is {num_classes}, must be 1: the keypoints of people")
+            raise UsageError(f"num_classes is {num_classes}, must be 1: keypoints of one kind of object")
         self.sigma, self.flip_test, self.shown_score = sigma, flip_test, shown_score
         self.num_keypoints = num_keypoints
         model = PoseNet(self.backbone_config, num_keypoints, tuple(deconv_channels), in_channels=self.in_channels)
@@ -304,6 +306,7 @@ class KeypointTask(BaseTask):
                 self.displayable(image),
                 name,
                 **{key: output[key].detach().cpu() for key in ("keypoints", "scores", "boxes")},
+                category=self.class_names[0],
                 keypoint_names=self.meta.keypoint_names,
                 skeleton=self.meta.skeleton,
                 min_score=self.shown_score,

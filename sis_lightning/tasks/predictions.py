@@ -490,6 +490,7 @@ class KeypointPrediction(Prediction):
         keypoint_names: Names of the K keypoints.
         skeleton: Pairs of connected keypoints, counted from 0.
         min_score: Minimum score of the people and keypoints that are drawn, and of the people in `to_dict`.
+        category: What the people are, if they are something else.
     """
 
     keypoints: Tensor
@@ -498,6 +499,7 @@ class KeypointPrediction(Prediction):
     keypoint_names: Sequence[str]
     skeleton: Sequence[tuple[int, int]] = field(default=())
     min_score: float = 0.0
+    category: str = "person"
 
     def above(self, min_score: float) -> KeypointPrediction:
         """The prediction without the people of lower scores.
@@ -530,7 +532,7 @@ class KeypointPrediction(Prediction):
     def describe(self) -> str:
         """The number of people of at least `min_score`."""
         count = len(self.above(self.min_score).scores)
-        return f"{count} {'person' if count == 1 else 'people'}"
+        return f"{count} people" if self.category == "person" and count != 1 else f"{count} {self.category}"
 
     def to_dict(self) -> dict[str, Any]:
         """`name`, the number of `people` `found`, and each with score and keypoints by name, from `min_score` on."""
@@ -548,9 +550,9 @@ class KeypointPrediction(Prediction):
         return {"name": self.name, "found": len(people), "people": people}
 
     def coco_categories(self) -> list[dict[str, Any]]:
-        """The category `person` with its keypoints and skeleton."""
+        """The category with its keypoints and skeleton."""
         skeleton = [[start + 1, end + 1] for start, end in self.skeleton]
-        return [{"id": 1, "name": "person", "keypoints": list(self.keypoint_names), "skeleton": skeleton}]
+        return [{"id": 1, "name": self.category, "keypoints": list(self.keypoint_names), "skeleton": skeleton}]
 
     def coco_annotations(self) -> list[dict[str, Any]]:
         """The people of at least `min_score`, with all their keypoints (visibility 2) and the scores."""
@@ -603,6 +605,6 @@ def captioned(images: Sequence[Sequence[tuple[str, Tensor]]], height: float = 3.
             axis.set_axis_off()
         for axis, (caption, image) in zip(axes, row, strict=False):
             axis.imshow(image.permute(1, 2, 0).numpy())
-            # At a stated height: to find one, matplotlib measures the ticks of each axis three times as long as it draws.
+            # At a stated height: to find one, matplotlib takes three times as long as it takes to draw.
             axis.set_title(caption, fontsize=8, y=1)
     return figure

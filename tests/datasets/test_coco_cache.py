@@ -33,7 +33,7 @@ def assert_same(one: Annotations, other: Annotations) -> None:
         if left is not None:
             assert left.dtype == right.dtype, name
             np.testing.assert_array_equal(left, right, err_msg=name)
-    for name in ("class_names", "category_ids", "image_ids", "splits", "notes", "annotated", "dropped"):
+    for name in ("class_names", "category_ids", "image_ids", "splits", "notes", "annotated", "dropped", "skeleton"):
         assert getattr(one, name) == getattr(other, name), name
     assert list(one.paths) == list(other.paths)
     assert [(d.where, d.what, d.remedy) for d in one.defects] == [(d.where, d.what, d.remedy) for d in other.defects]
@@ -45,6 +45,9 @@ def first(content):
 
 CHANGES = {
     "nothing": lambda content: None,
+    "another skeleton": lambda content: content["categories"][0].update(keypoints=[f"k{i}" for i in range(17)]),
+    "a skeleton without names": lambda content: content["categories"][0].pop("keypoints", 0),
+    "a deviation each": lambda content: content["categories"][0].update(sigmas=[0.01 * i for i in range(1, 18)]),
     "no area": lambda content: first(content).pop("area"),
     "no flag": lambda content: first(content).pop("iscrowd"),
     "a true flag": lambda content: first(content).update(iscrowd=True),

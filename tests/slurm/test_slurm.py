@@ -467,7 +467,9 @@ def finished(folder: Path) -> bool:
 
 def processes(run: Path) -> list[int]:
     """The processes of a job that train into a directory."""
-    return list(map(int, output("pgrep", "--full", f"^{sys.executable} -m sis_lightning fit .*--run_dir={run}").split()))
+    return list(
+        map(int, output("pgrep", "--full", f"^{sys.executable} -m sis_lightning fit .*--run_dir={run}").split())
+    )
 
 
 def has_pending(process: int, number: signal.Signals) -> bool:
@@ -476,7 +478,8 @@ def has_pending(process: int, number: signal.Signals) -> bool:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return True
-    return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"^S[hi][dg]Pnd:\s*(\w+)", status, re.MULTILINE))
+    masks = re.findall(r"^S[hi][dg]Pnd:\s*(\w+)", status, re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 @pytest.mark.slurm

@@ -13,13 +13,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from rich.text import Text
 from torch import nn
-from torchvision.io import decode_image
 
 from sis_lightning.datamodules import Batch
 from sis_lightning.errors import UsageError
@@ -107,10 +108,11 @@ class PlotPredictions(Callback):
         path = Path(trainer.default_root_dir) / "images" / f"step_{trainer.global_step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pl_module.plot(batch, outputs["outputs"]).savefig(path, dpi=80)
-        drawn = decode_image(str(path))[:3]
+        with Image.open(path) as drawn:
+            pixels = np.asarray(drawn.convert("RGB"))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("predictions", drawn, trainer.global_step)
+                logger.experiment.add_image("predictions", pixels, trainer.global_step, dataformats="HWC")
 
 
 @dataclass
