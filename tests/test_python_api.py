@@ -130,7 +130,7 @@ def test_a_segmentation_with_other_channels_and_a_frozen_backbone(tmp_path):
     assert not optimized & {id(parameter) for parameter in task.backbone.parameters()}
     run.test(task, loader("seg", channels=4, count=2), verbose=False)
     assert task.predict(torch.zeros(4, 40, 40, dtype=torch.uint8)).mask.shape == (40, 40)
-    with pytest.raises(UsageError, match="give tensors"):
+    with pytest.raises(DataError, match="an image of 3 channels, not 4"):
         task.predict(Image.new("RGB", (9, 9)))
 
 

@@ -5,7 +5,8 @@ run sees depends on seed, epoch and index only: not on the number of workers, de
 
 The batch format, for every task:
 
-- `image`: uint8 RGB (N, 3, H, W), or a list of uint8 (3, H, W) if sizes differ. The task normalises them.
+- `image`: uint8 RGB (N, 3, H, W), or a list of uint8 (3, H, W) if sizes differ. The task normalises them. With
+  `mean` and `std` of C values (N, C, H, W); with `value_range` float32, normalised already.
 - `name`: a string for each image.
 - classification: `label` (N,).
 - segmentation: `mask` (N, H, W) uint8 of class ids, 255 for void, or a list of (H, W).
@@ -19,6 +20,7 @@ The batch format, for every task:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -41,6 +43,7 @@ from sis_lightning.datasets.base import ImageDataset, Sample, collate
 from sis_lightning.datasets.constants import SPLITS, SYNTHETIC_MARKER, Split
 from sis_lightning.datasets.download import Archive, download, extract
 from sis_lightning.datasets.folder import UnlabelledDataset
+from sis_lightning.datasets.images import ImageReader
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.errors import DataError, MissingDataError, UsageError
@@ -155,6 +158,12 @@ class SISDataModule(LightningDataModule, ABC):
             would not be those of the split.
         upright: Whether images are rotated as their EXIF orientation says. By default they are taken as stored, as most
             annotations refer to the stored pixels; images of `predict_path` are always rotated.
+        mean: Mean of each channel of the training images, in 0…1; its length is the number of channels, which
+            `in_channels` of the task must be. None: that of the data set, or of ImageNet.
+        std: Standard deviation of each channel, in 0…1.
+        value_range: The values in the image files that become 0 and 1, such as `[0, 4095]`, for pixels of more than 8
+            bits and for floating-point numbers; they stay as exact as they are. None: 0 and 255, or 65535 of 16 bits,
+            of which the upper 8 are taken.
 
     Attributes:
         datasets: The Dataset of each split, after `setup`.
@@ -178,6 +187,9 @@ class SISDataModule(LightningDataModule, ABC):
         "download": Effect.NOTHING,
         "skip_bad": Effect.NOTHING,
         "upright": Effect.RESULT,
+        "mean": Effect.RESULT,
+        "std": Effect.RESULT,
+        "value_range": Effect.RESULT,
         "on_error": Effect.RESULT,
     }
     image_size: tuple[int, int] | None = None
@@ -193,8 +205,16 @@ class SISDataModule(LightningDataModule, ABC):
         skip_bad: bool = False,
         upright: bool = False,
         on_error: Literal["fail", "skip"] = "fail",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        if (mean is None) != (std is None) or len(mean or ()) != len(std or ()) or any(not v > 0 for v in std or ()):
+            raise UsageError(f"mean is {mean}, std {std}: give both, with a value for each channel, std above 0")
+        if value_range is not None and not value_range[0] < value_range[1]:
+            raise UsageError(f"value_range is {list(value_range)}, must be [low, high] with low < high")
+        self.mean, self.std, self.value_range = mean, std, value_range
         if batch_size < 1 or num_workers < 0:
             raise UsageError(f"batch_size is {batch_size} (at least 1), num_workers {num_workers} (at least 0)")
         if synthetic is not None and "root" not in synthetic:
@@ -220,8 +240,17 @@ class SISDataModule(LightningDataModule, ABC):
     def open(self, split: Split) -> ImageDataset:
         """The Dataset of a split, set as the arguments say."""
         dataset = self.dataset(split)
-        dataset.upright = self.upright
+        dataset.reader = self._reader(dataset.meta, upright=self.upright)
         return dataset
+
+    def _reader(self, meta: DatasetMeta, *, upright: bool) -> ImageReader:
+        meta = self._with_values(meta)
+        return ImageReader(upright, meta.mean, meta.std, meta.value_range)
+
+    def _with_values(self, meta: DatasetMeta) -> DatasetMeta:
+        if self.mean is not None and self.std is not None:
+            meta = dataclasses.replace(meta, mean=tuple(self.mean), std=tuple(self.std))
+        return dataclasses.replace(meta, value_range=self.value_range)
 
     @property
     @abstractmethod
@@ -251,7 +280,7 @@ class SISDataModule(LightningDataModule, ABC):
 
     def describe(self, meta: DatasetMeta) -> DatasetMeta:
         """Adds the values that this DataModule decides, such as the image size, to a Dataset's meta."""
-        return meta
+        return self._with_values(meta)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -363,7 +392,9 @@ class SISDataModule(LightningDataModule, ABC):
                 else:
                     self.datasets[split].require_scores()
         if stage == "predict" and "predict" not in self.datasets:
-            photographs = self.predict_path and UnlabelledDataset(self.predict_path, skip_bad=self.skip_bad)
+            photographs = self.predict_path and UnlabelledDataset(
+                self.predict_path, skip_bad=self.skip_bad, reader=self._reader(DatasetMeta(), upright=True)
+            )
             self._add("predict", photographs or self.open("val"))
 
     def _add(self, split: str, dataset: ImageDataset) -> None:

@@ -13,8 +13,9 @@ from sis_lightning.datamodules.base import ImageTransform, SISDataModule, Transf
 from sis_lightning.datamodules.flips import RandomCropAndFlip
 from sis_lightning.datasets.base import ImageDataset
 from sis_lightning.datasets.cifar import LAYOUT, CIFAR100Dataset, cifar_home
-from sis_lightning.datasets.constants import Split
+from sis_lightning.datasets.constants import CIFAR100_MEAN, Split
 from sis_lightning.datasets.download import Archive, md5
+from sis_lightning.errors import UsageError
 from sis_lightning.option_effects import Effect
 
 
@@ -40,6 +41,8 @@ class CIFAR100DataModule(SISDataModule):
 
     def __init__(self, root: str, **loading: Any) -> None:
         super().__init__(root, **loading)
+        if self.value_range is not None or len(self.mean or CIFAR100_MEAN) != 3:
+            raise UsageError("CIFAR-100 has RGB of 8 bits: leave out value_range, and give mean and std of 3 values")
         self._augmentation = RandomCropAndFlip(32, padding=4)
         self._preparation = v2.Resize((32, 32), antialias=True)
 

@@ -96,7 +96,7 @@ class PersonCrops:
         matrices = np.array([crop.to_image for crop in crops]).reshape(-1, 2, 3)
         return {
             **sample,
-            "crops": torch.stack(cut) if cut else torch.zeros(0, 3, height, width, dtype=torch.uint8),
+            "crops": torch.stack(cut) if cut else sample["image"].new_zeros(0, len(sample["image"]), height, width),
             # NumPy arrays, because Lightning casts the tensors of a batch to half precision if the Trainer uses it.
             "to_image": matrices,
             "person_boxes": persons[:, :4].copy(),

@@ -122,7 +122,8 @@ class VOCSegmentationDataModule(SISDataModule):
         self.image_size = (crop_size, crop_size)
         self.classes, self.train_split = classes, train_split
         self.mask_values, self.void_values = mask_values, void_values or ()
-        colour = [round(255 * value) for value in IMAGENET_MEAN]
+        # The mean is 0 in normalised images.
+        colour = [0 if self.value_range else round(255 * value) for value in self.mean or IMAGENET_MEAN]
         self._augmentation = v2.Compose(
             [
                 RandomScale(scale),

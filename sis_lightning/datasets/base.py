@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sis_lightning.datasets.annotations import Defect, require_sound
+from sis_lightning.datasets.images import ImageReader
 from sis_lightning.datasets.meta import DatasetMeta
 
 Sample = dict[str, Any]
@@ -29,11 +30,11 @@ class ImageDataset(Dataset[Sample], ABC):
         meta: Class names, mean, standard deviation and further facts that a task needs.
         defects: Defects that were found while the files were listed.
         notes: Facts on the data for the record of a run, by a short label.
-        upright: Whether images are rotated as their EXIF orientation says. Set it before samples are read.
+        reader: How image files become tensors. Set it before samples are read.
     """
 
     meta: DatasetMeta
-    upright: bool = False
+    reader: ImageReader = ImageReader()
 
     def __init__(self) -> None:
         self.defects: Sequence[Defect] = ()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,20 +79,20 @@ class Crop:
         """Resamples the crop bilinearly, with 0 outside of the image.
 
         Args:
-            image: uint8 (C, H, W).
+            image: uint8 or float32 (C, H, W).
 
         Returns:
-            uint8 (C, output height, output width).
+            (C, output height, output width) of the same type.
         """
         (a, b, c), (d, e, f) = self.to_image.tolist()
         # PIL samples at the centre of each pixel, which is half a pixel from its index.
         data = (a, b, c + 0.5 - (a + b) / 2, d, e, f + 0.5 - (d + e) / 2)
 
-        def resample(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def resample(pixels: NDArray[Any]) -> NDArray[Any]:
             source = Image.fromarray(pixels)
             return np.array(source.transform(self.output, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
 
-        if len(image) == 3:
+        if len(image) == 3 and image.dtype == torch.uint8:
             return torch.from_numpy(resample(image.permute(1, 2, 0).contiguous().numpy())).permute(2, 0, 1).contiguous()
         return torch.stack([torch.from_numpy(resample(channel.contiguous().numpy())) for channel in image])
 

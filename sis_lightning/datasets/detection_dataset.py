@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.base import ImageDataset, Sample
-from sis_lightning.datasets.images import read_image, turned
+from sis_lightning.datasets.images import turned
 from sis_lightning.errors import DataError, UsageError
 
 
@@ -116,13 +116,13 @@ class DetectionDataset(ImageDataset):
             index: Index of the image, which for keypoints is not that of the sample.
 
         Returns:
-            RGB of shape (3, H, W), uint8.
+            RGB of shape (3, H, W), uint8, or what `reader` makes.
 
         Raises:
             DataError: If the file is missing or damaged, or has another size than its annotation says.
         """
         path, size = self.annotations.paths[index], tuple(self.annotations.sizes[index].tolist())
-        image = read_image(path, upright=self.upright)
+        image = self.reader.read(path)
         found = (image.shape[2], image.shape[1])
         if size not in ((0, 0), found):
             raise DataError(

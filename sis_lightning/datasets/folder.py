@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.constants import IMAGE_ENDINGS
-from sis_lightning.datasets.images import inspect_image, read_image
+from sis_lightning.datasets.images import ImageReader
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError, MissingDataError
@@ -74,7 +74,7 @@ class ImageFolderDataset(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index]
-        image = read_image(path, upright=self.upright)
+        image = self.reader.read(path)
         if self.image_size and tuple(image.shape[1:]) != self.image_size:
             wanted = "×".join(str(side) for side in reversed(self.image_size))
             raise DataError(
@@ -97,6 +97,7 @@ class UnlabelledDataset(ImageDataset):
     Args:
         path: The folder or image file.
         skip_bad: Whether unreadable images are left out instead of refused. They are in `bad`.
+        reader: How image files become tensors.
 
     Attributes:
         bad: The unreadable images, by their names, with the reason.
@@ -106,8 +107,9 @@ class UnlabelledDataset(ImageDataset):
         DataError: If there is no image, or some cannot be read; the message names all of these.
     """
 
-    def __init__(self, path: str | Path, *, skip_bad: bool = False) -> None:
+    def __init__(self, path: str | Path, *, skip_bad: bool = False, reader: ImageReader | None = None) -> None:
         super().__init__()
+        self.reader = reader or ImageReader(upright=True)
         path = Path(path)
         self.meta = DatasetMeta()
         if path.is_file():
@@ -117,7 +119,7 @@ class UnlabelledDataset(ImageDataset):
         else:
             raise DataError(f"'{path}': no such file or folder")
         with ThreadPoolExecutor(usable_cores()) as pool:  # decoding releases Python's lock
-            sizes, faults = zip(*pool.map(inspect_image, paths), strict=True)
+            sizes, faults = zip(*pool.map(self.reader.inspect, paths), strict=True)
         names = [file.relative_to(root).as_posix() for file in paths]
         self.bad = {name: fault for name, fault in zip(names, faults, strict=True) if fault}
         if self.bad and not (skip_bad and len(self.bad) < len(paths)):
@@ -138,7 +140,7 @@ class UnlabelledDataset(ImageDataset):
         return self.paths
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": read_image(self.paths[index], upright=True), "name": self.names[index]}
+        return {"image": self.reader.read(self.paths[index]), "name": self.names[index]}
 
 
 def images_below(folder: Path) -> list[Path]:

@@ -40,6 +40,8 @@ class DatasetMeta:
             if images keep their own sizes.
         resize: How `predict` resizes an image to `image_size`: `stretch` (both sides, whatever their proportions) or
             `center_crop` (the shorter side to 8/7 of `image_size`, then the centre); empty if it does not.
+        value_range: The values in the image files that become 0 and 1, before mean and standard deviation; None for 0
+            and 255 (or 65535 of 16 bits).
     """
 
     class_names: tuple[str, ...] = ()
@@ -55,6 +57,7 @@ class DatasetMeta:
     sigmas: tuple[float, ...] = ()
     image_size: tuple[int, int] | None = None
     resize: Resize = ""
+    value_range: tuple[float, float] | None = None
 
     @property
     def num_classes(self) -> int:

@@ -15,7 +15,7 @@ from sis_lightning.datasets.annotations import Defect
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.constants import IMAGE_ENDINGS, VOC_CLASSES, VOID
 from sis_lightning.datasets.detection_dataset import DetectionDataset
-from sis_lightning.datasets.images import UNREADABLE, open_image, read_image, turned
+from sis_lightning.datasets.images import UNREADABLE, open_image, turned
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.voc_reader import files_by_name, read_names, read_voc, repeated, voc_list
 from sis_lightning.errors import DataError, MissingDataError, UsageError
@@ -276,7 +276,7 @@ class VOCSegmentationDataset(ImageDataset):
         return read_mask(path, self.meta.num_classes) if self._values is None else self._values.read(path)
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_image(self.images[index], upright=self.upright)
+        image = self.reader.read(self.images[index])
         mask = self._read_mask(self.masks[index])
         if image.shape[1:] != mask.shape:
             size, expected = (image.shape[2], image.shape[1]), (mask.shape[1], mask.shape[0])

@@ -270,9 +270,11 @@ class BaseTask(Optimization, Inference, ABC):
         """Describes the network for `sis_lightning.export`, with images of this size as an example."""
         network: Exportable = self.model.exportable(height, width)  # type: ignore[operator]
         mean, std = list(self.meta.mean), list(self.meta.std)
+        low, high = self.meta.value_range or (0, 1)
+        values = f"values minus {low:g}, divided by {high - low:g}" if self.meta.value_range else "values from 0 to 1"
         return dataclasses.replace(
             network,
-            preprocessing=f"{self._resizing() or network.preprocessing}; then values from 0 to 1, minus mean {mean}, "
+            preprocessing=f"{self._resizing() or network.preprocessing}; then {values}, minus mean {mean}, "
             f"divided by standard deviation {std}",
             metadata={"task": type(self).__name__, "classes": list(self.class_names), "meta": self.meta.to_dict()},
         )

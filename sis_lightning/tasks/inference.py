@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from sis_lightning.datasets.base import Batch
 from sis_lightning.datasets.folder import images_below
-from sis_lightning.datasets.images import open_image, to_rgb
+from sis_lightning.datasets.images import ImageReader
+from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
 
 #: One image for `predict`.
@@ -29,6 +29,7 @@ class Inference(LightningModule):
     """The part of `BaseTask` that reads images and predicts them."""
 
     in_channels: int
+    meta: DatasetMeta
 
     @abstractmethod
     def normalized(self, batch: Batch) -> Batch:
@@ -120,21 +121,19 @@ class Inference(LightningModule):
         return Path(image).name if isinstance(image, str | Path) else str(index)
 
     def _read(self, image: Any) -> Tensor:
-        """One image as uint8 (C, H, W)."""
+        """One image (C, H, W): uint8, or normalised if the files of the data set have another range of values."""
+        reader = ImageReader(True, self.meta.mean, self.meta.std, self.meta.value_range)
         if isinstance(image, str | Path):
-            image = open_image(Path(image))
+            return torch.Tensor.as_subclass(reader.read(Path(image)), Tensor)
         if isinstance(image, Image.Image):
-            if self.in_channels == 3:
-                return torch.Tensor.as_subclass(to_rgb(image, upright=True), Tensor)
-            if self.in_channels == 1:
-                grey: Tensor = transforms.pil_to_tensor(ImageOps.exif_transpose(image).convert("L"))
-                return grey
-            raise UsageError(f"the network takes {self.in_channels} channels: give tensors instead of image files")
+            return torch.Tensor.as_subclass(reader.from_pil(image), Tensor)
         if not isinstance(image, Tensor):
             raise UsageError(f"an image is a {type(image).__name__}, must be a path, a PIL image or a uint8 tensor")
-        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != self.in_channels:
+        any_type = reader.value_range is not None
+        if (image.dtype != torch.uint8 and not any_type) or image.ndim != 3 or len(image) != self.in_channels:
+            wanted = "" if any_type else "uint8 "
             raise UsageError(
                 f"an image is a tensor of {str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}, "
-                f"must be uint8 ({self.in_channels}, H, W)"
+                f"must be {wanted}({self.in_channels}, H, W)"
             )
-        return image
+        return reader.from_tensor(image)

@@ -23,7 +23,7 @@ from sis_lightning.datasets.coco import COCODetectionDataset, COCOKeypointsDatas
 from sis_lightning.datasets.coco_reader import read_coco
 from sis_lightning.datasets.constants import COCO_KEYPOINTS, VOC_CLASSES, voc_palette
 from sis_lightning.datasets.folder import UnlabelledDataset
-from sis_lightning.datasets.images import read_image
+from sis_lightning.datasets.images import ImageReader, read_image
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.datasets.voc import MaskValues, VOCDetectionDataset, VOCSegmentationDataset, read_mask
@@ -604,7 +604,7 @@ def test_an_exif_orientation_is_named_and_followed_on_request(few):
     with pytest.raises(DataError, match=rf"{mask.name}: the mask has (.|\n)*EXIF orientation 6(.|\n)*upright: true"):
         dataset[0]
     assert summarize(dataset, "train").notes["EXIF"].startswith("1 images have an orientation")
-    dataset.upright = True
+    dataset.reader = ImageReader(upright=True)
     assert dataset[0]["image"].shape[1:] == dataset[0]["mask"].shape
 
 
