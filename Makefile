@@ -65,9 +65,10 @@ bench-gpu: .venv/installed
 	$(BIN)/sis-lightning bench sis50+deploy+graphs torchvision:resnet50+deploy+graphs sis50+deploy --mode inference \
 		--batch 1 --precision bf16 --device cuda --name gpu-latency
 
-# Two workers with one thread each: more threads than cores only wait for one another.
+# Two workers with one thread each: more threads than cores only wait for one another. The tests of SLURM come first and
+# wait most of the time; the other worker takes over what the one that runs them has not begun.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sis_lightning.commands.arguments import Parser
 
 KINDS = ("bbox", "segm", "keypoints", "voc07", "voc12")
-_OF_COCO = ("evaluator", "category", "sigmas")
+_OF_COCO = ("evaluator", "max_detections", "category", "sigmas")
 
 
 def main(arguments: list[str]) -> int:
@@ -54,6 +54,12 @@ def main(arguments: list[str]) -> int:
         "installed, else pycocotools (default: auto).",
     )
     coco.add_argument(
+        "--max-detections",
+        type=int,
+        metavar="N",
+        help="For boxes and masks: number of detections per image and class that count (default: 100, as COCO's).",
+    )
+    coco.add_argument(
         "--category",
         metavar="NAME",
         help="For keypoints: the only category that is scored (default: all that have keypoints).",
@@ -85,10 +91,13 @@ def main(arguments: list[str]) -> int:
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if (key in _OF_COCO) == of_voc:
-            option = "--voc-rule" if key == "rule" else f"--{key}"
+            option = "--voc-rule" if key == "rule" else f"--{key.replace('_', '-')}"
             parser.error(f"{option} belongs to {'COCO' if of_voc else 'Pascal VOC'}, and --type is {chosen.type}")
-    for key in {"category", "sigmas"} & given.keys() if chosen.type != "keypoints" else ():
-        parser.error(f"--{key} belongs to keypoints, and --type is {chosen.type}")
+    for key in given:
+        of_keypoints = key in ("category", "sigmas")
+        if (of_keypoints or key == "max_detections") and of_keypoints != (chosen.type == "keypoints"):
+            what = "keypoints" if of_keypoints else "bbox and segm"
+            parser.error(f"--{key.replace('_', '-')} belongs to {what}, and --type is {chosen.type}")
     if "evaluator" in given:
         given["backend"] = given.pop("evaluator")
     from sis_lightning.evaluation.files import evaluate

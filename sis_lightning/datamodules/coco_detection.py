@@ -16,6 +16,7 @@ from sis_lightning.datasets.constants import Split
 from sis_lightning.datasets.detection_dataset import check_limit
 from sis_lightning.datasets.download import Archive
 from sis_lightning.datasets.meta import Backend, DatasetMeta
+from sis_lightning.errors import UsageError
 from sis_lightning.option_effects import Effect
 
 _COCO = "http://images.cocodataset.org"
@@ -99,6 +100,8 @@ class COCODetectionDataModule(COCODataModule):
         classes: Names of the classes to detect, such as `[person, car]`, or merged classes, such as `{person: [person],
             vehicle: [car, bus, truck]}`. Objects of other classes are left out in all splits. None: all classes.
         empty_images: Whether training images without objects are kept; images of validation and test always are.
+        max_detections: Number of boxes per image and class that count for the metrics; COCO's is 100. The network keeps
+            `detector.box_detections_per_img` boxes of an image, 100 by default.
         files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
             other arguments of `SISDataModule`.
 
@@ -108,18 +111,30 @@ class COCODetectionDataModule(COCODataModule):
             unreadable or of another size than its annotation says.
     """
 
-    option_effects: ClassVar[Mapping[str, Effect]] = {"classes": Effect.RESULT, "empty_images": Effect.RESULT}
+    option_effects: ClassVar[Mapping[str, Effect]] = {
+        "classes": Effect.RESULT,
+        "empty_images": Effect.RESULT,
+        "max_detections": Effect.RESULT,
+    }
 
     def __init__(
         self,
         root: str,
         classes: list[str] | dict[str, list[str]] | None = None,
         empty_images: bool = True,
+        max_detections: int = 100,
         **files: Any,
     ) -> None:
         super().__init__(root, **files)
+        if max_detections <= 10:
+            raise UsageError(f"max_detections is {max_detections}, must be above 10")
+        self.max_detections = max_detections
         self.classes = None if classes is None else check_classes(classes)
         self.empty_images = empty_images
+
+    def describe(self, meta: DatasetMeta) -> DatasetMeta:
+        """Adds the number of detections that count."""
+        return dataclasses.replace(super().describe(meta), max_detections=self.max_detections)
 
     def dataset(self, split: Split) -> ImageDataset:
         """The images of a split with their boxes."""

@@ -42,6 +42,7 @@ class DatasetMeta:
             `center_crop` (the shorter side to 8/7 of `image_size`, then the centre); empty if it does not.
         value_range: The values in the image files that become 0 and 1, before mean and standard deviation; None for 0
             and 255 (or 65535 of 16 bits).
+        max_detections: With the protocol `coco`, number of boxes per image and class that count.
     """
 
     class_names: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class DatasetMeta:
     image_size: tuple[int, int] | None = None
     resize: Resize = ""
     value_range: tuple[float, float] | None = None
+    max_detections: int = 100
 
     @property
     def num_classes(self) -> int:

@@ -38,6 +38,8 @@ class COCOMetric(NamedTuple):
     detections: int
 
 
+#: Number of boxes or masks per image and class that count for COCO.
+MAX_DETECTIONS = 100
 _DETECTION_METRICS = (
     COCOMetric("AP", ".50:.95", "all", 100),
     COCOMetric("AP50", ".50", "all", 100),
@@ -83,10 +85,11 @@ class COCOGroundTruth:
             pycocotools.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for those that the
             annotations have, or COCO's.
+        max_detections: Number of boxes or masks per image and class that count, at least 11; COCO's is 100.
 
     Raises:
         DataError: If an entry has a defect without a remedy; the message names it.
-        UsageError: If faster-coco-eval is asked for and not installed.
+        UsageError: If faster-coco-eval is asked for and not installed, or an argument is invalid.
     """
 
     def __init__(
@@ -95,8 +98,10 @@ class COCOGroundTruth:
         kind: Kind,
         backend: Backend = "auto",
         sigmas: Sequence[float] | None = None,
+        max_detections: int = MAX_DETECTIONS,
     ) -> None:
         self.backend = _chosen(backend)
+        self.max_detections = check_max_detections(max_detections)
         self._coco, self._evaluation = _tools(self.backend)
         annotations.require_sound()
         self.annotations, self.kind = annotations, kind
@@ -109,6 +114,14 @@ class COCOGroundTruth:
         order = _in_order(annotations.image_ids)
         self._number_of = {image: number for number, image in enumerate(order, start=1)}
         self._truth = self._indexed(_coco_content(annotations, kind, self._number_of))
+
+    @property
+    def metrics(self) -> dict[str, COCOMetric]:
+        """COCO's metrics by name; with several classes also the AP of each, `AP/CLASS`."""
+        found = dict(_metrics(self.kind, self.max_detections))
+        if len(self.annotations.class_names) > 1:
+            found |= {f"AP/{name}": found["AP"] for name in self.annotations.class_names}
+        return found
 
     @property
     def image_ids(self) -> list[Any]:
@@ -143,12 +156,12 @@ class COCOGroundTruth:
             image_ids: The images that are scored; None for all.
 
         Returns:
-            The metrics of `COCO_METRICS[kind]` in 0…1, NaN if there is nothing to find; no metrics at all if the images
+            The values of `metrics` in 0…1, NaN if there is nothing to find; no metrics at all if the images
             have no annotations.
         """
         if not self.annotated:
             return {}
-        names = [metric.name for metric in COCO_METRICS[self.kind]]
+        names = list(self.metrics)
         known = self._number_of
         wanted = set(known.values()) if image_ids is None else {known[image] for image in image_ids if image in known}
         categories = list(self.annotations.category_ids)
@@ -167,11 +180,56 @@ class COCOGroundTruth:
             evaluation.params.imgIds, evaluation.params.catIds = sorted(wanted), categories
             if self.sigmas is not None:
                 evaluation.params.kpt_oks_sigmas = self.sigmas
+            if self.kind != "keypoints":
+                evaluation.params.maxDets = [1, 10, self.max_detections]
             evaluation.evaluate()
             evaluation.accumulate()
-            evaluation.summarize()
-        values = [float(value) for value in evaluation.stats[: len(names)]]
-        return {name: value if value >= 0 else math.nan for name, value in zip(names, values, strict=True)}
+        return self._means(evaluation)
+
+    def _means(self, evaluation: Any) -> dict[str, float]:
+        """The metrics, as COCO's `summarize` takes the means; it knows neither single classes nor 300 detections."""
+        parameters = evaluation.params
+        # (thresholds, recalls, classes, areas, numbers of detections), and the same without recalls; -1: none to find.
+        precision, recall = (np.asarray(evaluation.eval[key]) for key in ("precision", "recall"))
+        thresholds = [round(float(threshold), 2) for threshold in parameters.iouThrs]
+        areas, counts = list(parameters.areaRngLbl), list(parameters.maxDets)
+        names = list(self.annotations.class_names)
+        means = {}
+        for name, metric in self.metrics.items():
+            values = recall if metric.name.startswith("AR") else precision
+            values = values[..., areas.index(metric.area), counts.index(metric.detections)]
+            if metric.overlap != ".50:.95":
+                values = values[[thresholds.index(float(metric.overlap))]]
+            if "/" in name:
+                values = values[..., names.index(name.partition("/")[2])]
+            known = values[values > -1]
+            means[name] = float(known.mean()) if known.size else math.nan
+        return means
+
+
+def check_max_detections(count: int) -> int:
+    """Checks a number of detections per image and class.
+
+    Returns:
+        The same.
+
+    Raises:
+        UsageError: If it is not above 10, the number of the metric AR10.
+    """
+    if count <= 10:
+        raise UsageError(f"max_detections is {count}, must be above 10")
+    return count
+
+
+def _metrics(kind: Kind, max_detections: int) -> dict[str, COCOMetric]:
+    """COCO's metrics by name, with another number of detections than 100."""
+    metrics = {}
+    for metric in COCO_METRICS[kind]:
+        if metric.detections == MAX_DETECTIONS:
+            metric = metric._replace(detections=max_detections)
+        name = f"AR{max_detections}" if metric.name == "AR100" else metric.name
+        metrics[name] = metric._replace(name=name)
+    return metrics
 
 
 def _in_order(image_ids: Sequence[Any]) -> list[Any]:

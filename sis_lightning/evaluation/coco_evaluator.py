@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from sis_lightning.datasets.meta import Backend
 from sis_lightning.errors import UsageError
-from sis_lightning.evaluation.coco import COCOGroundTruth
+from sis_lightning.evaluation.coco import MAX_DETECTIONS, COCOGroundTruth, check_max_detections
 from sis_lightning.evaluation.gathered import GatheredEvaluator, own_id, own_key, sources_of
 from sis_lightning.files import write_text
 
 
 class COCOEvaluator(GatheredEvaluator):
-    """COCO's 12 metrics of boxes or 10 of keypoints over a whole split, computed by COCO's own tools.
+    """COCO's 12 metrics of boxes or 10 of keypoints over a whole split, and the AP of each class, by COCO's own tools.
 
     `update` takes for each image a prediction `boxes` (n, 4) x1, y1, x2, y2 in px, `labels` (n,) 1…K and `scores` (n,),
     or `keypoints` (P, K, 3) x, y in px and score, and `scores` (P,).
@@ -27,6 +27,7 @@ class COCOEvaluator(GatheredEvaluator):
             `auto` for the latter if it is installed.
         class_names: Class names by label; None for the category ids.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for COCO's 17.
+        max_detections: Number of boxes per image and class that count; COCO's is 100.
 
     Attributes:
         annotated: After `compute`: False if no image had annotations, so that there are no metrics.
@@ -43,18 +44,20 @@ class COCOEvaluator(GatheredEvaluator):
         *,
         class_names: Sequence[str] | None = None,
         sigmas: Sequence[float] | None = None,
+        max_detections: int = MAX_DETECTIONS,
     ) -> None:
         if kind not in ("bbox", "keypoints"):
             raise UsageError(f"kind is {kind!r}, must be 'bbox' or 'keypoints'")
         super().__init__(class_names or [str(number) for number in category_ids], category_ids)
-        self.kind, self.backend = kind, backend
+        self.kind, self.backend, self.max_detections = kind, backend, check_max_detections(max_detections)
         self.sigmas = tuple(sigmas) if sigmas else None
 
     def _score(self) -> dict[str, float]:
         annotations = self._annotations()
         if self.kind == "keypoints" and annotations.keypoints is None:
             raise UsageError("a target has no 'keypoints' to score against")
-        return COCOGroundTruth(annotations, self.kind, self.backend, self.sigmas).score(self._rows(own_key))
+        known = COCOGroundTruth(annotations, self.kind, self.backend, self.sigmas, self.max_detections)
+        return known.score(self._rows(own_key))
 
     def _rows(self, key_of: Any) -> list[dict[str, Any]]:
         if self.kind == "bbox":

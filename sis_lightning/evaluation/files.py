@@ -18,7 +18,7 @@ from sis_lightning.datasets.constants import VOC_CLASSES
 from sis_lightning.datasets.meta import Backend
 from sis_lightning.datasets.voc_reader import read_names, read_voc, voc_list
 from sis_lightning.errors import DataError, UsageError
-from sis_lightning.evaluation.coco import COCO_METRICS, COCOGroundTruth, check_results, read_results
+from sis_lightning.evaluation.coco import MAX_DETECTIONS, COCOGroundTruth, check_results, read_results
 from sis_lightning.evaluation.voc import Rule, VOCGroundTruth, read_comp4
 from sis_lightning.text_tables import table_to_text
 
@@ -100,8 +100,8 @@ def evaluate(
             `CLASS.txt` or `comp4_det_SPLIT_CLASS.txt`.
         kind: The kind of results: COCO's `bbox`, `segm` or `keypoints`, or VOC's average precision by the rules of 2007
             (`voc07`) or of 2010 and later (`voc12`).
-        options: For COCO: `backend` (`auto`, `pycocotools` or `faster-coco-eval`); for keypoints also `category` and
-            `sigmas` (see `COCOKeypointsDataset`). For VOC: `split` (a list of
+        options: For COCO: `backend` (`auto`, `pycocotools` or `faster-coco-eval`); `max_detections` for
+            boxes and masks, `category` and `sigmas` for keypoints (see `evaluate_coco`). For VOC: `split` (a list of
             `ImageSets/Main/`), `rule` (`devkit` or `toolkit`), `iou` and `classes`.
 
     Returns:
@@ -115,7 +115,9 @@ def evaluate(
         known = ", ".join((*get_args(Kind), *get_args(VOCKind)))
         raise UsageError(f"kind is {kind!r}, must be one of {known}")
     allowed = ["split", "rule", "iou", "classes"] if kind in get_args(VOCKind) else ["backend"]
-    allowed += ["category", "sigmas"] if kind == "keypoints" else []
+    allowed += {"keypoints": ["category", "sigmas"], "bbox": ["max_detections"], "segm": ["max_detections"]}.get(
+        kind, []
+    )
     for name in options:
         if name not in allowed:
             raise UsageError(f"{name} is not an option of {kind}, which has {', '.join(allowed)}")
@@ -139,6 +141,7 @@ def evaluate_coco(
     *,
     category: str | None = None,
     sigmas: Sequence[float] | None = None,
+    max_detections: int = MAX_DETECTIONS,
 ) -> Evaluation:
     """Scores results in COCO's result format.
 
@@ -150,6 +153,7 @@ def evaluate_coco(
         category: With `keypoints`, the only category that is scored; None for all that have keypoints.
         sigmas: Standard deviation of each keypoint for the object keypoint similarity; None for the file's or COCO's,
             for unknown keypoints the mean of COCO's.
+        max_detections: Number of boxes or masks per image and class that count; for keypoints always 20.
 
     Raises:
         DataError: If either is not what it should be, or the ground truth has no annotations.
@@ -160,7 +164,7 @@ def evaluate_coco(
         annotations.skeleton = annotations.skeleton.changed(sigmas=sigmas)
         if not annotations.skeleton.measured:
             annotations.notes["sigmas"] = f"sigmas: {annotations.skeleton.notes()['sigmas']}"
-    known = COCOGroundTruth(annotations, kind, backend)
+    known = COCOGroundTruth(annotations, kind, backend, max_detections=max_detections)
     if not known.annotated:
         raise DataError(
             f"{annotations.source} has no 'annotations' (COCO's image_info of a test set): only its server can score"
@@ -180,7 +184,7 @@ def evaluate_coco(
         {"images": len(annotations), "objects": len(annotations.labels), "detections": len(rows)},
         known.score(rows),
         (overlap, "area", "detections per image and class"),
-        {metric.name: (metric.overlap, metric.area, f"≤ {metric.detections}") for metric in COCO_METRICS[kind]},
+        {name: (metric.overlap, metric.area, f"≤ {metric.detections}") for name, metric in known.metrics.items()},
         f"area: small to 32² px, medium to 96² px, large above; .50:.95: the mean over ten thresholds{notes}",
     )
 

@@ -138,11 +138,12 @@ class DetectionTask(BaseTask):
         return dataclasses.replace(super()._default_meta(), class_names=names)
 
     def build_evaluator(self) -> Metric:
-        """VOC's average precision if `meta.protocol` is `voc`, else COCO's 12 metrics, over a split."""
+        """VOC's average precision if `meta.protocol` is `voc`, else COCO's 12 metrics and the AP of each class."""
         if self.meta.protocol == "voc":
             return VOCEvaluator(self.class_names)
         ids = self.meta.category_ids or tuple(range(1, self.num_classes + 1))
-        return COCOEvaluator("bbox", ids, self.meta.backend, class_names=self.class_names)
+        limit = self.meta.max_detections
+        return COCOEvaluator("bbox", ids, self.meta.backend, class_names=self.class_names, max_detections=limit)
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detects objects in normalised images (C, H, W) of any sizes; in evaluation mode.

@@ -55,7 +55,7 @@ def test_coco_metrics_are_those_of_the_annotation_file(synthetic, tmp_path, kind
         dataset = COCOKeypointsDataset(synthetic, "val2017", evaluation=True)
     truths = truths_of(dataset)
     predictions = [boxes_near(t, rng, 80) if kind == "bbox" else keypoints_near(t, rng) for t in truths]
-    evaluator = COCOEvaluator(kind, dataset.meta.category_ids, backend)
+    evaluator = COCOEvaluator(kind, dataset.meta.category_ids, backend, class_names=dataset.meta.class_names)
     for part in (slice(0, 2), slice(2, None)):
         evaluator.update(predictions[part], truths[part])
     metrics = evaluator.compute()
