@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ _EXPECTED_WARNINGS = (
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
     """Silences expected warnings and Lightning's log for a run, and lets the process keep freed memory."""
+    threading.excepthook = _told_elsewhere
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     keep_freed_memory()
@@ -37,8 +39,16 @@ def prepared() -> Iterator[None]:
         try:
             yield
         finally:
+            threading.excepthook = threading.__excepthook__
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _told_elsewhere(arguments: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread's exception, unless the main thread raises it too, as it does TensorBoard's."""
+    thread = arguments.thread
+    if not (thread is not None and type(thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(arguments)
 
 
 def keep_freed_memory() -> bool:

@@ -123,7 +123,7 @@ class _Started:
         given = dict(build("trainer", self.run.config["trainer"]))
         given["default_root_dir"] = str(self.folder)
         plugins = given.get("plugins") or []
-        given["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
+        given["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO(background=True)]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # Lightning would requeue from within the signal handler, which has torn checkpoints.
             given["plugins"].append(SLURMEnvironment(auto_requeue=False))

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from sis_lightning.run import start  # noqa: F401 - before a test replaces what its modules take from one another
 from sis_lightning.run.reporting import progress
 
 

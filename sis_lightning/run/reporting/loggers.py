@@ -80,6 +80,10 @@ class MetricsCSV(Logger):
         """The folder."""
         return str(self.path.parent)
 
+    def files(self) -> list[Path]:
+        """The file, once it exists."""
+        return [self.path] if self.path.is_file() else []
+
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Writes nothing: they are in config.yaml."""
@@ -192,7 +196,7 @@ class TensorBoard(TensorBoardLogger):
         if self._experiment is None:
             return 0
         self.experiment.flush()
-        return sum(path.stat().st_size for path in self._files())
+        return sum(path.stat().st_size for path in self.files())
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -207,7 +211,8 @@ class TensorBoard(TensorBoardLogger):
         if Path(self.log_dir).is_dir():
             super().finalize(status)
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """The files of the events, in the order in which TensorBoard reads them."""
         return sorted(path for path in self._all_files() if path.suffix != ".partial")
 
     def _all_files(self) -> list[Path]:
@@ -215,7 +220,7 @@ class TensorBoard(TensorBoardLogger):
 
     def _cut(self) -> None:
         """Replaces the existing files by one with their first events."""
-        kept = b"".join(_records(path) for path in self._files())[: self._keep]
+        kept = b"".join(_records(path) for path in self.files())[: self._keep]
         if kept:
             write_bytes(Path(self.log_dir) / self.KEPT, kept[: _whole(kept)])
         for path in self._all_files():

@@ -8,11 +8,12 @@ a seed of its own.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import random
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,11 +35,19 @@ from lightning.pytorch.callbacks import (
 from sis_lightning import lightning_internals as internals
 from sis_lightning.datamodules.samplers import sample_seed
 from sis_lightning.errors import DataError, UsageError, UserError
+from sis_lightning.files import sync_folder
 from sis_lightning.late_values import LateValue
 from sis_lightning.run.recipe import effective_changes
 from sis_lightning.run.record import Code
 from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard, require_folder
-from sis_lightning.run.resume.checkpoints import RUN, Checkpoint, ResumePoint, resume_point, sync_folder
+from sis_lightning.run.resume.checkpoints import (
+    RUN,
+    Checkpoint,
+    ResumePoint,
+    SafeCheckpointIO,
+    in_thread,
+    resume_point,
+)
 from sis_lightning.run.resume.signals import StopRequest
 
 
@@ -156,8 +165,7 @@ class ExactResume(Callback):
         if trainer.is_global_zero:
             # Beside the first steps: a million files take minutes to list.
             data = trainer.datamodule  # type: ignore[attr-defined]
-            self._listing = Future()
-            threading.Thread(target=_settle, args=(self._listing, lambda: data.listing("train")), daemon=True).start()
+            self._listing = in_thread(lambda: data.listing("train"), daemon=True)
         if trainer.world_size > 1:
             points: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(points, self._point_of_ranks)
@@ -174,6 +182,8 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before a batch: returns to the checkpoint's point, or writes a checkpoint; then seeds the step."""
         self._return(trainer, "batch")
+        if (files := _files(trainer)) is not None:
+            files.check()
         internals.keep_sums(trainer)
         progress = internals.batch_progress(trainer)
         done = progress.current.ready - 1
@@ -229,6 +239,9 @@ class ExactResume(Callback):
             return
         self._point = "end"
         trainer.save_checkpoint(self.folder / "last.ckpt")
+        if (files := _files(trainer)) is not None:
+            files.finish()
+        trainer.strategy.barrier()
         self.last_good = self.folder / "last.ckpt"
         self._point = ""
         if trainer.is_global_zero:
@@ -239,8 +252,11 @@ class ExactResume(Callback):
         self.request.deafen()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restores the signal handlers."""
+        """Restores the signal handlers, and waits for the checkpoint that is being written."""
         self.request.deafen()
+        if (files := _files(trainer)) is not None:
+            with contextlib.suppress(UserError):  # the exception is the reason that people should read
+                files.finish()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint) -> None:
         """Adds the `ResumePoint`, and makes Lightning's state one from which it neither skips nor repeats a batch.
@@ -258,6 +274,9 @@ class ExactResume(Callback):
             every = [None] * trainer.world_size
             dist.all_gather_object(every, logged[0])
             logged = every
+        if (files := _files(trainer)) is not None:
+            known = (logger for logger in trainer.loggers if isinstance(logger, (MetricsCSV, TensorBoard)))
+            files.logs = [path for logger in known for path in logger.files()]
         csv = [logger.rows for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
         events = [logger.size for logger in trainer.loggers if isinstance(logger, TensorBoard)]
         checkpoint[RUN] = ResumePoint(
@@ -319,19 +338,25 @@ class ExactResume(Callback):
             self._point = ""
         self._saved_at, self.last_good = batches, path
         if trainer.is_global_zero:
-            link = self.folder / ".last.ckpt.partial"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(path, link)
-                link.replace(self.folder / "last.ckpt")
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, link)
-                link.replace(self.folder / "last.ckpt")
-            others = sorted(other for other in self.folder.glob("step-*.ckpt") if other != path)
-            for old in others[: 1 - self.keep]:
-                old.unlink(missing_ok=True)
-            sync_folder(self.folder)
-            self.reached(trainer.global_step, trainer.current_epoch)
+            publish = functools.partial(self._publish, path, trainer.global_step, trainer.current_epoch)
+            files = _files(trainer)
+            publish() if files is None else files.then(publish)
+
+    def _publish(self, path: Path, step: int, epoch: int) -> None:
+        """Makes a checkpoint that is on disk the newest of the run."""
+        link = self.folder / ".last.ckpt.partial"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+            link.replace(self.folder / "last.ckpt")
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+            link.replace(self.folder / "last.ckpt")
+        others = sorted(other for other in self.folder.glob("step-*.ckpt") if other != path)
+        for old in others[: 1 - self.keep]:
+            old.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        self.reached(step, epoch)
 
     def _agreed(self, trainer: Trainer) -> int:
         """The signal that any device got; the same on all of them."""
@@ -343,6 +368,10 @@ class ExactResume(Callback):
         return int(asked.read()) if asked is not None else 0
 
     def _stop(self, trainer: Trainer, number: int) -> None:
+        if (files := _files(trainer)) is not None:
+            files.finish()
+        if not trainer.validating:
+            trainer.strategy.barrier()  # Lightning kills the first rank, which writes, when another has ended
         what = f"stopped by {signal.Signals(number).name} at step {trainer.global_step:,}; saved {self.last_good}."
         then = "The same command with --resume auto resumes there."
         if number == signal.SIGUSR1 and trainer.is_global_zero:
@@ -356,12 +385,10 @@ class ExactResume(Callback):
         random.seed(seed)
 
 
-def _settle(future: Future[str], function: Callable[[], str]) -> None:
-    """Sets the result of a future; not by an executor, whose threads a process waits for at its end."""
-    try:
-        future.set_result(function())
-    except BaseException as error:
-        future.set_exception(error)
+def _files(trainer: Trainer) -> SafeCheckpointIO | None:
+    """What writes the checkpoints; None if the strategy has its own way."""
+    files = trainer.strategy.checkpoint_io
+    return files if isinstance(files, SafeCheckpointIO) else None
 
 
 #: Callbacks with which a resumed run would differ from an uninterrupted one, and why.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +17,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from sis_lightning.errors import DataError
+from sis_lightning.files import sync, sync_folder
 from sis_lightning.run.record import Code
 from sis_lightning.tasks.checkpoint_files import UnreadableCheckpointError, read_checkpoint
 
@@ -86,32 +92,69 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     A kill at any byte therefore leaves the previous checkpoint intact. The format of torch is a zip with a CRC-32 of
     every record, which `read_checkpoint` verifies.
+
+    Args:
+        background: Whether the training goes on while a copy of the content is written. There is one copy at a time:
+            the next checkpoint waits until it is on disk.
+
+    Attributes:
+        logs: Files whose rows a checkpoint counts, and which therefore must be on disk before it.
     """
 
+    def __init__(self, *, background: bool = False) -> None:
+        super().__init__()
+        self.logs: Sequence[Path] = ()
+        self._background = background
+        self._newest: Future[None] | None = None
+
     def save_checkpoint(self, checkpoint: Checkpoint, path: Any, storage_options: Any = None) -> None:
-        """Writes `path`.
+        """Writes `path`, or begins to.
 
         Raises:
-            DataError: If the disk is full or cannot be written; the previous checkpoint is still there.
+            DataError: If the disk is full or cannot be written, here or in an earlier call; the checkpoint before is
+                still there.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # torch wraps the system's error
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or _reason(error)
-            raise DataError(
-                f"{path} could not be written: {reason}\n  The checkpoints before it are still there: "
-                "make room, and resume with --resume auto."
-            ) from error
+        self.finish()
+        if self._background:
+            checkpoint = _copied(checkpoint, {})
+        self.then(functools.partial(_write, checkpoint, Path(path), list(self.logs)))
+
+    def then(self, task: Callable[[], None]) -> None:
+        """Does something once all that was begun is on disk, and not if that fails."""
+        if not self._background:
+            task()
+            return
+        before = self._newest
+
+        def run() -> None:
+            if before is not None:
+                before.result()
+            task()
+
+        self._newest = in_thread(run, daemon=False)
+
+    def finish(self) -> None:
+        """Waits until all that was begun is on disk.
+
+        Raises:
+            DataError: If that failed.
+        """
+        newest, self._newest = self._newest, None
+        if newest is not None:
+            newest.result()
+
+    def check(self) -> None:
+        """Tells of a failure without waiting.
+
+        Raises:
+            DataError: If what was begun has failed by now.
+        """
+        if self._newest is not None and self._newest.done():
+            self.finish()
+
+    def teardown(self) -> None:
+        """Waits until all is on disk."""
+        self.finish()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> Any:
         """Reads `path`; only plain data and tensors are accepted.
@@ -119,10 +162,69 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             UnreadableCheckpointError: If the system fails to read it.
         """
+        self.finish()  # it may be this one
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except OSError as error:
             raise UnreadableCheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def in_thread(function: Callable[[], Any], *, daemon: bool) -> Future[Any]:
+    """Begins to call a function in a thread of its own; not in an executor's, of which forked workers would know.
+
+    Args:
+        function: The function.
+        daemon: Whether a process may end before the function does.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=daemon).start()
+    return future
+
+
+def _copied(value: Any, known: dict[int, Tensor]) -> Any:
+    """A copy that the training does not change, its tensors on the CPU; a tensor that is there twice is copied once."""
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known[id(value)] = value.detach().to("cpu", copy=True)
+        return known[id(value)]
+    if isinstance(value, dict):
+        content = copy.copy(value)  # of its own type, and with the versions of modules that a state_dict has
+        for key in content:
+            content[key] = _copied(content[key], known)
+        return content
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, known) for item in value)
+    return copy.deepcopy(value)
+
+
+def _write(checkpoint: Checkpoint, path: Path, logs: Sequence[Path]) -> None:
+    """Writes a checkpoint beside its place, and renames it once the logs are on disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        for log in logs:
+            sync(log)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch wraps the system's error
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or _reason(error)
+        raise DataError(
+            f"{path} could not be written: {reason}\n  The checkpoints before it are still there: "
+            "make room, and resume with --resume auto."
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -132,16 +234,6 @@ def _reason(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     return str(error).splitlines()[0]
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a rename to disk, if the system can flush folders."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
