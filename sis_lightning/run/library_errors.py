@@ -31,6 +31,8 @@ _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (jsonarg
 _MISTAKES = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError)
 # As torch says it of its workers; compilers of GPU kernels have a shared memory of another kind.
 _SHARED_MEMORY_IS_FULL = re.compile(r"shared memory ?\(shm\)|workers are out of shared memory|file </torch_")
+# As gloo and NCCL say it.
+_LOST_PEER = re.compile(r"Connection (closed|reset) by peer|remote process exited or there was a network error")
 #: The characters by which `run.parser` marks an inner parser's message.
 MARKS = "\x02{}\x03"
 
@@ -65,6 +67,10 @@ def explained(config: Mapping[str, Any] | None = None) -> Iterator[None]:
             raise cause from error
         if reason := _of_loading(error):
             raise DataError(reason) from error
+        if _LOST_PEER.search(str(error)):
+            raise DataError(
+                "this rank lost its connection to another one, which has ended: the message of that rank says why"
+            ) from error
         if not isinstance(error, MisconfigurationException) and not (
             isinstance(error, _MISTAKES) and _raised_in_library(error)
         ):

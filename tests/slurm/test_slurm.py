@@ -327,7 +327,8 @@ def test_status_of_runs(command, small, tmp_path):
     assert command("status", "nowhere").code == 1
 
 
-# A real SLURM: the controller, one node and munge, as an ordinary cluster on localhost.
+# A real SLURM: the controller, two nodes and munge, as an ordinary cluster, all on this machine. The nodes' names are
+# those by which the ranks find one another.
 
 CONF = """
 ClusterName=test
@@ -336,13 +337,12 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 SlurmUser=root
 SlurmctldPort={port}
-SlurmdPort={other}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -353,15 +353,18 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 KillWait=5
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+NodeName={host} NodeAddr=127.0.0.1 Port={first} CPUs=4 RealMemory=4000 State=UNKNOWN
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=4 RealMemory=4000 State=UNKNOWN
+PartitionName=all Nodes={host},localhost Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture(scope="module")
@@ -370,28 +373,33 @@ def slurm(tmp_path_factory) -> Iterator[None]:
     if lacking or os.geteuid():
         pytest.skip(f"no SLURM to start here: {', '.join(lacking)} not installed" if lacking else "not root")
     folder = Path("/tmp") / f"sis-slurm-{os.getpid()}"  # a socket's path must be short
-    for name in ("state", "spool"):
+    host = socket.gethostname().partition(".")[0]
+    for name in ("state", f"spool.{host}", "spool.localhost"):
         (folder / name).mkdir(parents=True)
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    host = socket.gethostname().partition(".")[0]
-    conf.write_text(CONF.format(host=host, folder=folder, port=free_port(), other=free_port()))
+    ports = dict(zip(("port", "first", "second"), free_ports(3), strict=True))
+    conf.write_text(CONF.format(host=host, folder=folder, **ports))
     environment = {**os.environ, "SLURM_CONF": str(conf), "PATH": PATH}
     files = [f"--{name}={folder}/munge.{ending}" for name, ending in (("socket", "sock"), ("pid-file", "pid"))]
     files += [f"--key-file={key}", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
-    for line in (["munged", "--force", *files], ["slurmctld", "-f", str(conf)], ["slurmd", "-f", str(conf)]):
+    daemons = [["munged", "--force", *files], ["slurmctld", "-f", str(conf)]]
+    for line in (*daemons, *(["slurmd", "-N", name, "-f", str(conf)] for name in (host, "localhost"))):
         subprocess.run(line, check=True, env=environment, capture_output=True)
     patch = pytest.MonkeyPatch()
     patch.setenv("SLURM_CONF", str(conf))
     patch.setenv("PATH", PATH)
     try:
-        wait_for(lambda: "idle" in output("sinfo", "--noheader"), lambda: (folder / "slurmctld.pid").is_file())
+        wait_for(
+            lambda: output("sinfo", "--noheader", "--Node").count("idle") == 2,
+            lambda: (folder / "slurmctld.pid").is_file(),
+        )
         yield
     finally:
         subprocess.run(["scancel", "--full", "--user=root"], check=False, capture_output=True)
-        for name in ("slurmd", "slurmctld", "munge"):
+        for name in (f"slurmd.{host}", "slurmd.localhost", "slurmctld", "munge"):
             pid = folder / f"{name}.pid"
             if pid.is_file():
                 os.kill(int(pid.read_text()), signal.SIGTERM)
@@ -501,6 +509,7 @@ def test_a_requeued_job_ends_like_an_uninterrupted_run(submitted, small, tmp_pat
                 os.kill(process, signal.SIGCONT)
         wait_for(lambda: finished(run), lambda: waits_or_runs(job), log(run))
     assert uninterrupted.returncode == 0
+    wait_for(lambda: "completed" in state(job), lambda: True)
     starts = read_history(run)
     assert {start.job for start in starts} == {job}
     assert [start.how for start in starts] == ["requeued"] * (len(starts) - 1) + ["finished"]
@@ -545,8 +554,9 @@ def test_an_array_of_which_one_element_is_requeued(submitted, tmp_path):
 
 
 @pytest.mark.slurm
-def test_two_tasks_of_one_job_are_two_ranks(submitted, tmp_path):
-    job, run = submitted("--tasks-per-node", 2, steps=12, run="it's 50%j")
+@pytest.mark.parametrize("where", [["--tasks-per-node", 2], ["--nodes", 2]])
+def test_two_tasks_of_one_job_are_two_ranks(submitted, tmp_path, where):
+    job, run = submitted(*where, steps=12, run="it's 50%j")
     wait_for(lambda: finished(run), lambda: waits_or_runs(job), log(run))
     assert "4 images per step = 2 on each of 2 device(s)" in log(run)()
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
