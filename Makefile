@@ -44,6 +44,7 @@ tables: .venv/installed
 # Half an hour on a quiet machine.
 bench: .venv/installed
 	$(BIN)/sis-lightning bench --start
+	$(BIN)/sis-lightning bench --costs
 	$(BIN)/sis-lightning bench --eval
 	$(BIN)/sis-lightning bench --loop --rounds 6
 	$(BIN)/sis-lightning bench --operators --batch 16 --rounds 15 --seconds 0.2

@@ -21,12 +21,16 @@ def main(arguments: list[str]) -> int:
     kinds = {"networks": chosen.networks, "runs": chosen.runs}
     kinds |= {key: getattr(chosen, key) for key in ("operators", "loop", "eval", "start")}
     kinds["data"] = chosen.data is not None  # without folders it is an empty list
+    kinds["costs"] = chosen.costs is not None
     if sum(map(bool, kinds.values())) != 1:
         raise UsageError(
-            "what should be timed? name one of NETWORK..., --operators, --data, --loop, --eval, --start, --runs DIR\n"
+            "what should be timed? name one of NETWORK..., --operators, --data, --loop, --eval, --start, --costs, "
+            "--runs DIR\n"
             "  such as: sis-lightning bench sis50 timm:res2net50_26w_4s"
         )
-    require_at_least(parser, chosen, {"batch": 1, "size": 1, "rounds": 1, "images": 1})
+    require_at_least(parser, chosen, {"batch": 1, "size": 1, "rounds": 1})
+    if chosen.images is not None:
+        require_at_least(parser, chosen, {"images": 1})
     from sis_lightning.bench import report
 
     result = _measure(chosen)
@@ -112,12 +116,24 @@ def _parser() -> Parser:
         "--loop", action="store_true", help="Time fit on the segmentation demo against a plain PyTorch loop."
     )
     others.add_argument("--start", action="store_true", help="Time commands that compute nothing, such as --help.")
+    others.add_argument(
+        "--costs",
+        nargs="?",
+        const=Path(),
+        type=Path,
+        metavar="BEFORE",
+        help="Time fit to its first step at the size of COCO, and steps with a checkpoint; BEFORE is a checkout "
+        "of another version to compare with.",
+    )
     others.add_argument("--eval", action="store_true", help="Time pycocotools against faster-coco-eval.")
     others.add_argument(
         "--runs", nargs="+", metavar="DIR", help="Collect the test metrics and training times of these runs."
     )
     parser.add_argument(
-        "--images", type=int, default=5000, metavar="N", help="Number of images for --eval (default: %(default)s)."
+        "--images",
+        type=int,
+        metavar="N",
+        help="Number of images for --eval and --costs (default: 5,000, and COCO's 118,287).",
     )
     parser.add_argument("--name", help="Name of the result file (default: derived from what was timed).")
     parser.add_argument(
@@ -136,10 +152,15 @@ def _measure(chosen: argparse.Namespace) -> Benchmark:
         from sis_lightning.bench.report import time_start
 
         return time_start()
+    if chosen.costs is not None:
+        require_torch()
+        from sis_lightning.bench.costs import time_costs
+
+        return time_costs(chosen.costs.absolute() if chosen.costs != Path() else None, chosen.images)
     if chosen.eval:
         from sis_lightning.bench.evaluators import time_evaluators
 
-        return time_evaluators(chosen.images)
+        return time_evaluators(chosen.images or 5000)
     require_torch()
     from sis_lightning.run.process import keep_freed_memory
 

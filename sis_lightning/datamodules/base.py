@@ -45,6 +45,7 @@ from sis_lightning.datasets.download import Archive, download, extract
 from sis_lightning.datasets.folder import UnlabelledDataset
 from sis_lightning.datasets.images import ImageReader
 from sis_lightning.datasets.meta import DatasetMeta
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.datasets.synthetic import write_synthetic
 from sis_lightning.errors import DataError, MissingDataError, UsageError
 from sis_lightning.files import digest_files, digest_listing
@@ -317,7 +318,8 @@ class SISDataModule(LightningDataModule, ABC):
 
     def listing(self, split: Split) -> str:
         """SHA-256 that tells the files of a split from others within seconds; see `digest_listing`."""
-        return digest_listing(self.datasets[split].files(), self.home)
+        files = self.datasets[split].files()
+        return digest_listing(files.names() if isinstance(files, PathArray) else files, self.home)
 
     def provenance(self) -> str:
         """`official` if the files are proved to be the published ones, else `other`."""

@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from sis_lightning.datasets.annotations import Annotations
 from sis_lightning.datasets.base import ImageDataset, Sample
 from sis_lightning.datasets.images import turned
+from sis_lightning.datasets.paths import PathArray
 from sis_lightning.errors import DataError, UsageError
 
 
@@ -78,7 +79,7 @@ class DetectionDataset(ImageDataset):
 
     def files(self) -> Sequence[Path]:
         """The images and their annotation files."""
-        return [*self.annotations.paths, *self.annotation_files()]
+        return PathArray([*self.annotations.paths.names(), *self.annotation_files()])
 
     @abstractmethod
     def annotation_files(self) -> Sequence[Path]:

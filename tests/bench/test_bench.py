@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sis_lightning import Classifier
+from sis_lightning.bench.costs import _write_coco
 from sis_lightning.bench.models import Contender, Settings, peak_memory, work
 from sis_lightning.bench.paired import Ratio, time_alternately
 from sis_lightning.bench.roofline import compiled_traffic, eager_traffic, flops
+from sis_lightning.datasets.coco import COCODetectionDataset, COCOKeypointsDataset
 from sis_lightning.errors import UsageError
 from sis_lightning.models.complexity import count_macs
 
@@ -179,3 +181,12 @@ def test_data_of_no_task_is_refused(command, tmp_path):
     result = command("bench", "--data", tmp_path)
     assert result.code == 2
     assert "the data of no task" in result.err
+
+
+def test_the_data_at_coco_s_size_is_sound(tmp_path):
+    _write_coco(tmp_path / "coco", 60)
+    boxes, people = COCODetectionDataset(tmp_path), COCOKeypointsDataset(tmp_path)
+    assert (boxes.defects, people.defects) == ([], [])
+    assert (len(boxes), len(boxes.annotations.image)) == (60, 60 * 860_001 // 118_287)
+    assert len(people) == 60 * 149_813 // 118_287
+    assert boxes[59]["image"].shape == (3, 48, 64)
