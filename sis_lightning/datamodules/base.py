@@ -248,6 +248,18 @@ class SISDataModule(LightningDataModule, ABC):
         meta = self._with_values(meta)
         return ImageReader(upright, meta.mean, meta.std, meta.value_range)
 
+    def mean_colour(self, usual: Sequence[float]) -> tuple[int, ...]:
+        """The colour that becomes 0 when images are normalised, up to rounding, for the padding of training images.
+
+        Args:
+            usual: Mean of each channel of the data set, in 0…1.
+
+        Returns:
+            A value for each channel: 0…255, or 0 if images are normalised as they are read.
+        """
+        mean = self.mean or usual
+        return tuple(0 if self.value_range else round(255 * value) for value in mean)
+
     def _with_values(self, meta: DatasetMeta) -> DatasetMeta:
         if self.mean is not None and self.std is not None:
             meta = dataclasses.replace(meta, mean=tuple(self.mean), std=tuple(self.std))

@@ -22,9 +22,9 @@ from sis_lightning.option_effects import Effect
 class CIFAR100DataModule(SISDataModule):
     """CIFAR-100: 50,000 training and 10,000 test images of 32×32 px in 100 classes.
 
-    Training: zero padding of 4, random crop of 32, random horizontal flip (He et al. 2016, as ResNeXt and Res2Net), on
-    uint8. Evaluation: the images as they are. The val split is the test split, as in the papers: report the metrics of
-    the last epoch, not of the best one.
+    Training: padding of 4 with the mean colour, random crop of 32, random horizontal flip (the code of ResNeXt: zeros
+    after normalising; here the colour is rounded), on uint8. Evaluation: the images as they are. The val split is the
+    test split, as in the papers: report the metrics of the last epoch, not of the best one.
 
     Args:
         root: Folder that contains `cifar-100-python/`.
@@ -43,7 +43,7 @@ class CIFAR100DataModule(SISDataModule):
         super().__init__(root, **loading)
         if self.value_range is not None or len(self.mean or CIFAR100_MEAN) != 3:
             raise UsageError("CIFAR-100 has RGB of 8 bits: leave out value_range, and give mean and std of 3 values")
-        self._augmentation = RandomCropAndFlip(32, padding=4)
+        self._augmentation = RandomCropAndFlip(32, 4, self.mean_colour(CIFAR100_MEAN))
         self._preparation = v2.Resize((32, 32), antialias=True)
 
     @property

@@ -21,17 +21,17 @@ from sis_lightning.option_effects import Effect
 class ImageFolderDataModule(SISDataModule):
     """Your own images: `root/train/CLASS/*.jpg`, and the same in `root/val` or `root/test`.
 
-    Training with `crop: pad` (for small images that all have `image_size` already, like CIFAR's): zero padding of
-    `image_size` / 8, random crop. With `crop: resized` (for photographs): a random part of 8-100 % of the area with
-    proportions of 3:4-4:3, resized. Both: random horizontal flip, on uint8. Evaluation: the images as they are (`pad`),
-    or the shorter side resized to 8/7 `image_size` and the centre cropped (`resized`). Classes are the names of the
-    folders, sorted.
+    Training with `crop: pad` (for small images that all have `image_size` already, like CIFAR's): padding of
+    `image_size` / 8 with the mean colour, random crop. With `crop: resized` (for photographs): a random part of 8-100 %
+    of the area with proportions of 3:4-4:3, resized. Both: random horizontal flip, on uint8. Evaluation: the images as
+    they are (`pad`), or the shorter side resized to 8/7 `image_size` and the centre cropped (`resized`). Classes are
+    the names of the folders, sorted.
 
     Args:
         root: Folder that contains `train/`, and `val/` or `test/`.
         image_size: Side in px of the square images that the network takes.
-        crop: Training crop. `pad` pads images of side `image_size` with zeros, and crops them randomly; `resized` crops
-            a random part of an image, and resizes it.
+        crop: Training crop. `pad` pads images of side `image_size` with the mean colour, and crops them randomly;
+            `resized` crops a random part of an image, and resizes it.
         loading: `batch_size`, `num_workers` and the other arguments of `SISDataModule`.
 
     Raises:
@@ -50,7 +50,8 @@ class ImageFolderDataModule(SISDataModule):
             raise UsageError(f"image_size is {image_size}, must be at least 8")
         self.image_size, self.crop = (image_size, image_size), crop
         if crop == "pad":
-            self._augmentation: Callable[[Any], Any] = RandomCropAndFlip(image_size, padding=image_size // 8)
+            colour = self.mean_colour(DatasetMeta.mean)
+            self._augmentation: Callable[[Any], Any] = RandomCropAndFlip(image_size, image_size // 8, colour)
             self._preparation = v2.Resize((image_size, image_size), antialias=True)
         else:
             resized = v2.RandomResizedCrop(image_size, antialias=True)

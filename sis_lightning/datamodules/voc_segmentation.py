@@ -122,8 +122,7 @@ class VOCSegmentationDataModule(SISDataModule):
         self.image_size = (crop_size, crop_size)
         self.classes, self.train_split = classes, train_split
         self.mask_values, self.void_values = mask_values, void_values or ()
-        # The mean is 0 in normalised images.
-        colour = [0 if self.value_range else round(255 * value) for value in self.mean or IMAGENET_MEAN]
+        colour = list(self.mean_colour(IMAGENET_MEAN))
         self._augmentation = v2.Compose(
             [
                 RandomScale(scale),

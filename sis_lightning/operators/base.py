@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -100,12 +99,12 @@ class SISOperator(nn.Module):
         return {"K1": (half, self.in_channels), "K2": (quarter, quarter), "K3": (quarter, quarter)}
 
     def reset_parameters(self) -> None:
-        """Draws all kernels from the normal distribution of He et al. 2015 (fan-out), and sets the bias to 0."""
+        """Draws all kernels from the normal distribution of He et al. 2015, and sets the bias to 0.
+
+        The fan-out is that of all channels, also of a grouped kernel: so do the code of ResNeXt and torchvision.
+        """
         for kernel in self.kernel_shapes():
-            # The fan-out of a grouped kernel is that of one group.
-            weight = self.get_parameter(kernel)
-            fan_out = weight.shape[0] // self.groups * self.kernel_size**2
-            nn.init.normal_(weight, std=math.sqrt(2 / fan_out))
+            nn.init.kaiming_normal_(self.get_parameter(kernel), mode="fan_out", nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

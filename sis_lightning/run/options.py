@@ -89,11 +89,12 @@ TRAINER_EFFECTS: Mapping[str, Effect | Callable[[Any], Effect]] = {
     "strategy": Effect.NOTHING,
     "devices": Effect.NOTHING,
     "num_nodes": Effect.NOTHING,
+    # On several devices each normalises its own part of the batch, or all together.
+    "sync_batchnorm": Effect.RESULT,
     # How the numbers are computed.
     "precision": _effect_of_precision,
     "deterministic": Effect.NUMERICS,
     "benchmark": Effect.NUMERICS,
-    "sync_batchnorm": Effect.NUMERICS,
     "plugins": _effect_of_plugins,
     # What is logged and displayed.
     "logger": Effect.NOTHING,

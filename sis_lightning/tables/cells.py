@@ -163,9 +163,6 @@ class Evidence:
         reasons += shortcomings(record)
         if run.data.kind == "official" and not all(code.commit for code in _codes(record)):
             reasons.append("its code belongs to no commit: it was installed, and may have been changed")
-        # A recipe's batch size is that of all devices together, and batch norm must see all of it.
-        if (record.training.devices or 1) > 1 and not record.config.get("trainer", {}).get("sync_batchnorm"):
-            reasons.append("its batch norm was not synchronised between devices")
         if not on_other_data:
             return (STATES[run.data.kind] if not reasons else "other recipe"), reasons
         return ("synthetic" if record.data.identity.startswith("synthetic") else "other data"), reasons

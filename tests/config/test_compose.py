@@ -94,9 +94,18 @@ def test_recipes_are_the_papers():
     assert model["lr_scheduler"]["init_args"] == {"total_iters": 30000, "power": 0.9}
     assert (seg["trainer"]["max_steps"], model["output_stride"], model["num_classes"]) == (30000, 16, 21)
     model, data = cls["model"]["init_args"], cls["data"]["init_args"]
-    assert (data["batch_size"], model["lr_batch_size"], cls["trainer"]["max_epochs"]) == (256, 256, 300)
-    assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    assert (data["batch_size"], model["lr_batch_size"], cls["trainer"]["max_epochs"]) == (64, 64, 300)
+    assert model["optimizer"]["init_args"] == {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    assert (data["mean"], data["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert model["lr_scheduler"]["init_args"] == {"milestones": [150, 225], "gamma": 0.1}
+
+
+def test_batch_norm_over_all_devices_is_the_recipes():
+    """ResNeXt's code and Simple Baselines normalise on each device alone; detection from scratch over all of them."""
+    found = {name: compose([f"tasks/{name}.yaml"])["trainer"]["sync_batchnorm"] for name in config_names("tasks")}
+    assert found == {"cls_cifar100": False, "det_coco": True, "det_voc": True, "kpt_coco": False, "seg_voc": True}
+    for trainer in ("ddp", "cluster"):
+        assert "sync_batchnorm" not in yaml.safe_load((PACKAGED / f"configs/trainers/{trainer}.yaml").read_text())
 
 
 def test_recipes_of_detection_and_keypoints_are_the_papers():

@@ -27,6 +27,7 @@ from sis_lightning.datasets.images import denormalize, normalize, read_image
 from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.datasets.voc import read_mask
 from sis_lightning.errors import DataError, MissingDataError, UsageError
+from sis_lightning.run.run import Run
 
 
 @given(length=st.integers(0, 50), world=st.integers(1, 7))
@@ -77,10 +78,12 @@ def test_augmentation_depends_only_on_epoch_and_index(synthetic):
     assert not torch.equal(batches(synthetic, 0, epoch=4), first)
 
 
-@pytest.mark.parametrize(("size", "padding"), [(32, 4), (9, 1), (8, 1)])
-def test_own_crop_and_flip_are_those_of_torchvision(size, padding):
-    theirs = v2.Compose([v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()])
-    ours = RandomCropAndFlip(size, padding)
+@pytest.mark.parametrize(
+    ("size", "padding", "colour"), [(32, 4, (124, 116, 104)), (9, 1, (0, 0, 0)), (8, 1, (1, 2, 3))]
+)
+def test_own_crop_and_flip_are_those_of_torchvision(size, padding, colour):
+    theirs = v2.Compose([v2.RandomCrop(size, padding=padding, fill=list(colour)), v2.RandomHorizontalFlip()])
+    ours = RandomCropAndFlip(size, padding, colour)
     image = tv_tensors.Image(torch.randint(0, 256, (3, size, size), dtype=torch.uint8))
     for seed in range(40):
         torch.manual_seed(seed)
@@ -88,6 +91,20 @@ def test_own_crop_and_flip_are_those_of_torchvision(size, padding):
         torch.manual_seed(seed)
         assert torch.equal(ours(image), wanted)
         assert torch.equal(torch.get_rng_state(), left)
+
+
+def test_the_padding_of_the_cifar_recipe_is_0_when_it_is_normalised(synthetic):
+    """ResNeXt's code normalises first, and then pads with zeros: the mean colour, here up to half of 1/255."""
+    root = f"--data.root={synthetic}"
+    data = Run.from_arguments(["--config=tasks/cls_cifar100.yaml", root, "--data.num_workers=0"]).datamodule
+    data.setup("fit")
+    white = tv_tensors.Image(torch.full((3, 32, 32), 255, dtype=torch.uint8))
+    crops = torch.stack([data.train_transform({"image": white})["image"] for _ in range(20)])
+    outside = crops.permute(1, 0, 2, 3)[:, crops[:, 0] < 255]
+    assert outside.numel()
+    normalised = normalize(outside[:, None], data.meta.mean, data.meta.std)
+    assert data.meta.mean == (0.485, 0.456, 0.406)
+    assert normalised.abs().max() <= 0.5 / 255 / 0.224
 
 
 def test_samples_of_a_batch_are_seeded_one_by_one():

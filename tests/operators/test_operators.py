@@ -297,3 +297,12 @@ def test_replace_convs_respects_padding_shared_weights_and_mode():
     assert set(report.left) == {"valid", "reflect", "tall"}
     with pytest.raises(ValueError, match="create_operator"):
         replace_convs(nn.Conv2d(4, 4, 3), "basic")
+
+
+@pytest.mark.parametrize("name", list_operators())
+def test_kernels_are_drawn_as_torchvision_draws_convolutions(name):
+    """He et al. with the fan-out of all channels, also of groups: std = sqrt(2 / (C k^2)) for a kernel of C outputs."""
+    torch.manual_seed(0)
+    operator = create_operator(name, 512, 512, groups=8)
+    for kernel in operator.kernels().values():
+        assert kernel.std().item() == pytest.approx((2 / (kernel.shape[0] * 9)) ** 0.5, rel=0.03)

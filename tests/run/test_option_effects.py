@@ -58,6 +58,9 @@ def test_every_option_of_a_resolved_run_has_an_effect():
     assert effect_of("trainer.max_steps", config) is Effect.RESULT
     assert effect_of("trainer.log_every_n_steps", config) is Effect.NOTHING
     assert effect_of("data.class_path", config) is Effect.RESULT
+    # Whether batch norm is over all devices: a record of the other kind is one of another recipe.
+    assert effect_of("trainer.sync_batchnorm", config) is Effect.RESULT
+    assert effect_of("trainer.devices", config) is Effect.NOTHING
     assert effect_of("unknown", config) is Effect.RESULT
 
 

@@ -176,7 +176,6 @@ def code(**changes: Any) -> dict[str, Any]:
         "uncommitted changes in the test": ("other recipe", {"code": code(dirty=True)}),
         "uncommitted changes in the training": ("other recipe", {"training__code": [code(dirty=True)]}),
         "a configuration that was changed during training": ("other recipe", {"training__changed": ["model.lr"]}),
-        "batch norm of each device": ("other recipe", {"training__devices": 4}),
         "another metric": ("not run", {"metrics": {"test/top1": 0.5}}),
         "an operator that was changed after training": (
             "other recipe",

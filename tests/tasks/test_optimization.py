@@ -184,3 +184,21 @@ def test_starting_weights_are_loaded_once_and_not_for_checkpoints(tmp_path):
         later = classification(backbone_weights=str(tmp_path / "body.pth"))
     with pytest.raises(DataError, match="no such file"):
         trainer(tmp_path, max_steps=1).fit(later, loader())
+
+
+def test_the_cifar_recipe_follows_the_linear_rule_from_batch_64(command, synthetic):
+    """0.05 for batch 64, so 0.1 for 128, as in the code of ResNeXt; here 0.00625 for 8."""
+    options = [
+        "--config",
+        "tasks/cls_cifar100.yaml",
+        "--trainer",
+        "cpu",
+        "--data.root",
+        synthetic,
+        "--data.num_workers",
+        0,
+    ]
+    options += ["--data.batch_size", 8, "--trainer.max_steps", 1, "--trainer.limit_val_batches", 0]
+    fit = command("fit", *options, "--model.backbone.channels", 8, "--model.backbone.width", 4)
+    assert fit.code == 0, fit.err
+    assert "0.00625 at the start (linear rule from batch 64)" in fit.out
