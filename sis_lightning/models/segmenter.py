@@ -117,8 +117,33 @@ def _registered(config: BackboneConfig) -> Iterator[str]:
         encoders.pop(name, None)
 
 
-def _is_aligned(module: nn.Module) -> bool:
-    return isinstance(module, nn.Upsample) and module.mode == "bilinear" and bool(module.align_corners)
+class RegisteredUpsample(nn.Module):
+    """Upsamples maps bilinearly: (N, C, h, w) → (N, C, factor · (h - 1) + 1, factor · (w - 1) + 1).
+
+    Cell i comes to lie at position factor · i, as the cells of a backbone do: cell i of a map at stride s is centred at
+    pixel s · i. An image of 513 px has maps of 129 and 33 px, which become 129 and 513 px again (Chen et al. 2018).
+
+    Args:
+        factor: The factor.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Upsamples maps."""
+        size = [self.factor * (side - 1) + 1 for side in maps.shape[-2:]]
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+
+
+def _register_upsampling(network: nn.Module) -> None:
+    """Replaces upsampling by a factor with aligned corners, which moves cells by up to a cell."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Upsample) and child.mode == "bilinear" and child.align_corners:
+                assert isinstance(child.scale_factor, float)
+                setattr(module, name, RegisteredUpsample(int(child.scale_factor)))
 
 
 def _upsampled_rows(maps: Tensor, rows: range, height: int, width: int) -> Tensor:
@@ -135,9 +160,11 @@ def _upsampled_rows(maps: Tensor, rows: range, height: int, width: int) -> Tenso
 class Segmenter(nn.Module):
     """Maps images (N, in_channels, H, W) of any size to logits (N, num_classes, H, W).
 
-    Encoder, decoder and segmentation head are those of a network of SMP. Because its decoders need sides that are
-    multiples of `divisor`, images are padded at the bottom and on the right with 0 (the mean colour of normalised
-    images), and the logits are cropped to the size of the image.
+    Encoder, decoder and segmentation head are those of a network of SMP. Images are padded at the bottom and on the
+    right with 0 (the mean colour of normalised images), and the logits are cropped to the size of the image: most
+    decoders of SMP need sides that are multiples of `divisor`. Those of DeepLab get sides that are 1 more, such as 513,
+    and upsample so that features stay at their places (`RegisteredUpsample`; SMP's own upsampling moves those at the
+    right and at the bottom of 513 px by 14.6 px). Other decoders are SMP's as they are.
 
     Args:
         backbone: Name such as `"sis50"`, mapping of fields, or `BackboneConfig`, as for `create_backbone`. It needs
@@ -206,16 +233,24 @@ class Segmenter(nn.Module):
         self.encoder: SMPEncoder = network.encoder
         self.decoder: nn.Module = network.decoder
         self.segmentation_head: nn.Sequential = network.segmentation_head
+        self.remainder = 1 if self.architecture.startswith("deeplabv3") else 0
+        if self.remainder:
+            _register_upsampling(self)
 
     @property
     def divisor(self) -> int:
-        """The number of which both sides of a padded image are multiples."""
+        """The number of which both sides of a padded image, less `remainder`, are multiples."""
         return self.encoder.output_stride
+
+    def _padding(self, x: Tensor) -> tuple[int, int]:
+        """Columns on the right and rows at the bottom."""
+        height, width = x.shape[-2:]
+        return (self.remainder - width) % self.divisor, (self.remainder - height) % self.divisor
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) to (N, num_classes, H, W)."""
         height, width = x.shape[-2:]
-        right, below = -width % self.divisor, -height % self.divisor
+        right, below = self._padding(x)
         if not right and not below:
             return self.logits(x)
         return self.logits(F.pad(x, (0, right, 0, below)))[..., :height, :width]
@@ -233,10 +268,10 @@ class Segmenter(nn.Module):
         convolution, upsampling = self.segmentation_head[0], self.segmentation_head[1]
         height, width = x.shape[-2:]
         rows = max(1, at_once // (len(x) * self.num_classes * width))
-        if height <= rows or not _is_aligned(upsampling):
+        if height <= rows or not isinstance(upsampling, RegisteredUpsample):
             whole: Tensor = self(x)
             return whole.argmax(dim=1).to(torch.uint8)
-        right, below = -width % self.divisor, -height % self.divisor
+        right, below = self._padding(x)
         padded = F.pad(x, (0, right, 0, below)) if right or below else x
         low: Tensor = convolution(self.decoder(self.encoder(padded)))
         found = torch.empty(len(x), height, width, dtype=torch.uint8, device=x.device)
@@ -247,7 +282,7 @@ class Segmenter(nn.Module):
         return found
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps (N, in_channels, H, W), with H and W multiples of `divisor`, to (N, num_classes, H, W)."""
+        """Maps (N, in_channels, H, W), with sides of a padded image, to (N, num_classes, H, W)."""
         logits: Tensor = self.segmentation_head(self.decoder(self.encoder(x)))
         return logits
 

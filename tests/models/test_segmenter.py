@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from PIL import Image
 from segmentation_models_pytorch.encoders import encoders
+from torch import nn
 
 from sis_lightning.backbones import create_backbone
 from sis_lightning.errors import UsageError
@@ -34,6 +37,92 @@ def test_all_decoders_of_smp_take_our_encoder(architecture):
     assert model.divisor == (8 if architecture == "pspnet" else stride)
 
 
+class Ramp(nn.Module):
+    """In the place of the encoder: two maps of the pixel at which each cell of its backbone is centred, x and y."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.output_stride, self.backbone = encoder.output_stride, encoder.backbone
+
+    def forward(self, x):
+        def positions(stride):
+            height, width = (-(-side // stride) for side in x.shape[-2:])
+            y, x_ = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            return stride * torch.stack([x_, y])[None].double()
+
+        return [positions(stride) for stride in (1, 2, 4, 8, 16, 16)]
+
+
+class LowOnly(nn.Module):
+    """In the place of DeepLab's last convolutions: the upsampled maps of the deepest features, without those of c2."""
+
+    def forward(self, maps):
+        return maps[:, :2]
+
+
+@pytest.mark.parametrize("size", [(513, 513), (512, 500), (375, 500), (33, 18), (17, 200), (16, 1)])
+@pytest.mark.parametrize("architecture", ["deeplabv3plus", "deeplabv3"])
+def test_features_stay_at_their_places(architecture, size):
+    """A ramp of coordinates comes out as it is, at every size; SMP's own upsampling is 14.6 px off at 513 px."""
+    model = Segmenter("sis_demo", 2, architecture, decoder={"decoder_channels": 2}).double().eval()
+    cells = model.encoder.backbone(torch.zeros(1, 3, 129, 97, dtype=torch.float64))
+    assert [tuple(maps.shape[-2:]) for maps in cells.values()] == [(33, 25), (17, 13), (9, 7), (9, 7)]
+    model.encoder = Ramp(model.encoder)
+    if architecture == "deeplabv3plus":
+        model.decoder.aspp, model.decoder.block1, model.decoder.block2 = nn.Identity(), nn.Identity(), LowOnly()
+    else:
+        model.decoder = Last()
+    model.segmentation_head[0] = nn.Identity()
+    got = model(torch.zeros(1, 3, *size, dtype=torch.float64))[0]
+    y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    assert torch.allclose(got, torch.stack([x, y]).double(), rtol=0, atol=1e-9)
+
+
+class Last(nn.Module):
+    def forward(self, features):
+        return features[-1]
+
+
+def test_cells_of_a_backbone_are_centred_at_multiples_of_their_stride():
+    """What they see of an image is, on average, centred there: by the gradient of a linear form of the network."""
+    backbone = create_backbone("resnet50", output_stride=16).double().eval()
+    for module in list(backbone.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (nn.ReLU, nn.BatchNorm2d)):
+                setattr(module, name, nn.Identity())
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(module, name, nn.AvgPool2d(3, 2, 1))
+    for parameter in backbone.parameters():
+        nn.init.constant_(parameter, 1 / parameter[0].numel())
+    image = torch.zeros(1, 3, 513, 513, dtype=torch.float64, requires_grad=True)
+    for name, stride in (("c2", 4), ("c5", 16)):
+        maps = backbone(image)[name]
+        middle = maps.shape[-1] // 2
+        (seen,) = torch.autograd.grad(maps[0, 0, middle, middle], image, retain_graph=True)
+        weight = seen.sum(dim=(0, 1, 2))
+        centre = (weight * torch.arange(513)).sum() / weight.sum()
+        assert centre.item() == pytest.approx(stride * middle, abs=0.6)
+
+
+@pytest.mark.parametrize("size", [513, 512, 500])
+def test_perfect_features_give_nearly_perfect_masks(shared, size):
+    """Real masks, sampled where the cells of c2 lie, come out as they are up to what lies between these cells."""
+    model = Segmenter("sis_demo", 21).eval()
+    confusion = torch.zeros(21, 21, dtype=torch.long)
+    for path in sorted((shared / "voc2012_mini/VOCdevkit/VOC2012/SegmentationClass").glob("*.png"))[:20]:
+        with Image.open(path) as mask:
+            truth = torch.from_numpy(np.array(mask)).long()
+        truth = nn.functional.pad(truth, (0, size, 0, size), value=255)[:size, :size]
+        right = (1 - size) % 16
+        cells = nn.functional.pad(truth, (0, right, 0, right), value=0)[::4, ::4]
+        features = nn.functional.one_hot(cells.clamp(max=21) * (cells < 21), 21).permute(2, 0, 1)[None].float()
+        found = model.segmentation_head[1](features)[0, :, :size, :size].argmax(0)
+        known = truth < 21
+        confusion += torch.bincount(21 * truth[known] + found[known], minlength=441).view(21, 21)
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    assert (confusion.diagonal()[union > 0] / union[union > 0]).mean() > 0.9
+
+
 def test_networks_leave_the_registry_of_smp_as_it_is():
     before = set(encoders)
     for classes in (2, 3, 4):
@@ -47,7 +136,7 @@ def test_a_padded_image_is_cropped_again():
     torch.manual_seed(0)
     model = Segmenter("sis_demo", 3).eval()
     image = torch.randn(1, 3, 33, 47)
-    padded = torch.zeros(1, 3, 48, 48)
+    padded = torch.zeros(1, 3, 33, 49)
     padded[..., :33, :47] = image
     assert torch.equal(model(image), model(padded)[..., :33, :47])
 
