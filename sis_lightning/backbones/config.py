@@ -52,6 +52,9 @@ class BackboneConfig:
             (Res2Net for ImageNet), `conv` convolves it like the others (Res2Net for CIFAR).
         norm: Norm layers: `bn` (batch norm), `syncbn` (batch norm over all devices) or `gn` (group norm with up to 32
             groups).
+        groups: How operators in place of grouped convolutions are read, on which the paper is silent: `inside` makes
+            each group an operator of its own, as the groups of a convolution are; `across` divides Y1 into halves over
+            all groups, so that outputs see other groups. Parameters and MACs are the same.
 
     Raises:
         UsageError: If a value is invalid, or values do not fit each other. It is also a ValueError.
@@ -68,6 +71,7 @@ class BackboneConfig:
     stem: Literal["imagenet", "cifar"] = "imagenet"
     last_split: Literal["pool", "conv"] = "pool"
     norm: Literal["bn", "syncbn", "gn"] = "bn"
+    groups: Literal["inside", "across"] = "inside"
 
     def __post_init__(self) -> None:
         for key, known in _LITERALS.items():
@@ -89,6 +93,10 @@ class BackboneConfig:
         if self.steps != 2 and not operator.recurrent:
             raise UsageError(
                 f"backbone: steps is {self.steps}, but operator '{self.operator}' has no recurrence: leave steps at 2"
+            )
+        if self.groups == "across" and self.cardinality == 1:
+            raise UsageError(
+                "backbone: groups is 'across', but with cardinality 1 there are no groups: leave it inside"
             )
         hierarchical, grouped = self.family.startswith("res2"), self.family.endswith("next")
         if (self.scale > 1) != hierarchical or (self.cardinality > 1) != grouped:
@@ -116,6 +124,7 @@ class BackboneConfig:
         """A short name that differs for different configurations, such as `res2net50-26w4s-basic`."""
         split = f"{self.cardinality}c" * (self.cardinality > 1) + f"{self.width}w" + f"{self.scale}s" * (self.scale > 1)
         operator = self.operator + (f"-T{self.steps}" if self.steps != 2 else "")
+        operator += "-across" if self.groups == "across" else ""
         parts = [f"{self.family}{self.depth}", split, operator]
         usual = {"channels": 64, "norm": "bn", "stem": "cifar" if len(self.blocks) == 3 else "imagenet"}
         usual["last_split"] = "conv" if self.stem == "cifar" else "pool"

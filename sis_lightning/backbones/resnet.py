@@ -129,6 +129,7 @@ class Split(nn.Module):
                 dilation=dilation,
                 groups=config.cardinality,
                 steps=config.steps,
+                across_groups=config.groups == "across",
             )
             for _ in range(convolved)
         )

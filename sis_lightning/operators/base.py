@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ class SISOperator(nn.Module):
             `sis_lightning.operators.sis`).
         dilation: Dilation of all kernels.
         groups: Number of groups of all kernels.
+        across_groups: Whether Y1 is divided into halves over all groups, so that outputs see other groups; by default
+            each group is an operator of its own, as the groups of a convolution are, and its outputs are together.
+            The paper does not say; kernels, parameters and MACs are the same.
         steps: Number of time steps T of the recurrent operators (Table 1-1), at least 1. Other operators ignore it.
         bias: Whether to add a learnable bias to each output channel. The paper's operators have none; `replace_convs`
             uses it to keep the bias of the convolution that it replaces.
@@ -58,6 +62,7 @@ class SISOperator(nn.Module):
         groups: int = 1,
         steps: int = 2,
         bias: bool = False,
+        across_groups: bool = False,
     ) -> None:
         super().__init__()
         reason = self.unsuitable(in_channels, out_channels, kernel_size, groups=groups)
@@ -68,6 +73,7 @@ class SISOperator(nn.Module):
                 raise UsageError(f"operator '{self.name}': {argument} is {value}, must be at least 1.")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.dilation, self.groups, self.steps = stride, dilation, groups, steps
+        self.across_groups = across_groups
         self.padding = dilation * (kernel_size - 1) // 2
         for kernel, (outputs, inputs) in self.kernel_shapes().items():
             shape = (outputs, inputs // groups, kernel_size, kernel_size)
@@ -123,8 +129,28 @@ class SISOperator(nn.Module):
         return self.convolve(x, self.K1, stride=self.stride)
 
     def literal(self, x: Tensor) -> Tensor:
-        """Computes the paper's equations line by line; every fast form is tested against it."""
+        """Computes the paper's equations line by line, on one group or across all groups."""
         raise NotImplementedError
+
+    @property
+    def apart(self) -> bool:
+        """Whether there are groups that do not see one another."""
+        return self.groups > 1 and not self.across_groups
+
+    def equations(self, x: Tensor) -> Tensor:
+        """Computes `literal`, on each group alone if they are apart; every fast form is tested against it."""
+        if not self.apart:
+            return self.literal(x)
+        kernels = {name: kernel.chunk(self.groups) for name, kernel in self.kernels().items()}
+        outputs = []
+        for index, part in enumerate(x.chunk(self.groups, dim=1)):
+            alone = copy.copy(self)
+            own: Any = {name: parts[index] for name, parts in kernels.items()}
+            alone._parameters = own
+            alone.groups = 1
+            alone.in_channels, alone.out_channels = self.in_channels // self.groups, self.out_channels // self.groups
+            outputs.append(alone.literal(part))
+        return torch.cat(outputs, dim=1)
 
     def prepare(self) -> dict[str, Tensor]:
         """Returns the kernels that `parts` convolves with; they depend on the parameters alone.
@@ -145,10 +171,20 @@ class SISOperator(nn.Module):
         Returns:
             Tensors (N, C_i, H', W') whose channels add up to C.
         """
-        return [self.literal(x)]
+        return [self.equations(x)]
+
+    def last(self, name: str) -> str:
+        """The name of the kernel that computes the last part: `last`, or this if its channels are not at the end."""
+        return name if self.apart else "last"
+
+    def grouped(self, parts: list[Tensor]) -> list[Tensor]:
+        """Puts the channels of each group together if groups are apart, given parts that have all groups in order."""
+        if not self.apart:
+            return parts
+        return [torch.cat([torch.unflatten(part, 1, (self.groups, -1)) for part in parts], dim=2).flatten(1, 2)]
 
     def fast(self, x: Tensor) -> Tensor:
-        """Computes the same function as `literal` in fewer passes over memory."""
+        """Computes the same function as `equations` in fewer passes over memory."""
         parts = self.parts(x, self.prepare())
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -162,6 +198,7 @@ class SISOperator(nn.Module):
         """Describes the operator as `nn.Conv2d` does, with T for recurrent operators."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         parts += [f"{key}={getattr(self, key)}" for key in ("dilation", "groups") if getattr(self, key) > 1]
+        parts += ["across_groups=True"] if self.groups > 1 and self.across_groups else []
         parts += [f"steps={self.steps}"] if self.recurrent else []
         return ", ".join(parts)
 
@@ -240,6 +277,7 @@ def create_operator(
     groups: int = 1,
     steps: int = 2,
     bias: bool = False,
+    across_groups: bool = False,
 ) -> SISOperator:
     """Creates an operator that maps the same shapes as the convolution that it replaces.
 
@@ -257,6 +295,7 @@ def create_operator(
         groups: Number of groups of every kernel.
         steps: Number of time steps T ≥ 1 of the recurrent operators (Table 1-1). Other operators ignore it.
         bias: Whether to add a learnable bias to the output. The paper's operators have none.
+        across_groups: Whether outputs see other groups (see `SISOperator`); by default they do not.
 
     Raises:
         UsageError: If the name is unknown or an argument is invalid. It is also a ValueError.
@@ -270,4 +309,5 @@ def create_operator(
         groups=groups,
         steps=steps,
         bias=bias,
+        across_groups=across_groups,
     )

@@ -20,6 +20,10 @@ Every class computes the same function in two ways, with the same parameters. `l
 line. `fast` computes the same in fewer passes over memory, and is what `forward` runs. It consists of `prepare`, which
 depends on the kernels only, so that a trained network needs it once, and `parts`, which depends on the input. K1 has
 the stride; dilation, groups and "same" padding are those of all kernels.
+
+The paper is silent on groups. By default each is an operator of its own: the output is [Y of group 1, Y of group 2, …],
+Y1 of a group and its halves are next to each other. With `across_groups`, Y11 and Y12 are the halves of Y1 over all
+groups. In both, a kernel has the rows of the groups one after the other.
 """
 
 from __future__ import annotations
@@ -72,17 +76,41 @@ class Basic(SISOperator):
 
     def prepare(self) -> dict[str, Tensor]:
         """Returns the kernels as they are."""
-        return {"K1": self.K1, "K2": self.K2, "last": self.K3}
+        return self.kernels() if self.apart else {"K1": self.K1, "K2": self.K2, "last": self.K3}
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
         """Computes eqs. 2-5, which have nothing to save."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         Y2 = self.convolve(Y1, kernels["K2"])
-        return [Y1, Y2, self.convolve(Y2, kernels["last"], bias)]
+        Y3 = self.convolve(Y2, kernels[self.last("K3")], bias)
+        return self.grouped([Y1, Y2, Y3])
+
+
+class _TwoPaths(SISOperator):
+    """Operators that compute the paths Y11 → K2 and Y12 → K3 as the two halves of one grouped convolution."""
+
+    def paired(self) -> Tensor:
+        """[K2; K3], over all groups or, if these are apart, of each group."""
+        if not self.apart:
+            return torch.cat([self.K2, self.K3])
+        kernels = [torch.unflatten(kernel, 0, (self.groups, -1)) for kernel in (self.K2, self.K3)]
+        return torch.stack(kernels, dim=1).flatten(0, 2)
+
+    def prepare(self) -> dict[str, Tensor]:
+        """Concatenates K2 and K3 over the outputs.
+
+        The result is returned twice, because a norm is folded into the kernel `last` only.
+        """
+        K23 = self.paired()
+        return {"K1": self.K1, "K23": K23} if self.apart else {"K1": self.K1, "K23": K23, "last": K23}
+
+    def both(self, y: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Computes [K2 * y1, K3 * y2] for y = [y1, y2] and kernels = [K2; K3]."""
+        return self.convolve(y, kernels, bias, groups=2 * self.groups)
 
 
 @register_operator("interactive1")
-class Interactive1(SISOperator):
+class Interactive1(_TwoPaths):
     """Interactive SIS-I (inter-layer), eqs. 8-12, Fig. 1d: both paths see the sum of the first layer."""
 
     def literal(self, x: Tensor) -> Tensor:
@@ -95,36 +123,21 @@ class Interactive1(SISOperator):
 
     def prepare(self) -> dict[str, Tensor]:
         """Concatenates K2 and K3 over the inputs (`sum`) and over the outputs (`last`)."""
-        if self.groups > 1:
+        if self.groups > 1 and self.across_groups:
             # The channels of a group of Y11 are not next to those of the same group of Y12.
             return {**self.kernels(), "last": self.K3}
-        return {"K1": self.K1, "sum": torch.cat([self.K2, self.K3], dim=1), "last": torch.cat([self.K2, self.K3])}
+        both = torch.cat([self.K2, self.K3], dim=1)
+        return {"K1": self.K1, "sum": both, self.last("K23"): self.paired()}
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
         """Computes S = A + B as one convolution of the whole Y1, without sums and without copies of its halves."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         if "sum" in kernels:
             S = self.convolve(Y1, kernels["sum"])
-            return [Y1, self.convolve(S, kernels["last"], bias)]
+            return self.grouped([Y1, self.convolve(S, kernels[self.last("K23")], bias)])
         Y11, Y12 = Y1.chunk(2, dim=1)
         S = self.convolve(Y11, kernels["K2"]) + self.convolve(Y12, kernels["K3"])
         return [Y1, self.convolve(S, kernels["K2"]), self.convolve(S, kernels["last"], bias)]
-
-
-class _TwoPaths(SISOperator):
-    """Operators that compute the paths Y11 → K2 and Y12 → K3 as the two halves of one grouped convolution."""
-
-    def prepare(self) -> dict[str, Tensor]:
-        """Concatenates K2 and K3 over the outputs.
-
-        The result is returned twice, because a norm is folded into the kernel `last` only.
-        """
-        K23 = torch.cat([self.K2, self.K3])
-        return {"K1": self.K1, "K23": K23, "last": K23}
-
-    def both(self, y: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Computes [K2 * y1, K3 * y2] for y = [y1, y2] and kernels = [K2; K3]."""
-        return self.convolve(y, kernels, bias, groups=2 * self.groups)
 
 
 @register_operator("interactive2")
@@ -143,8 +156,12 @@ class Interactive2(_TwoPaths):
         """Computes both paths at once; they cross by adding Y1 with its halves swapped."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         AB = self.both(Y1, kernels["K23"])
-        swapped = Y1.roll(self.out_channels // 4, dims=1)
-        return [Y1, self.both(AB + swapped, kernels["last"], bias)]
+        if self.apart:
+            width = self.out_channels // self.groups // 4
+            swapped = torch.unflatten(Y1, 1, (self.groups, -1)).roll(width, dims=2).flatten(1, 2)
+        else:
+            swapped = Y1.roll(self.out_channels // 4, dims=1)
+        return self.grouped([Y1, self.both(AB + swapped, kernels[self.last("K23")], bias)])
 
 
 class _Recurrent(_TwoPaths):
@@ -185,7 +202,7 @@ class Recurrent1(_Recurrent):
         u = Y1 if self.steps == 1 else self.both(Y1, kernels["first"])
         for _ in range(2, self.steps):
             u = self.both(u, kernels["K23"]) + Y1
-        return [Y1, self.both(u, kernels["last"], bias)]
+        return self.grouped([Y1, self.both(u, kernels[self.last("K23")], bias)])
 
 
 @register_operator("recurrent2")
@@ -205,23 +222,24 @@ class Recurrent2(_Recurrent):
 
     def prepare(self) -> dict[str, Tensor]:
         """Adds K + 2δ, the kernel of the second step, which is the last one for T = 2, as in the paper."""
-        K23 = torch.cat([self.K2, self.K3])
+        K23 = self.paired()
         if self.steps == 1:
-            return {"K1": self.K1, "last": K23}
-        second = self.plus_identity(K23, 2)
-        if self.steps == 2:
-            return {"K1": self.K1, "K23": K23, "last": second}
-        return {"K1": self.K1, "K23": K23, "second": second}
+            return {"K1": self.K1, self.last("K23"): K23}
+        return {
+            "K1": self.K1,
+            "K23": K23,
+            self.last("second") if self.steps == 2 else "second": self.plus_identity(K23, 2),
+        }
 
     def parts(self, x: Tensor, kernels: dict[str, Tensor], bias: Tensor | None = None) -> list[Tensor]:
         """Computes the sums s_t = h_1 + … + h_t = K * s_{t-1} + t · h_1, of which s_2 = (K + 2δ) * h_1."""
         Y1 = self.convolve(x, kernels["K1"], stride=self.stride)
         if self.steps == 1:
-            return [Y1, self.both(Y1, kernels["last"], bias)]
+            return self.grouped([Y1, self.both(Y1, kernels[self.last("K23")], bias)])
         first = self.both(Y1, kernels["K23"])
         if self.steps == 2:
-            return [Y1, self.both(first, kernels["last"], bias)]
+            return self.grouped([Y1, self.both(first, kernels[self.last("second")], bias)])
         total = self.both(first, kernels["second"])
         for step in range(3, self.steps + 1):
             total = self.both(total, kernels["K23"]) + step * first
-        return [Y1, total]
+        return self.grouped([Y1, total])

@@ -75,18 +75,18 @@ def test_backbones_give_the_same_maps(name, operator, norm):
     steps=st.integers(1, 4),
     bias=st.booleans(),
     normed=st.booleans(),
+    across=st.booleans(),
 )
-def test_operators_followed_by_a_norm(name, groups, stride, dilation, steps, bias, normed):
+def test_operators_followed_by_a_norm(name, groups, stride, dilation, steps, bias, normed, across):
     torch.manual_seed(steps)
-    operator = create_operator(
-        name, 16, 16, stride=stride, dilation=dilation, groups=groups, steps=steps, bias=bias
-    ).double()
+    options = {"stride": stride, "dilation": dilation, "groups": groups, "steps": steps, "bias": bias}
+    operator = create_operator(name, 16, 16, **options, across_groups=across).double()
     if bias:
         nn.init.normal_(operator.bias)
     norm = trained(nn.BatchNorm2d(16)).double() if normed else nn.Identity()
     x = torch.randn(2, 16, 9, 11, dtype=torch.float64)
     with torch.no_grad():
-        y = operator.literal(x)
+        y = operator.equations(x)
         want = norm(y + operator.bias[:, None, None] if bias else y)
         torch.testing.assert_close(DeployedOperator(operator, norm)(x), want)
 

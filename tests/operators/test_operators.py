@@ -52,6 +52,15 @@ def equations(name: str, x: torch.Tensor, K: dict[str, torch.Tensor], stride: in
     return torch.cat([Y1, sum(hs), sum(gs)], 1)
 
 
+def each_group_alone(name, x, K, stride, dilation, groups, T):
+    """The same with one operator for each group: their inputs, kernels and outputs are next to each other."""
+    parts = zip(x.chunk(groups, 1), *(kernel.chunk(groups) for kernel in K.values()), strict=True)
+    return torch.cat(
+        [equations(name, y, dict(zip(K, own, strict=True)), stride, dilation, 1, T) for y, *own in parts], 1
+    )
+
+
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("name", list_operators())
 @settings(max_examples=25, deadline=None)
 @given(
@@ -67,7 +76,7 @@ def equations(name: str, x: torch.Tensor, K: dict[str, torch.Tensor], stride: in
     seed=st.integers(0, 99),
 )
 def test_both_forms_equal_the_equations_of_the_paper(
-    name, k, stride, dilation, groups, steps, inputs, quarter, height, width, seed
+    name, across, k, stride, dilation, groups, steps, inputs, quarter, height, width, seed
 ):
     torch.manual_seed(seed)
     operator = create_operator(
@@ -79,19 +88,39 @@ def test_both_forms_equal_the_equations_of_the_paper(
         dilation=dilation,
         groups=groups,
         steps=steps,
+        across_groups=across,
     ).double()
     x = torch.randn(2, inputs * groups, height, width, dtype=torch.float64, requires_grad=True)
     kernels = operator.kernels()
-    expected = equations(name, x, kernels, stride, dilation, groups, steps)
+    oracle = equations if across else each_group_alone
+    expected = oracle(name, x, kernels, stride, dilation, groups, steps)
     assert expected.shape == (2, 4 * quarter * groups, -(-height // stride), -(-width // stride))
     direction = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * direction).sum(), [x, *kernels.values()])
-    for form in (operator.fast, operator.literal, operator):
+    for form in (operator.fast, operator.equations, operator):
         output = form(x)
         torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
         gradients = torch.autograd.grad((output * direction).sum(), [x, *kernels.values()])
         for gradient, want in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-12 * want.abs().max().item() + 1e-300)
+
+
+@pytest.mark.parametrize("name", list_operators())
+def test_no_output_sees_another_group_unless_it_is_asked_for(name):
+    torch.manual_seed(0)
+    for across in (False, True):
+        operator = create_operator(name, 8, 16, groups=2, across_groups=across).double()
+        x = torch.randn(1, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+        seen = set()
+        for channel in range(16):
+            (gradient,) = torch.autograd.grad(operator(x)[0, channel].sum(), x)
+            touched = gradient.abs().sum(dim=(0, 2, 3)).view(2, 4).sum(dim=1) > 0
+            seen |= {(channel // 8, group) for group in touched.nonzero().flatten().tolist()}
+        assert ({(0, 1), (1, 0)} <= seen) == (across and name != "conv")
+        assert {(0, 0), (1, 1)} <= seen
+    kinds = [create_operator(name, 8, 16, groups=2, across_groups=across) for across in (False, True)]
+    shapes = [{key: kernel.shape for key, kernel in operator.kernels().items()} for operator in kinds]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("name", list_operators())
@@ -142,7 +171,7 @@ def test_both_forms_share_one_state_dict_and_bfloat16_stays_close(name):
     operator = create_operator(name, 32, 32, steps=3)
     assert set(operator.state_dict()) == set(operator.kernels())
     x = torch.randn(1, 32, 12, 12)
-    exact = operator.literal(x)
+    exact = operator.equations(x)
     with torch.autocast("cpu", torch.bfloat16):
         rough = operator(x)
     assert rough.dtype == torch.bfloat16
@@ -155,7 +184,7 @@ def test_true_half_precision_runs_and_stays_close(name, dtype):
     torch.manual_seed(0)
     operator = create_operator(name, 32, 32, groups=2)
     x = torch.randn(1, 32, 12, 12)
-    exact = operator.literal(x)
+    exact = operator.equations(x)
     rough = operator.to(dtype)(x.to(dtype))
     assert rough.dtype == dtype
     assert (rough.float() - exact).norm() / exact.norm() < 0.02
