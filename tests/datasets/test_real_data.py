@@ -45,7 +45,7 @@ def test_photographs_sorted_into_folders(command, shared, tmp_path):
     options += ["--model.backbone.width", 4, "--model.backbone.channels", 8, "--data.num_workers", 0]
     fit = command("fit", *options, "--trainer.max_steps", 2)
     assert fit.code == 0, fit.err
-    assert f"{0.1 * 12 / 256:g} at the start (linear rule from batch 256)" in fit.out
+    assert f"{0.05 * 12 / 64:g} at the start (linear rule from batch 64)" in fit.out
     test = command("test", *options)
     assert test.code == 0, test.err
     assert "top1_error_percent" in test.out
