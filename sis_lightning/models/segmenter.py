@@ -120,8 +120,8 @@ def _registered(config: BackboneConfig) -> Iterator[str]:
 class RegisteredUpsample(nn.Module):
     """Upsamples maps bilinearly: (N, C, h, w) → (N, C, factor · (h - 1) + 1, factor · (w - 1) + 1).
 
-    Cell i goes to position factor · i, as is right for the cells of a backbone: cell i of a map at stride s is centred at
-    pixel s · i. An image of 513 px has maps of 129 and 33 px, which become 129 and 513 px again (Chen et al. 2018).
+    Cell i goes to position factor · i, as is right for a backbone, whose cell i at stride s is centred at pixel s · i.
+    An image of 513 px has maps of 129 and 33 px, which become 129 and 513 px again (Chen et al. 2018).
 
     Args:
         factor: The factor.
