@@ -86,7 +86,7 @@ def test_segmentation_labels_images_of_any_size(height, width):
     image = torch.randn(1, 3, height, width)
     logits = task(image)
     assert logits.shape == (1, 21, height, width)
-    padded = F.pad(image, (0, -width % 16, 0, -height % 16))
+    padded = F.pad(image, (0, (1 - width) % 16, 0, (1 - height) % 16))
     torch.testing.assert_close(logits, task.model(padded)[..., :height, :width])
 
 
