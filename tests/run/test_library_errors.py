@@ -128,3 +128,12 @@ def test_full_shared_memory_is_told_from_that_of_a_gpu(text):
         raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="out of resource"), explained():
         raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["[/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:50095", "Read error: Connection reset by peer"],
+)
+def test_a_rank_whose_peer_has_ended_says_so(words):
+    with pytest.raises(DataError, match="this rank lost its connection to another one"), explained():
+        raise RuntimeError(words)

@@ -61,6 +61,9 @@ def test_every_option_of_a_resolved_run_has_an_effect():
     # Whether batch norm is over all devices: a record of the other kind is one of another recipe.
     assert effect_of("trainer.sync_batchnorm", config) is Effect.RESULT
     assert effect_of("trainer.devices", config) is Effect.NOTHING
+    trainer = config["trainer"]
+    otherwise = {**config, "trainer": {**trainer, "sync_batchnorm": not trainer["sync_batchnorm"]}}
+    assert recipe(otherwise) != recipe(config)
     assert effect_of("unknown", config) is Effect.RESULT
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from sis_lightning.run import start  # noqa: F401 - before a test replaces what its modules take from one another
+from sis_lightning.run import start
 from sis_lightning.run.reporting import progress
 
 
@@ -60,7 +60,7 @@ def test_one_line_in_a_terminal(command, small, monkeypatch, width):
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=width, soft_wrap=True, highlight=False)
     monkeypatch.setattr(progress, "console", console)
-    monkeypatch.setattr("sis_lightning.run.start.console", console)
+    monkeypatch.setattr(start, "console", console)
     monkeypatch.setattr(progress, "Progress", EveryUpdateShown)
     result = command("fit", *small("seg_voc", steps=8))
     assert result.code == 0, result.err
