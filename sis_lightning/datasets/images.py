@@ -123,6 +123,11 @@ class ImageReader:
     std: tuple[float, ...] = IMAGENET_STD
     value_range: tuple[float, float] | None = None
 
+    @property
+    def _plain(self) -> bool:
+        """Whether images are RGB of 8 bits."""
+        return self.value_range is None and len(self.mean) == 3
+
     def read(self, path: Path) -> tv_tensors.Image:
         """Reads an image file.
 
@@ -135,13 +140,13 @@ class ImageReader:
         Raises:
             DataError: If the file is missing, truncated, not an image, or of another number of channels.
         """
-        if self.value_range is None and len(self.mean) == 3:
+        if self._plain:
             return read_image(path, upright=self.upright)
         return self._from_array(_read_array(path, len(self.mean), upright=self.upright), str(path))
 
     def from_pil(self, image: Image.Image) -> tv_tensors.Image:
         """Converts a decoded image, as `read` does."""
-        if self.value_range is None and len(self.mean) == 3:
+        if self._plain:
             return to_rgb(image, upright=self.upright)
         name = getattr(image, "filename", "") or "the image"
         return self._from_array(_to_array(image, len(self.mean), upright=self.upright), name)
@@ -180,7 +185,7 @@ class ImageReader:
         Returns:
             Height and width in px of the image, and why it cannot be read: empty if it can.
         """
-        if self.value_range is None and len(self.mean) == 3:
+        if self._plain:
             return inspect_image(path)
         try:
             height, width = self.read(path).shape[1:]
