@@ -92,14 +92,14 @@ class COCODetectionDataModule(COCODataModule):
     """Detection on COCO: the ids of the 80 categories, among 1…90, become the labels 1…80 of the model.
 
     Training: random horizontal flip; each batch holds either portrait or landscape images; crowds and boxes of no
-    area are left out, images without objects are kept. The metrics are computed by COCO's own code, for which
-    detections on crowds count neither for nor against. The detector resizes images.
+    area are left out, and images without objects, as in mmdetection. The metrics are computed by COCO's own code, for
+    which detections on crowds count neither for nor against. The detector resizes images.
 
     Args:
         root: Folder that contains `annotations/`, or a folder `coco` with `annotations/`.
         classes: Names of the classes to detect, such as `[person, car]`, or merged classes, such as `{person: [person],
             vehicle: [car, bus, truck]}`. Objects of other classes are left out in all splits. None: all classes.
-        empty_images: Whether training images without objects are kept; images of validation and test always are.
+        empty_images: Whether training images without objects are kept; those of validation and test always are.
         max_detections: Number of boxes per image and class that count for the metrics; COCO's is 100. The network keeps
             `detector.box_detections_per_img` boxes of an image, 100 by default.
         files: `train_split`, `val_split`, `test_split`, `evaluator`, `limit`, and `batch_size`, `num_workers` and the
@@ -121,7 +121,7 @@ class COCODetectionDataModule(COCODataModule):
         self,
         root: str,
         classes: list[str] | dict[str, list[str]] | None = None,
-        empty_images: bool = True,
+        empty_images: bool = False,
         max_detections: int = 100,
         **files: Any,
     ) -> None:

@@ -90,6 +90,7 @@ class BaseTask(Optimization, Inference, ABC):
         lr_interval: When the scheduler takes a step: after each `epoch` or after each training `step`.
         lr_batch_size: Number of images per step for which the learning rate is meant. With any other number, the rate
             is scaled in proportion (the linear rule, Goyal et al. 2017). None: the rate is used as it is.
+        norm_weight_decay: Whether the optimizer's weight decay also acts on the scales and shifts of norm layers.
         warmup_steps: Number of steps over which the learning rate rises linearly from `warmup_start` times its value to
             its full value.
         warmup_start: Factor of the learning rate at the first step of the warm-up; above 0 and at most 1.
@@ -123,6 +124,7 @@ class BaseTask(Optimization, Inference, ABC):
         "lr_scheduler": Effect.RESULT,
         "lr_interval": Effect.RESULT,
         "lr_batch_size": Effect.RESULT,
+        "norm_weight_decay": Effect.RESULT,
         "warmup_steps": Effect.RESULT,
         "warmup_start": Effect.RESULT,
         "backbone_weights": Effect.RESULT,
@@ -150,6 +152,7 @@ class BaseTask(Optimization, Inference, ABC):
         lr_scheduler: LRSchedulerLike | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         lr_batch_size: int | None = None,
+        norm_weight_decay: bool = True,
         warmup_steps: int = 0,
         warmup_start: float = 0.001,
         backbone_weights: str | None = None,
@@ -177,6 +180,7 @@ class BaseTask(Optimization, Inference, ABC):
         self.make_optimizer = None if optimizer is None else as_callable("optimizer", optimizer)
         self.make_lr_scheduler = None if lr_scheduler is None else as_callable("lr_scheduler", lr_scheduler)
         self.lr_interval, self.lr_batch_size = lr_interval, lr_batch_size
+        self.norm_weight_decay = norm_weight_decay
         self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
         self.backbone_weights, self.weights = backbone_weights, weights
         self.freeze_backbone, self.compile_mode = freeze_backbone, compile_mode
@@ -184,6 +188,7 @@ class BaseTask(Optimization, Inference, ABC):
         self._base_options = {
             **{"in_channels": in_channels, "lr_interval": lr_interval, "lr_batch_size": lr_batch_size},
             **{"warmup_steps": warmup_steps, "warmup_start": warmup_start, "backbone_weights": backbone_weights},
+            **{"norm_weight_decay": norm_weight_decay},
             **{"weights": weights, "freeze_backbone": freeze_backbone, "compile_mode": compile_mode},
             **{"optimizer": optimizer, "lr_scheduler": lr_scheduler},
         }

@@ -1,4 +1,4 @@
-"""Object detection: torchvision's Faster R-CNN with a feature pyramid on our backbones."""
+"""Object detection: Faster R-CNN with a feature pyramid on our backbones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sis_lightning.datasets.meta import DatasetMeta
 from sis_lightning.errors import UsageError
 from sis_lightning.evaluation import COCOEvaluator, VOCEvaluator
 from sis_lightning.models import Detector
-from sis_lightning.models.detector import Norm
+from sis_lightning.models.detector import AnchorStrides, BoxLoss, InitialWeights, Norm
 from sis_lightning.option_effects import Effect
 from sis_lightning.tasks.arguments import BackboneLike
 from sis_lightning.tasks.base import BaseTask
@@ -51,13 +51,28 @@ class DetectionTask(BaseTask):
             coarsest level.
         canonical_scale: Side in px of the boxes whose features are pooled at stride 16; larger boxes use coarser
             levels, and smaller ones finer levels (Lin et al. 2017).
-        detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`.
+        anchor_strides: `exact`: anchors are at multiples of the levels' strides, and their sides are not rounded.
+            `rounded`: as torchvision, at multiples of the image's side divided by the map's, without remainder, and
+            with sides rounded to whole pixels.
+        low_quality_iou: Minimum IoU of an object with the anchors that overlap with it most, for them to be trained for
+            it even if another object overlaps more, or none by `detector.rpn_fg_iou_thresh`. None, as in torchvision:
+            such anchors are trained at any IoU, for the object that overlaps with them most.
+        padding_anchors: Whether anchors beyond an image, in the part of the batch where only larger images are, are
+            trained as background.
+        roi_aligned: Whether RoIAlign takes pixel centres to be at half coordinates.
+        roi_sampling_ratio: Number of sampling points along each side of each of the 7 × 7 bins of a box. 0: as many as
+            pixels of the feature map.
+        box_loss: `l1`, or `smooth_l1` with a quadratic part up to 1/9, of the boxes of both stages.
+        initial_weights: How the pyramid and the heads are initialised, as in `mmdetection` or in `torchvision`; see
+            `sis_lightning.models.Detector`.
+        detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`. Without
+            `rpn_post_nms_top_n_train` it is 1000, as in mmdetection; the others have torchvision's defaults.
         freeze_norm: Whether the backbone's batch norm is frozen: it keeps the statistics, scales and shifts of
             `backbone_weights` or `weights`.
         shown_score: Minimum score, in 0…1, of the objects that are drawn and that `sis-lightning predict` lists.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
-            `lr_interval`, `lr_batch_size`, `warmup_steps`, `warmup_start`, `backbone_weights`, `weights`,
-            `freeze_backbone`, `compile_mode` and `meta`.
+            `lr_interval`, `lr_batch_size`, `norm_weight_decay`, `warmup_steps`, `warmup_start`,
+            `backbone_weights`, `weights`, `freeze_backbone`, `compile_mode` and `meta`.
 
     Raises:
         UsageError: If an argument is invalid, or norms with random weights were to be frozen. It is also a ValueError.
@@ -75,6 +90,13 @@ class DetectionTask(BaseTask):
         "head_norm": Effect.NETWORK,
         "anchor_sizes": Effect.NETWORK,
         "canonical_scale": Effect.NETWORK,
+        "anchor_strides": Effect.NETWORK,
+        "low_quality_iou": Effect.RESULT,
+        "padding_anchors": Effect.RESULT,
+        "roi_aligned": Effect.NETWORK,
+        "roi_sampling_ratio": Effect.NETWORK,
+        "box_loss": Effect.RESULT,
+        "initial_weights": Effect.RESULT,
         # Thresholds and numbers of boxes: of all entries, only the coding of boxes changes the meaning of the weights.
         "detector": Effect.RESULT,
         "detector.bbox_reg_weights": Effect.NETWORK,
@@ -96,6 +118,13 @@ class DetectionTask(BaseTask):
         head_norm: Norm = "none",
         anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
         canonical_scale: int = 224,
+        anchor_strides: AnchorStrides = "exact",
+        low_quality_iou: float | None = 0.3,
+        padding_anchors: bool = False,
+        roi_aligned: bool = True,
+        roi_sampling_ratio: int = 0,
+        box_loss: BoxLoss = "l1",
+        initial_weights: InitialWeights = "mmdetection",
         detector: dict[str, Any] | None = None,
         freeze_norm: bool = False,
         shown_score: float = 0.5,
@@ -120,6 +149,13 @@ class DetectionTask(BaseTask):
             head_norm=head_norm,
             anchor_sizes=anchor_sizes,
             canonical_scale=canonical_scale,
+            anchor_strides=anchor_strides,
+            low_quality_iou=low_quality_iou,
+            padding_anchors=padding_anchors,
+            roi_aligned=roi_aligned,
+            roi_sampling_ratio=roi_sampling_ratio,
+            box_loss=box_loss,
+            initial_weights=initial_weights,
             freeze_norm=freeze_norm,
             in_channels=self.in_channels,
             detector=detector,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingWarmRestarts,
@@ -21,6 +22,8 @@ from torch.optim.lr_scheduler import (
 from sis_lightning.errors import UsageError
 from sis_lightning.lightning_internals import restart_optimizers, train_loader
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
+
 
 class Optimization(LightningModule):
     """The part of `BaseTask` that builds optimizers and schedulers; `BaseTask` describes its options."""
@@ -31,6 +34,7 @@ class Optimization(LightningModule):
     make_lr_scheduler: Any
     lr_interval: str
     lr_batch_size: int | None
+    norm_weight_decay: bool
     warmup_steps: int
     warmup_start: float
     _found_rate: float | None
@@ -77,7 +81,12 @@ class Optimization(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Builds optimizer and schedulers, with the linear rule and the warm-up."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained: Any = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not self.norm_weight_decay:
+            norms = {id(weight) for part in self.modules() if isinstance(part, _NORMS) for weight in part.parameters()}
+            without = [parameter for parameter in trained if id(parameter) in norms]
+            others = [parameter for parameter in trained if id(parameter) not in norms]
+            trained = [{"params": others}, {"params": without, "weight_decay": 0.0}]
         try:
             if self.make_optimizer is None:
                 optimizer: Optimizer = SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)

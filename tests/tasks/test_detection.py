@@ -70,6 +70,9 @@ def test_it_is_torchvisions_detector_with_the_same_weights():
         fpn_channels=256,
         head_channels=1024,
         anchor_sizes=(32, 64, 128, 256, 512),
+        anchor_strides="rounded",
+        roi_aligned=False,
+        roi_sampling_ratio=2,
         detector={"box_score_thresh": 0.0},
     ).eval()
     theirs.eval().roi_heads.score_thresh = 0.0
@@ -259,18 +262,21 @@ def test_boxes_are_flipped_with_their_image(synthetic, kind):
     assert seen == {False, True}
 
 
-def test_training_leaves_out_crowds_and_keeps_empty_images(synthetic):
-    data = COCODetectionDataModule(str(synthetic), batch_size=2, num_workers=0)
+@pytest.mark.parametrize("empty", [False, True])
+def test_training_leaves_out_crowds_and_perhaps_empty_images(synthetic, empty):
+    data = COCODetectionDataModule(str(synthetic), batch_size=2, num_workers=0, empty_images=empty)
     data.setup("fit")
     raw = json.loads((synthetic / "coco" / "annotations" / "instances_train2017.json").read_text())
     crowds = sum(row["iscrowd"] for row in raw["annotations"])
     assert crowds
-    assert data.notes["train without"] == f"{crowds} crowds"
+    without = len(raw["images"]) - len({row["image_id"] for row in raw["annotations"]})
+    assert without
+    assert f"{crowds} crowds" in data.notes["train without"]
     source = data.datasets["train"]
-    assert len(source) == len(raw["images"])
+    assert len(source) == len(raw["images"]) - (0 if empty else without)
     counts = [len(source[index]["boxes"]) for index in range(len(source))]
     assert sum(counts) == len(raw["annotations"]) - crowds
-    assert 0 in counts
+    assert (0 in counts) == empty
     labels = torch.cat([source[index]["labels"] for index in range(len(source))])
     assert 1 <= labels.min() <= labels.max() <= 80
     names = {data.class_names[label - 1] for label in labels.tolist()}

@@ -35,6 +35,21 @@ def loader(count: int = 16) -> DataLoader:
     return DataLoader([{"image": image, "label": i % 3} for i, image in enumerate(images)], batch_size=4)
 
 
+@pytest.mark.parametrize("decayed", [False, True])
+def test_weight_decay_of_norm_layers(tmp_path, decayed):
+    sgd = functools.partial(torch.optim.SGD, lr=0.0625, weight_decay=0.5)
+    task, run = classification(optimizer=sgd, norm_weight_decay=decayed), trainer(tmp_path, max_steps=0)
+    run.fit(task, loader())
+    before = {name: weight.detach().clone() for name, weight in task.named_parameters()}
+    for weight in task.parameters():
+        weight.grad = torch.zeros_like(weight)
+    run.optimizers[0].step()
+    for name, weight in task.named_parameters():
+        layer = task.get_submodule(name.rpartition(".")[0])
+        factor = 1 if isinstance(layer, torch.nn.BatchNorm2d) and not decayed else 1 - 0.0625 * 0.5
+        torch.testing.assert_close(weight.detach(), before[name] * factor)
+
+
 class Rates(Callback):
     """Keeps the learning rate of each step, and that after each validation."""
 
