@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug or not _is_the_users(error):
             raise
-        return _fail(f"{error.filename or 'writing failed'}: {error.strerror}", 1)
+        return _fail(f"{os.fsdecode(error.filename or 'writing failed')}: {error.strerror}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from sis_lightning.run.parser import build
 from sis_lightning.run.record import running_code, write_record
 from sis_lightning.run.record_builder import custom_operators, test_record
 from sis_lightning.run.reporting.callbacks import Announcement, Deploy, PlotPredictions, WritePredictions
-from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard
+from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard, require_folder
 from sis_lightning.run.reporting.progress import ProgressLines, console, first_rank, progress, say
 from sis_lightning.run.resume.callback import ExactResume, Stopped, refuse_inexact
 from sis_lightning.run.resume.checkpoints import BestCheckpoint, ResumePoint, SafeCheckpointIO
@@ -212,6 +213,10 @@ class _Started:
                     self._remove_empty_run(trainer)
             if interrupted:
                 raise KeyboardInterrupt from None
+            if isinstance(error, FileNotFoundError) and error.filename:  # as TensorBoard's thread finds it, later
+                path = Path(os.fsdecode(error.filename)).absolute()
+                if path.is_relative_to(self.folder.absolute()):
+                    require_folder(path.parent)
             raise
         if first_rank():
             history.end(self.folder, "finished" if self.exact_resume.ended else "stopped early")

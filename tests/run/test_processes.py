@@ -99,6 +99,28 @@ def test_a_removed_run_directory_ends_the_run(synthetic, tmp_path, logger):
     assert len(errors.splitlines()) <= 3
 
 
+def test_a_removed_file_of_a_log_is_told_as_the_removed_directory(synthetic, tmp_path):
+    """TensorBoard's thread reports a removed file at some later event, by its name in bytes."""
+    script = """if True:
+        import shutil, sys
+        from pathlib import Path
+        from lightning.pytorch.loggers import TensorBoardLogger
+        from sis_lightning.commands.main import main
+        run = Path(sys.argv[1])
+        def fail(self, metrics, step=None):
+            shutil.rmtree(run)
+            open(bytes(run / "tensorboard" / "fit" / "events"), "a")
+        TensorBoardLogger.log_metrics = fail
+        sys.exit(main(sys.argv[2:]))
+    """
+    run = tmp_path / "run"
+    given = [*fit(synthetic, run), "--trainer.logger", "null", "--trainer.log_every_n_steps", "1"][len(COMMAND) :]
+    done = subprocess.run([sys.executable, "-c", script, run, *given], capture_output=True, text=True, timeout=NEVER)
+    assert done.returncode == 1
+    assert f"{run}/tensorboard/fit was removed while the run writes into it" in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+
+
 def test_a_killed_worker_is_named_in_a_sentence(synthetic, tmp_path):
     with subprocess.Popen(
         fit(synthetic, tmp_path / "run"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
