@@ -66,6 +66,7 @@ def command(tmp_path, monkeypatch, capfd) -> Callable[..., Result]:
 SMALLER = {
     "seg_voc": ["--data.crop_size", "32"],
     "cls_cifar100": [],
+    "cls_imagenet": ["--data.image_size", "32"],
     "det_voc": ["--model.min_size", "64", "--model.max_size", "64"],
     "det_coco": ["--model.min_size", "64", "--model.max_size", "64"],
     "kpt_coco": ["--data.input_size", "[64,32]"],

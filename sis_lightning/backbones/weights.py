@@ -219,6 +219,8 @@ def _read(source: Source) -> tuple[dict[str, Tensor], str]:
         return _from_timm(text.removeprefix("timm:")), text
     if text.startswith("torchvision:"):
         return _from_torchvision(text.removeprefix("torchvision:")), text
+    if text.startswith("run:"):
+        raise UsageError(f"{text} names a run only in a configuration: give the run's directory, such as runs/…/seed0")
     path = Path(source).expanduser()
     if path.is_dir():
         places = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]

@@ -47,6 +47,11 @@ def submit_parser() -> Parser:
     parser.add_argument(
         "--array", metavar="seeds=A..B", help="Submit a job array with one job per seed: seeds=0..4 or seeds=0,2,7."
     )
+    parser.add_argument(
+        "--dependency",
+        metavar="TYPE:JOB",
+        help="Wait for other jobs, as sbatch does: afterok:1234. If they fail, the job is cancelled.",
+    )
     parser.add_argument("--test", action="store_true", help="Run test after fit in the same job.")
     parser.add_argument(
         "--cluster",
@@ -101,6 +106,7 @@ def main(arguments: list[str]) -> int:
         seeds=seeds,
         then_test=chosen.test,
         dry_run=chosen.dry_run,
+        dependency=chosen.dependency,
     )
     print(text, end="")
     return 0

@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--kinds",
         nargs="+",
-        default=["cifar", "voc", "coco"],
+        default=["cifar", "voc", "coco", "imagenet"],
         metavar="KIND",
-        help="Formats to write: cifar, voc, coco (default: all).",
+        help="Formats to write: cifar, voc, coco, imagenet (default: all).",
     )
     parser.add_argument(
         "--min-object",

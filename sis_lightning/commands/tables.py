@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _ACTIONS = {
     "plan": "list the runs that are missing in the tables, each with its command",
+    "cost": "estimate the GPU-hours and the disk that the missing runs take",
     "run": "train and test the missing runs; options of fit (with --launcher slurm: of submit) follow after --",
     "add": "add the records (test.json) of tested runs: files, or folders that contain runs",
     "count": "count the parameters and MACs of all rows, and resolve their configurations, into models.json",
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
     from sis_lightning.tables.results import Results
 
     results = Results(Path(chosen.results))
-    if chosen.action in ("plan", "run"):
+    if chosen.action in ("plan", "run", "cost"):
         return _plan_or_run(results, chosen, options)
     if chosen.action == "add":
         added = results.add([Path(name) for name in chosen.names])
@@ -68,6 +69,7 @@ def tables_parser() -> Parser:
         "records (test.json) that sis-lightning test wrote.",
         [
             ("tables plan --table 3 --rows basic Res2Net", ""),
+            ("tables cost --table 3 3-imagenet", ""),
             ("tables run --table 3 --rows basic --roots seg_voc=/data/voc -- --trainer gpu", ""),
             ("tables run --table 3 --roots seg_voc=/data/voc --launcher slurm -- --gpus-per-node 4", ""),
             ("tables add runs", ""),
@@ -90,20 +92,20 @@ def tables_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="ID",
-        help="plan, run: numbers of tables, such as 3 or 1-1 (default: all tables).",
+        help="plan, cost, run: numbers of tables, such as 3 or 1-1 (default: all tables).",
     )
     parser.add_argument(
         "--rows",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="plan, run: rows by their label, backbone or operator, such as Res2Net or basic (default: all rows).",
+        help="plan, cost, run: rows by their label, backbone or operator, such as Res2Net or basic (default: all).",
     )
     parser.add_argument(
         "--seeds",
         metavar="N",
-        help="plan, run: number of seeds, such as 3 for the seeds 0, 1 and 2; or the seeds themselves, such as 0,2 or "
-        "0..4 (for seed 0 only, with a comma: 0,). Default: the seeds of the table spec.",
+        help="plan, cost, run: number of seeds, such as 3 for the seeds 0, 1 and 2; or the seeds themselves, such as "
+        "0,2 or 0..4 (for seed 0 only, with a comma: 0,). Default: the seeds of the table spec.",
     )
     parser.add_argument(
         "--roots",
@@ -127,6 +129,13 @@ def tables_parser() -> Parser:
         "%(default)s).",
     )
     parser.add_argument(
+        "--tflops",
+        type=float,
+        metavar="N",
+        help="cost: trillions of floating-point operations per second that one GPU does in training (default: as "
+        "measured in results/benchmarks/gpu-train.json, else 20).",
+    )
+    parser.add_argument(
         "--runs",
         nargs="+",
         default=[],
@@ -138,10 +147,19 @@ def tables_parser() -> Parser:
 
 def _plan_or_run(results: Results, chosen: argparse.Namespace, options: list[str]) -> int:
     require_torch()
+    from sis_lightning.tables.cost import ASSUMED_TFLOPS, measured_tflops
+    from sis_lightning.tables.cost import to_text as cost_text
     from sis_lightning.tables.plan import run_here, submissions, to_do
     from sis_lightning.tables.results import roots_of, seeds_of, to_text
 
+    if chosen.tflops is not None and not chosen.tflops > 0:
+        raise UsageError(f"--tflops is {chosen.tflops:g}, must be above 0")
     wanted = results.missing(chosen.table, chosen.rows, seeds_of(chosen.seeds), roots_of(chosen.roots))
+    if chosen.action == "cost" and wanted:
+        measured = measured_tflops(results.folder / "benchmarks")
+        source = "as given" if chosen.tflops else "measured" if measured else "an assumption, as nothing was measured"
+        print(cost_text(wanted, chosen.tflops or measured or ASSUMED_TFLOPS, source), end="")
+        return 0
     if chosen.action == "plan" or not wanted:
         print(to_text(wanted), end="")
         return 0

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sis_lightning.datasets.cifar import CIFAR100Dataset
     from sis_lightning.datasets.coco import COCODetectionDataset, COCOKeypointsDataset
     from sis_lightning.datasets.folder import ImageFolderDataset, UnlabelledDataset
+    from sis_lightning.datasets.imagenet import ImageNetDataset
     from sis_lightning.datasets.meta import DatasetMeta
     from sis_lightning.datasets.voc import VOCDetectionDataset, VOCSegmentationDataset
 
@@ -21,6 +22,7 @@ _HOME = {
     "DatasetMeta": "meta",
     "ImageDataset": "base",
     "ImageFolderDataset": "folder",
+    "ImageNetDataset": "imagenet",
     "UnlabelledDataset": "folder",
     "VOCDetectionDataset": "voc",
     "VOCSegmentationDataset": "voc",
@@ -34,6 +36,7 @@ __all__ = [
     "DatasetMeta",
     "ImageDataset",
     "ImageFolderDataset",
+    "ImageNetDataset",
     "UnlabelledDataset",
     "VOCDetectionDataset",
     "VOCSegmentationDataset",

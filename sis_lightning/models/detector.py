@@ -378,8 +378,9 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
             distribution, the last layers from normal distributions with a standard deviation of 0.01 (classes) and
             0.001 (boxes). `torchvision`: from uniform distributions by the number of inputs (He, and PyTorch's for
             linear layers).
-        freeze_norm: Whether the batch norm of the backbone keeps its statistics and weights in training. Only sensible
-            with pretrained weights.
+        freeze_norm: Whether the batch norm of the backbone keeps its statistics, scales and shifts in training;
+            `statistics`: it keeps its statistics alone, as in mmdetection. Only sensible with pretrained weights.
+        frozen_stages: Number of stages, with the stem before them, that do not train at all.
         in_channels: Number of channels of the image.
         operator: Operator that replaces the backbone's own; None keeps it.
         detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`. All have
@@ -413,7 +414,8 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
         roi_sampling_ratio: int = 0,
         box_loss: BoxLoss = "l1",
         initial_weights: InitialWeights = "mmdetection",
-        freeze_norm: bool = False,
+        freeze_norm: bool | Literal["statistics"] = False,
+        frozen_stages: int = 0,
         in_channels: int = 3,
         operator: str | None = None,
         detector: Mapping[str, Any] | None = None,
@@ -477,7 +479,13 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
         parts = body.backbone.modules() if freeze_norm else ()
         self.frozen = [part for part in parts if isinstance(part, _BATCH_NORMS)]
         for part in self.frozen:
-            part.requires_grad_(False)
+            part.requires_grad_(freeze_norm == "statistics")
+        if not 0 <= frozen_stages <= len(body.backbone.stages):
+            raise UsageError(f"frozen_stages is {frozen_stages}, must be 0…{len(body.backbone.stages)}")
+        first = [body.backbone.stem, *body.backbone.stages[:frozen_stages]] if frozen_stages else []
+        for stage in first:
+            stage.requires_grad_(requires_grad=False)
+            self.frozen += [part for part in stage.modules() if isinstance(part, _BATCH_NORMS)]
 
     def _initialise(self) -> None:
         """Draws the weights as mmdetection does, where torchvision does not: its RPN and the head's convolutions agree.

@@ -90,6 +90,24 @@ class TestedCheckpoint(_Plain):
     finished: bool
 
 
+class StartWeights(_Plain):
+    """The weights from which a training started.
+
+    Attributes:
+        source: `backbone_weights` or `weights` as the configuration names them.
+        sha256: SHA-256 of the tensors of the backbone after they were loaded, in the order of their names.
+        recipe_hash: SHA-256 of the recipe of the run that made them, as in that run's record; None for others.
+        finished: Whether the training of that run had come to its end; None for others.
+        trained_on: SHA-256 of the training split of each start of that run.
+    """
+
+    source: str
+    sha256: str
+    recipe_hash: str | None = None
+    finished: bool | None = None
+    trained_on: list[str] = []
+
+
 class Training(_Plain):
     """The training of the tested checkpoint.
 
@@ -99,6 +117,7 @@ class Training(_Plain):
         devices: Maximum number of devices of all starts; None if unknown.
         changed: Options that were changed on the way.
         code: The code of every start.
+        start_weights: The weights that it started from; None for random ones.
     """
 
     restarts: int
@@ -106,6 +125,7 @@ class Training(_Plain):
     devices: int | None
     changed: list[str] = []
     code: list[Code] = []
+    start_weights: StartWeights | None = None
 
 
 class OptionChange(_Plain):

@@ -80,6 +80,7 @@ def test_record(run: Run, trainer: Trainer) -> TestRecord:
             devices=max(point.devices) if point else None,
             changed=point.changed if point else [],
             code=point.code if point else [],
+            start_weights=point.start_weights if point else None,
         ),
         curves=curves(path.parent.parent, task.monitor),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

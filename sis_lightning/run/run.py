@@ -115,6 +115,12 @@ class Run:
         with explained(self.config):
             return backbone_config(self.config["model"]["init_args"]["backbone"]).slug
 
+    @property
+    def pretraining(self) -> Path | None:
+        """Directory of the run of the same backbone and seed 0 that `backbone_weights: run:TASK` names, if it does."""
+        kind, _, task = str(self.config["model"]["init_args"].get("backbone_weights")).partition(":")
+        return Path("runs", task, self.slug, "seed0") if kind == "run" else None
+
     @functools.cached_property
     def task(self) -> BaseTask:
         """The task, with the weights that the seed gives it.
@@ -128,6 +134,8 @@ class Run:
             np.random.seed(seed % 2**32)
             random.seed(seed)
             task: BaseTask = build("model", self.config["model"])
+        if self.pretraining is not None:
+            task.backbone_weights = str(self.pretraining)
         return task
 
     @functools.cached_property

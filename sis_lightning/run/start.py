@@ -33,6 +33,7 @@ from sis_lightning.run.reporting.progress import ProgressLines, console, first_r
 from sis_lightning.run.resume.callback import ExactResume, Stopped, refuse_inexact
 from sis_lightning.run.resume.checkpoints import BestCheckpoint, ResumePoint, SafeCheckpointIO
 from sis_lightning.run.run import Run
+from sis_lightning.run.start_weights import load_start_weights
 
 
 def start(command: str, layers: Mapping[str, Any], options: Sequence[str] = ()) -> None:
@@ -194,6 +195,8 @@ class _Started:
         """Trains, and keeps the history."""
         run = self.run
         assert self.exact_resume is not None
+        if not self.resumed:
+            self.exact_resume.start_weights = load_start_weights(run)
         if trainer.is_global_zero:
             self._begin()
         began = time.monotonic()
@@ -214,9 +217,9 @@ class _Started:
             if interrupted:
                 raise KeyboardInterrupt from None
             if isinstance(error, FileNotFoundError) and error.filename:  # as TensorBoard's thread finds it, later
-                path = Path(os.fsdecode(error.filename)).absolute()
-                if path.is_relative_to(self.folder.absolute()):
-                    require_folder(path.parent)
+                lost = Path(os.fsdecode(error.filename)).absolute()
+                if lost.is_relative_to(self.folder.absolute()):
+                    require_folder(lost.parent)
             raise
         if first_rank():
             history.end(self.folder, "finished" if self.exact_resume.ended else "stopped early")

@@ -32,6 +32,10 @@ _FORMATS = {
     "account": (_NAME, "one name"),
     "qos": (_NAME, "one name"),
     "constraint": (r"[\w.@+:,&|*()\[\]!-]+", "an expression of sbatch without spaces, such as 'a100&ib'"),
+    "dependency": (
+        r"\w+:\d+(_\d+)?(:\d+(_\d+)?)*([,?]\w+:\d+(_\d+)?(:\d+(_\d+)?)*)*|singleton",
+        "what sbatch waits for, such as afterok:1234",
+    ),
     "modules": (r"[\w.@+:/-]+", "one module an entry, such as cuda/12.4"),
 }
 _LEAST = {"cpus_per_task": 1, "signal_seconds": 1, "max_restarts": 0}
@@ -171,6 +175,7 @@ def script(
     time: str,
     seeds: Sequence[int] | None,
     then_test: bool = False,
+    dependency: str | None = None,
 ) -> str:
     """The text of a job's script.
 
@@ -185,11 +190,15 @@ def script(
         time: Time limit, as sbatch takes it.
         seeds: Seeds of a job array, one element for each; None for a single job.
         then_test: Whether `test` follows when the fit has ended.
+        dependency: The jobs that must end first, as sbatch takes it, such as `afterok:1234`; if they fail, the job is
+            cancelled.
 
     Raises:
         UsageError: If a value is invalid, or has a control character.
     """
     _check_format("--time", time)
+    if dependency is not None:
+        _check_format("--dependency", dependency)
     refuse_control_characters_in(command)
     refuse_control_characters("the run's directory", str(log))
     if "\\" in str(log):
@@ -209,6 +218,8 @@ def script(
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "array": ",".join(map(str, seeds)) if seeds is not None else None,
+        "dependency": dependency,
+        "kill-on-invalid-dep": "yes" if dependency else None,
         "output": output,
         "open-mode": "append",
         "signal": f"USR1@{cluster.signal_seconds}",
@@ -294,6 +305,7 @@ def submit(
     seeds: Sequence[int] | None,
     then_test: bool,
     dry_run: bool,
+    dependency: str | None = None,
 ) -> str:
     """Writes a job's script into a folder and submits it.
 
@@ -308,6 +320,7 @@ def submit(
         seeds: Seeds of a job array; None for a single job.
         then_test: Whether `test` follows when the fit has ended.
         dry_run: Whether only the text is returned, and nothing written or submitted.
+        dependency: The jobs that must end first, as for `script`.
 
     Returns:
         The script's text if `dry_run`, otherwise a line with the job's number.
@@ -328,6 +341,7 @@ def submit(
         time=time,
         seeds=seeds,
         then_test=then_test,
+        dependency=dependency,
     )
     if dry_run:
         return text

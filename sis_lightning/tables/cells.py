@@ -36,6 +36,7 @@ class Model:
         macs: Multiply-accumulates of the whole model for one image.
         image: Height and width of that image in px.
         source: Digest of the YAML and the options that the configuration was resolved from.
+        pretraining: `recipe` of the experiment whose weights the backbone starts from; empty without one.
     """
 
     recipe: str
@@ -44,6 +45,7 @@ class Model:
     macs: int
     image: tuple[int, int]
     source: str = ""
+    pretraining: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,9 @@ class Evidence:
         on_other_data = bool(reasons)
         if self.recipe != model.recipe:
             reasons.append("its configuration is not that of the row")
+        start = record.training.start_weights
+        if model.pretraining and (start is None or start.recipe_hash != model.pretraining or not start.finished):
+            reasons.append("its backbone did not start from the finished ImageNet run of the row")
         changed = [
             key
             for key, change in record.tested_otherwise.items()

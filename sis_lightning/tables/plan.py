@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shlex
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from sis_lightning.config.compose import resolve
 from sis_lightning.errors import DataError, UsageError, UserError
@@ -23,8 +24,14 @@ from sis_lightning.slurm import jobs as slurm
 from sis_lightning.tables.cells import Cell, Evidence, Model, Models, fill
 from sis_lightning.tables.spec import BUILT_IN, Experiment, TableSpec
 
+if TYPE_CHECKING:
+    from sis_lightning.models.complexity import Complexity
+
 State = Literal["not begun", "queued", "running", "begun", "trained", "tested", "refused"]
 
+# Table, row, experiment, model, seed and cell of a run.
+_Wanted = tuple[str, str, Experiment, Model, int, Cell]
+_NO_CELL = Cell(None, {}, (), "not run")
 #: The code that determines parameters, MACs and configurations.
 _CODE = (
     "operators/*.py",
@@ -53,6 +60,8 @@ class MissingRun:
             not count.
         progress: The same in words, with the step, the SLURM job or the reason.
         root: Folder with its data; None for the one that its configuration names.
+        needs: Directory of the run whose weights it starts from, if that has not finished yet.
+        trained_only: Whether only its weights are needed, from which other runs start, and no test.
     """
 
     table: str
@@ -64,9 +73,12 @@ class MissingRun:
     state: State
     progress: str
     root: str | None = None
+    needs: Path | None = None
+    trained_only: bool = False
 
     def __str__(self) -> str:
-        return f"table {self.table}, {self.row}, seed {self.seed}"
+        what = f"weights for {self.row}" if self.trained_only else self.row
+        return f"table {self.table}, {what}, seed {self.seed}"
 
     def options(self) -> list[str]:
         """Options of `fit` and `test`, without the seed."""
@@ -136,7 +148,13 @@ def count(spec: TableSpec, known: Models) -> Models:
             changed.append(experiment)
     if len(changed) > 9:
         print(f"counting {len(changed)} rows, as code or YAML has changed: a minute or two", file=sys.stderr)
-    return Models(code, operators, {**found, **{experiment.key: _resolve(experiment) for experiment in changed}})
+    sizes: dict[str, Complexity] = {}
+    found |= {experiment.key: _resolve(experiment, sizes) for experiment in changed}
+    for key, experiment in experiments.items():  # each is behind the one that it starts from
+        model, start = found[key], experiment.pretraining
+        if model is not None and start is not None and (first := found[start.key]) is not None:
+            found[key] = dataclasses.replace(model, pretraining=first.recipe)
+    return Models(code, operators, found)
 
 
 def _source(experiment: Experiment) -> str:
@@ -147,16 +165,28 @@ def _source(experiment: Experiment) -> str:
         raise type(error)(f"tables, {experiment.key}: {error}") from None
 
 
-def _resolve(experiment: Experiment) -> Model:
-    """Builds the model of an experiment, and counts it."""
+def _resolve(experiment: Experiment, sizes: dict[str, Complexity]) -> Model:
+    """Builds the model of an experiment, and counts it.
+
+    Args:
+        experiment: The experiment.
+        sizes: The networks that were counted before; runs that differ in how they train have the same.
+    """
     from sis_lightning.run.recipe import recipe
     from sis_lightning.run.run import Run
     from sis_lightning.tables.counting import count_run
+    from sis_lightning.tasks.base import BaseTask
 
     source = _source(experiment)
     try:
         run = Run.from_arguments(experiment.options())
-        size = count_run(run, experiment.run.name)
+        given = run.config["model"]["init_args"]
+        training = BaseTask.option_effects.keys() - {"backbone", "num_classes", "operator", "in_channels"}
+        network = {name: value for name, value in given.items() if name not in training}
+        key = digest([run.config["model"]["class_path"], network, run.image_size])
+        if key not in sizes:
+            sizes[key] = count_run(run, experiment.run.name)
+        size = sizes[key]
     except UserError as error:
         raise type(error)(f"tables, {experiment.key}: {error}") from None
     except Exception as error:
@@ -181,6 +211,8 @@ def missing(
 ) -> list[MissingRun]:
     """The runs that cells need and do not have yet, each once, in the order of the tables.
 
+    Before them come the runs whose weights they start from, as far as these have not finished.
+
     Args:
         spec: The tables, or some of their rows.
         evidence: All records.
@@ -188,7 +220,7 @@ def missing(
         seeds: Seeds, instead of those that each run needs.
         roots: Folders with the data of runs, by the names of the runs.
     """
-    wanted: dict[Path, tuple[str, str, Experiment, Model, int, Cell]] = {}
+    wanted: dict[Path, _Wanted] = {}
     for filled in fill(spec, evidence, models):
         for line in filled.lines:
             for column, cell in zip(filled.table.columns, line.cells, strict=True):
@@ -198,17 +230,37 @@ def missing(
                     continue
                 for seed in experiment.run.seeds if seeds is None else seeds:
                     if seed not in cell.values:
-                        first = (filled.table.id, line.row.label, experiment, model, seed, cell)
-                        wanted.setdefault(directory(experiment, model, seed), first)
-    queue = slurm.queued_runs(wanted)
-    found = []
-    for folder, (table, row, experiment, model, seed, cell) in wanted.items():
+                        entry = (filled.table.id, line.row.label, experiment, model, seed, cell)
+                        wanted.setdefault(directory(experiment, model, seed), entry)
+    starts: dict[Path, _Wanted] = {}
+    for table, row, experiment, *_ in wanted.values():
+        start = experiment.pretraining
+        if start is not None and (first := models.by_key[start.key]) is not None:
+            seed = start.run.seeds[0]
+            starts.setdefault(directory(start, first, seed), (table, row, start, first, seed, _NO_CELL))
+    queue = slurm.queued_runs([*starts, *wanted])
+    found: list[MissingRun] = []
+    for folder, (table, row, experiment, model, seed, cell) in [*starts.items(), *wanted.items()]:
         state, progress = _progress(folder, evidence, cell)
         if job := queue.get(folder):
             state, progress = "queued", f"queued (SLURM's job {job})"
+        if folder in starts and is_finished(folder):
+            continue
+        needs = None
+        if (start := experiment.pretraining) is not None and (first := models.by_key[start.key]) is not None:
+            needs = directory(start, first, start.run.seeds[0])
+            needs = None if is_finished(needs) else needs
         root = (roots or {}).get(experiment.run.name)
-        found.append(MissingRun(table, row, experiment, model, seed, folder, state, progress, root))
+        found.append(
+            MissingRun(table, row, experiment, model, seed, folder, state, progress, root, needs, folder in starts)
+        )
     return found
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the training of a run has come to its end."""
+    starts = read_history(folder)
+    return bool(starts) and starts[-1].how == "finished"
 
 
 def directory(experiment: Experiment, model: Model, seed: int) -> Path:
@@ -290,7 +342,7 @@ def to_do(wanted: Sequence[MissingRun], records: Path, extra: Sequence[str]) -> 
             _refuse_other_recipes(entry, extra)
     left = []
     for entry in wanted:
-        if entry.state == "tested":
+        if entry.state == "tested" and not entry.trained_only:
             _add_record(entry, records)
         elif entry.state == "refused":
             print(f"{entry}: {entry.progress}\n  to train it again: {entry.command}")
@@ -351,8 +403,12 @@ def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequ
         log = entry.folder.with_name(f"{entry.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         _say(f"{place}{entry}: {log}")
+        if entry.needs and not is_finished(entry.needs):
+            _say(f"{place}{entry}: waits for the weights of {entry.needs}", sys.stderr)
+            return False
         options = [*entry.options(), "--seed_everything", str(entry.seed), *extra]
-        for command in (["fit", *options, "--resume", "auto"], ["test", *options]):
+        commands = [["fit", *options, "--resume", "auto"], *([] if entry.trained_only else [["test", *options]])]
+        for command in commands:
             line = [sys.executable, "-m", "sis_lightning", *command]
             with log.open("a", encoding="utf-8") as file:
                 code = subprocess.run(
@@ -364,11 +420,16 @@ def run_here(wanted: Sequence[MissingRun], records: Path, jobs: int, extra: Sequ
                 said = text.rpartition("\nsis-lightning: ")[2] if code in (1, 2) else text.rpartition("\n")[2]
                 _say(f"{place}{entry}: {command[0]} failed ({code}): {said[-500:]}", sys.stderr)
                 return False
-        _add_record(entry, records, place)
+        if not entry.trained_only:
+            _add_record(entry, records, place)
         return True
 
-    with ThreadPoolExecutor(jobs) as pool:
-        done = list(pool.map(one, range(1, len(wanted) + 1), wanted))
+    numbered = list(enumerate(wanted, 1))
+    done: list[bool] = []
+    for first in (True, False):  # the weights first
+        chosen = [(number, entry) for number, entry in numbered if entry.trained_only is first]
+        with ThreadPoolExecutor(jobs) as pool:
+            done += pool.map(lambda pair: one(*pair), chosen)
     return done.count(False)
 
 
@@ -390,16 +451,27 @@ def _refuse_other_recipes(entry: MissingRun, extra: Sequence[str]) -> None:
         )
 
 
-def submissions(wanted: Sequence[MissingRun], extra: Sequence[str]) -> list[list[str]]:
-    """Options of `submit` for missing runs: one job array over the seeds of each experiment."""
+def submissions(wanted: Sequence[MissingRun], extra: Sequence[str]) -> Iterator[list[str]]:
+    """Options of `submit` for missing runs: one job array over the seeds of each experiment.
+
+    A run that needs another one's weights waits for the job of that run, which must have been submitted when its
+    options are asked for.
+
+    Raises:
+        UsageError: If a run is needed that neither has finished nor has a job.
+    """
     seeds: dict[str, list[int]] = {}
     first: Mapping[str, MissingRun] = {entry.experiment.key: entry for entry in reversed(wanted)}
     for entry in wanted:
         seeds.setdefault(entry.experiment.key, []).append(entry.seed)
-    return [
-        [
-            *first[key].options(),
-            *("--array", f"seeds={','.join(map(str, chosen))}", "--test", *extra),
-        ]
-        for key, chosen in seeds.items()
-    ]
+    for key, chosen in seeds.items():
+        entry = first[key]
+        line = [*entry.options(), "--array", f"seeds={','.join(map(str, chosen))}", *extra]
+        if not entry.trained_only:
+            line.append("--test")
+        if entry.needs and not is_finished(entry.needs):
+            job = slurm.queued_runs([entry.needs]).get(entry.needs)
+            if job is None:
+                raise UsageError(f"{entry} starts from the weights of {entry.needs}, which has no job: submit it first")
+            line += ["--dependency", f"afterok:{job}"]
+        yield line

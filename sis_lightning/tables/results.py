@@ -199,6 +199,9 @@ def to_text(missing: Sequence[plan.MissingRun]) -> str:
         return "nothing is missing\n"
     lines = [f"{len(missing)} run(s) are missing:"]
     for entry in missing:
-        where = f"table {entry.table}, {entry.row}, {entry.experiment.run.name} on {entry.folder.parent.name}"
+        what = f"weights for {entry.row}" if entry.trained_only else entry.row
+        where = f"table {entry.table}, {what}, {entry.experiment.run.name} on {entry.folder.parent.name}"
         lines += [f"{where}, seed {entry.seed}: {entry.progress}", f"  {entry.command}"]
+        if entry.needs:
+            lines.append(f"  after {entry.needs}, whose weights it starts from")
     return "\n".join(lines) + "\n"

@@ -40,12 +40,28 @@ class DataSet:
         kind: `official` for the published files, `synthetic`, or `stand-in` for real images in the place of others.
         test: Fingerprints (`SISDataModule.fingerprint`) of the accepted test files.
         train: Listings (`SISDataModule.listing`) of the accepted training files.
+        train_images: Number of training images, for `tables cost`; None if unknown.
     """
 
     title: str
     kind: Literal["official", "synthetic", "stand-in"]
     test: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    train_images: int | None = None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where the backbones of a run start.
+
+    Attributes:
+        run: The run that makes the weights of a backbone, with its first seed.
+        published: Published weights by backbone, such as `resnet50`, or `resnet50 depth=101` with changed fields;
+            these need no run.
+    """
+
+    run: RunSpec
+    published: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class RunSpec:
         data: The data set that it is tested on.
         options: Options of the command line, by their keys.
         seeds: The seeds that a cell needs.
+        pretrained: Where the backbones start; None for random weights.
     """
 
     name: str
@@ -65,6 +82,7 @@ class RunSpec:
     data: DataSet
     options: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
+    pretrained: Pretrained | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,19 @@ class Experiment:
         """Text that identifies the experiment in the table spec."""
         return " ".join([self.run.name, self.backbone, *(f"{name}={value}" for name, value in self.fields)])
 
+    @property
+    def _published(self) -> str | None:
+        """Published weights of the backbone that the run starts from; None if there are none."""
+        known = self.run.pretrained.published if self.run.pretrained else {}
+        return known.get(" ".join([self.backbone, *(f"{name}={value}" for name, value in self.fields)]))
+
+    @property
+    def pretraining(self) -> Experiment | None:
+        """The experiment whose weights the backbone starts from; None for published or random weights."""
+        if self.run.pretrained is None or self._published:
+            return None
+        return Experiment(self.run.pretrained.run, self.backbone, self.fields)
+
     def options(self) -> list[str]:
         """The options of `fit` that describe it, without the seed."""
         line = [part for path in self.run.config for part in ("--config", path)]
@@ -93,6 +124,8 @@ class Experiment:
             line += ["--task", self.run.name]
         line += ["--model.backbone", self.backbone]
         line += [part for name, value in self.fields for part in (f"--model.backbone.{name}", str(value))]
+        if self.run.pretrained:
+            line += ["--model.backbone_weights", self._published or f"run:{self.run.pretrained.run.name}"]
         return line + [part for key, value in self.run.options.items() for part in (f"--{key}", str(value))]
 
 
@@ -254,13 +287,15 @@ class TableSpec:
         return dataclasses.replace(self, tables=tuple(tables))
 
     def experiments(self) -> dict[str, Experiment]:
-        """All experiments by their keys, in the order of the tables."""
+        """All experiments by their keys, in the order of the tables, each behind the one that it starts from."""
         found: dict[str, Experiment] = {}
         for table in self.tables:
             for group in table.groups:
                 for row in group.rows:
                     for column in table.columns:
                         experiment = row.experiment(column)
+                        if experiment.pretraining:
+                            found.setdefault(experiment.pretraining.key, experiment.pretraining)
                         found.setdefault(experiment.key, experiment)
         return found
 
@@ -313,9 +348,13 @@ def _read(path: Path) -> TableSpec:
     reader = _Reader(path)
     sections = {key: reader.mapping(content.pop(key, {}), key) for key in ("data", "runs", "notes")}
     data = {key: reader.make(DataSet, value, f"data.{key}") for key, value in sections["data"].items()}
-    runs = {}
+    runs: dict[str, RunSpec] = {}
     for key, value in sections["runs"].items():
         value = {"name": key, **reader.mapping(value, f"runs.{key}")}
+        if "pretrained" in value:
+            start = reader.mapping(value["pretrained"], f"runs.{key}.pretrained")
+            start["run"] = reader.find(start.get("run"), runs, f"runs.{key}.pretrained.run")
+            value["pretrained"] = reader.make(Pretrained, start, f"runs.{key}.pretrained")
         runs[key] = reader.make(
             RunSpec, {**value, "data": reader.find(value.get("data"), data, f"runs.{key}.data")}, f"runs.{key}"
         )

@@ -95,7 +95,9 @@ class BaseTask(Optimization, Inference, ABC):
             its full value.
         warmup_start: Factor of the learning rate at the first step of the warm-up; above 0 and at most 1.
         backbone_weights: Initial weights of the backbone: `timm:NAME`, `torchvision:WEIGHTS`, a file with a state dict,
-            or a checkpoint or run directory of any task of this package. None: random weights.
+            or a checkpoint or run directory of any task of this package. In a configuration also `run:TASK`, such as
+            `run:cls_imagenet`: the finished run of that task with the same backbone and seed 0, in
+            `runs/TASK/BACKBONE/seed0`. None: random weights.
         weights: Checkpoint or run directory of the same kind of task, whose weights initialise the whole network. If
             its number of classes differs, the layers that depend on this number keep their random weights.
         freeze_backbone: Whether the backbone is frozen: neither its parameters nor its norm statistics change.

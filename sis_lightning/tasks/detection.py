@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -68,7 +68,8 @@ class DetectionTask(BaseTask):
         detector: Further arguments of torchvision's `FasterRCNN`, such as `{"box_batch_size_per_image": 512}`. Without
             `rpn_post_nms_top_n_train` it is 1000, as in mmdetection; the others have torchvision's defaults.
         freeze_norm: Whether the backbone's batch norm is frozen: it keeps the statistics, scales and shifts of
-            `backbone_weights` or `weights`.
+            `backbone_weights` or `weights`. `statistics`: it keeps the statistics alone, as in mmdetection.
+        frozen_stages: Number of the backbone's stages, with the stem before them, that do not train at all.
         shown_score: Minimum score, in 0…1, of the objects that are drawn and that `sis-lightning predict` lists.
         training: Further arguments of `BaseTask`: `operator`, `in_channels`, `optimizer`, `lr_scheduler`,
             `lr_interval`, `lr_batch_size`, `norm_weight_decay`, `warmup_steps`, `warmup_start`,
@@ -101,6 +102,7 @@ class DetectionTask(BaseTask):
         "detector": Effect.RESULT,
         "detector.bbox_reg_weights": Effect.NETWORK,
         "freeze_norm": Effect.RESULT,
+        "frozen_stages": Effect.RESULT,
         "shown_score": Effect.NOTHING,
     }
     model: Detector
@@ -126,16 +128,18 @@ class DetectionTask(BaseTask):
         box_loss: BoxLoss = "l1",
         initial_weights: InitialWeights = "mmdetection",
         detector: dict[str, Any] | None = None,
-        freeze_norm: bool = False,
+        freeze_norm: bool | Literal["statistics"] = False,
+        frozen_stages: int = 0,
         shown_score: float = 0.5,
         **training: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **training)
-        if freeze_norm and not self.backbone_weights and not self.weights:
-            raise UsageError(
-                "freeze_norm keeps the statistics of backbone_weights or weights, but neither is given:\n"
-                "  with random weights it would leave the backbone without any norm."
-            )
+        for name, frozen in {"freeze_norm": freeze_norm, "frozen_stages": frozen_stages}.items():
+            if frozen and not self.backbone_weights and not self.weights:
+                raise UsageError(
+                    f"{name} keeps what is in backbone_weights or weights, but neither is given:\n"
+                    "  random weights would leave the backbone without any norm, or with stages that never train."
+                )
         self.shown_score, self.min_size, self.max_size = shown_score, min_size, max_size
         model = Detector(
             self.backbone_config,
@@ -157,6 +161,7 @@ class DetectionTask(BaseTask):
             box_loss=box_loss,
             initial_weights=initial_weights,
             freeze_norm=freeze_norm,
+            frozen_stages=frozen_stages,
             in_channels=self.in_channels,
             detector=detector,
         )

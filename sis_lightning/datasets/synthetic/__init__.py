@@ -1,4 +1,4 @@
-"""Data sets of drawn shapes and persons in the layouts of CIFAR-100, Pascal VOC and COCO."""
+"""Data sets of drawn shapes and persons in the layouts of CIFAR-100, Pascal VOC, COCO and ImageNet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from sis_lightning.datasets.constants import SYNTHETIC_MARKER
 from sis_lightning.datasets.synthetic.contact_sheet import write_contact_sheet
 from sis_lightning.datasets.synthetic.drawing import Stage
-from sis_lightning.datasets.synthetic.formats import write_cifar, write_coco, write_voc
+from sis_lightning.datasets.synthetic.formats import write_cifar, write_coco, write_imagenet, write_voc
 from sis_lightning.errors import UsageError, nearest
 from sis_lightning.version import __version__
 
 __all__ = ["KINDS", "SYNTHETIC_MARKER", "write_synthetic"]
 
-KINDS = ("cifar", "voc", "coco")
+KINDS = ("cifar", "voc", "coco", "imagenet")
 
 
 def write_synthetic(
@@ -35,8 +35,9 @@ def write_synthetic(
     changed.
 
     Args:
-        root: Folder in which ``cifar-100-python``, ``VOCdevkit`` and ``coco`` are made.
-        images: Number of images of VOC2012 and of COCO; VOC2007 has half as many, CIFAR ten times as many.
+        root: Folder in which ``cifar-100-python``, ``VOCdevkit``, ``coco`` and ``ilsvrc`` are made.
+        images: Number of images of VOC2012 and of COCO; VOC2007 has half as many, ImageNet four times
+            and CIFAR ten times as many.
         size: Longer side of the images of VOC and COCO in px; the other is as long or 3/4 of it.
         seed: Seed of everything random.
         kinds: The data sets to write, of `KINDS`.
@@ -74,6 +75,9 @@ def write_synthetic(
     if "coco" in kinds:
         write_coco(partial / "coco", images, stage, seed)
         _write_marker(partial / "coco", marker)
+    if "imagenet" in kinds:
+        write_imagenet(partial / "ilsvrc", 4 * images, seed)
+        _write_marker(partial / "ilsvrc", marker)
     write_contact_sheet(partial, kinds)
     if root.exists():
         root.rmdir()

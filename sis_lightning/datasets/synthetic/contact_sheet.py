@@ -27,11 +27,11 @@ def write_contact_sheet(root: Path, kinds: Sequence[str]) -> Path:
     """Draws the contact sheet: rows of six images.
 
     CIFAR has two rows of images; each year of VOC a row of images with boxes and one of their masks; COCO a row of
-    images of persons and one of shapes, with boxes, polygons and keypoints.
+    images of persons and one of shapes, with boxes, polygons and keypoints; ImageNet one row of images.
 
     Args:
         root: The folder with the data sets.
-        kinds: The data sets that exist: `cifar`, `voc`, `coco`.
+        kinds: The data sets that exist: `cifar`, `voc`, `coco`, `imagenet`.
 
     Returns:
         The image file, `root/contact_sheet.png`.
@@ -89,6 +89,11 @@ def _coco_rows(root: Path) -> Iterator[_Row]:
         yield f"COCO layout, {what}: boxes, polygons and keypoints", draws
 
 
+def _imagenet_rows(root: Path) -> Iterator[_Row]:
+    paths = sorted((root / "ilsvrc" / "ILSVRC" / "Data" / "CLS-LOC" / "val").iterdir())
+    yield "ImageNet layout", [_shower(_rgb(paths[index])) for index in _spread(range(len(paths)))]
+
+
 def _rgb(path: Path) -> Any:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
@@ -122,4 +127,9 @@ def _annotated(known: Annotations, index: int, persons: Annotations | None = Non
     return draw
 
 
-_ROWS: dict[str, Callable[[Path], Iterator[_Row]]] = {"cifar": _cifar_rows, "voc": _voc_rows, "coco": _coco_rows}
+_ROWS: dict[str, Callable[[Path], Iterator[_Row]]] = {
+    "cifar": _cifar_rows,
+    "voc": _voc_rows,
+    "coco": _coco_rows,
+    "imagenet": _imagenet_rows,
+}

@@ -41,7 +41,7 @@ COCO_SHAPES = {
 }
 """COCO category of each shape; one that looks similar if there is one."""
 
-_CIFAR, _VOC2012, _VOC2007, _COCO = range(4)
+_CIFAR, _VOC2012, _VOC2007, _COCO, _IMAGENET = range(5)
 _TINY_DIFFICULT = 0.12  # share of the objects smaller than twice the minimum size; about 3 % of all objects
 
 
@@ -101,6 +101,41 @@ def _cifar_row(seed: int, index: int, label: int) -> Bytes:
 def _write_pickle(value: dict[bytes, Any], path: Path) -> None:
     with path.open("wb") as file:
         pickle.dump(value, file, protocol=2)
+
+
+# ImageNet ----------------------------------------------------------------------------------------------------
+
+
+def write_imagenet(root: Path, images: int, seed: int) -> None:
+    """Writes photographs' sizes of the shapes and textures of `write_cifar` in the layout of ILSVRC 2012.
+
+    Args:
+        root: Folder in which ``ILSVRC`` and the two files of names and labels are made.
+        images: Number of images of both splits together, a quarter of them for validation; at least two of each class.
+        seed: Seed of the whole data set.
+    """
+    home = root / "ILSVRC" / "Data" / "CLS-LOC"
+    classes = len(SHAPES) * len(TEXTURES)
+    synsets = [f"n{1000 + 7 * label:08d}" for label in range(classes)]
+    for synset in synsets:
+        (home / "train" / synset).mkdir(parents=True)
+    (home / "val").mkdir()
+    solution = ["ImageId,PredictionString"]
+    for index in range(max(images, 2 * classes)):
+        label = index % classes
+        rng = np.random.default_rng([seed, _IMAGENET, index])
+        drawn = small_image(rng, *divmod(label, len(TEXTURES)))
+        width, height = (int(side) for side in rng.integers(48, 81, 2))
+        image = Image.fromarray(drawn).resize((width, height), Image.Resampling.BICUBIC)
+        if index // classes % 4 == 1:
+            name = f"ILSVRC2012_val_{index:08d}"
+            solution.append(f"{name},{synsets[label]} 0 0 {width - 1} {height - 1} ")
+            image.save(home / "val" / f"{name}.JPEG", quality=92)
+        else:
+            image.save(home / "train" / synsets[label] / f"{synsets[label]}_{index}.JPEG", quality=92)
+    names = [f"{synset} {_fine_name(label).replace('_', ' ')}, shape" for label, synset in enumerate(synsets)]
+    (root / "LOC_synset_mapping.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (root / "LOC_val_solution.csv").write_text("\n".join(solution) + "\n", encoding="utf-8")
 
 
 # Pascal VOC --------------------------------------------------------------------------------------------------

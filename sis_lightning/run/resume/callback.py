@@ -38,7 +38,7 @@ from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import sync_folder
 from sis_lightning.late_values import LateValue
 from sis_lightning.run.recipe import effective_changes
-from sis_lightning.run.record import Code
+from sis_lightning.run.record import Code, StartWeights
 from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard, require_folder
 from sis_lightning.run.resume.checkpoints import (
     RUN,
@@ -105,6 +105,8 @@ class ExactResume(Callback):
         self._asked: LateValue | None = None
         self._point_of_ranks: tuple[Any, ...] = ()
         self._trained_on: list[str] = []
+        #: The weights that the run starts from; whoever loads them says so.
+        self.start_weights: StartWeights | None = None
         self._listing: Future[str] | None = None
         self._changed: list[str] = []
         self._devices: list[int] = []
@@ -135,6 +137,7 @@ class ExactResume(Callback):
         trainer.callbacks = [other for other in callbacks if not isinstance(other, LearningRateFinder)]  # type: ignore[attr-defined]
         self._saved_at = point.batches
         self._trained_on = point.trained_on
+        self.start_weights = point.start_weights
         self._code = [*(known for known in point.code if known not in self._code), *self._code]
         keys = [key for key, _, _ in effective_changes(point.config, self.config)]
         self._changed = list(dict.fromkeys([*point.changed, *keys]))
@@ -293,6 +296,7 @@ class ExactResume(Callback):
             trained_on=self._trained_on,
             code=self._code,
             changed=self._changed,
+            start_weights=self.start_weights,
             logged=logged,
         ).model_dump()
         internals.keep_saved_position(checkpoint, self._point)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import sync, sync_folder
-from sis_lightning.run.record import Code
+from sis_lightning.run.record import Code, StartWeights
 from sis_lightning.tasks.checkpoint_files import UnreadableCheckpointError, read_checkpoint
 
 Checkpoint = dict[str, Any]
@@ -48,6 +48,7 @@ class ResumePoint(BaseModel):
         trained_on: SHA-256 of the training split of each start.
         code: The code of each start.
         changed: Options that were changed on the way.
+        start_weights: The weights that the run started from; None for random ones.
         logged: What Lightning has logged and holds in memory, for each device.
     """
 
@@ -67,6 +68,7 @@ class ResumePoint(BaseModel):
     trained_on: list[str]
     code: list[Code]
     changed: list[str]
+    start_weights: StartWeights | None = None
     logged: list[dict[str, Any]] = []
 
 
