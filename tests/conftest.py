@@ -161,3 +161,51 @@ def shared() -> Path:
     if not folder or not Path(folder, "data").is_dir():
         pytest.skip("no real images here: SIS_SHARED names no folder with data/")
     return Path(folder, "data")
+
+
+#: A run that starts from the weights of another one, in two tables.
+START_SPEC = """
+data:
+  toys: {{title: toy images, kind: synthetic}}
+runs:
+  toy_first:
+    config: [tasks/cls_imagenet.yaml, configs/demo.yaml]
+    options: &options
+      {{data.root: {root}, model.backbone.channels: 8, model.backbone.width: 4, data.batch_size: 4, data.num_workers: 0,
+       trainer.max_steps: 2, model.lr_scheduler.init_args.total_steps: 2, trainer.limit_val_batches: 1,
+       trainer.limit_test_batches: 1}}
+    data: toys
+    seeds: [0]
+  toy_later:
+    config: [tasks/seg_voc.yaml, configs/demo.yaml, configs/from_imagenet.yaml]
+    options: {{<<: *options, data.crop_size: 32}}
+    data: toys
+    seeds: [0, 1]
+    pretrained: {{run: toy_first, published: {{resnet_demo: "timm:resnet14t.c3_in1k"}}}}
+tables:
+  - id: "8"
+    title: Toys
+    columns: [{{label: mIoU, run: toy_later, metric: test/miou, digits: 4}}]
+    groups: &groups
+      - {{host: sis_demo, rows: [{{label: ResNet, backbone: resnet_demo}}, {{label: Basic SIS, operator: basic}}]}}
+  - id: "9"
+    title: Toys again
+    columns: [{{label: pixels, run: toy_later, metric: test/pixel_accuracy, digits: 4}}]
+    groups: *groups
+"""
+
+
+@pytest.fixture
+def start_tables(synthetic, tmp_path, monkeypatch, capfd):
+    """Calls `sis-lightning tables` in a folder with `START_SPEC`; returns the exit code and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "toys.yaml").write_text(START_SPEC.format(root=synthetic))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main(["tables", *map(str, arguments)])
+        printed = capfd.readouterr()
+        return code, printed.out, printed.err
+
+    return call

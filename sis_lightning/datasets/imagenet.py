@@ -39,13 +39,14 @@ class ImageNetDataset(ImageFolderDataset):
     Args:
         root: Folder in one of the two layouts, see `LAYOUT`; or a folder that has it as `ilsvrc`.
         split: `train`; `val` or `test` for the validation images.
+        image_size: Height and width in px that all images must have; None for any.
 
     Raises:
         DataError: If something is missing, or an image of the validation has no label; reading a sample, if the image
             is unreadable.
     """
 
-    def __init__(self, root: str | Path, split: str = "train") -> None:
+    def __init__(self, root: str | Path, split: str = "train", image_size: tuple[int, int] | None = None) -> None:
         home = imagenet_home(root)
         published = home / "ILSVRC" / "Data" / "CLS-LOC"
         folder = published if published.is_dir() else home
@@ -54,15 +55,15 @@ class ImageNetDataset(ImageFolderDataset):
                 raise MissingDataError(f"{folder / part} does not exist\n  {LAYOUT.format(root=root)}")
         wanted = "train" if split == "train" else "val"
         if wanted == "val" and not any(entry.is_dir() for entry in (folder / "val").iterdir()):
-            self._read_flat(home, folder)
+            self._read_flat(home, folder, image_size)
         else:
-            super().__init__(folder, wanted)
+            super().__init__(folder, wanted, image_size)
         self.meta = DatasetMeta(_class_names(home, self.meta.class_names))
 
-    def _read_flat(self, home: Path, folder: Path) -> None:
+    def _read_flat(self, home: Path, folder: Path, image_size: tuple[int, int] | None) -> None:
         """Reads validation images that are all in one folder, with the labels of the published list."""
         super(ImageFolderDataset, self).__init__()
-        self.folder, self.image_size = folder / "val", None
+        self.folder, self.image_size = folder / "val", image_size
         path = home / _SOLUTION
         if not path.is_file():
             raise MissingDataError(f"{path} does not exist: the labels of {self.folder}\n  {LAYOUT.format(root=home)}")

@@ -195,7 +195,9 @@ class _Started:
         """Trains, and keeps the history."""
         run = self.run
         assert self.exact_resume is not None
-        if not self.resumed:
+        if self.resumed:
+            run.task.keep_own_weights()
+        else:
             self.exact_resume.start_weights = load_start_weights(run)
         if trainer.is_global_zero:
             self._begin()

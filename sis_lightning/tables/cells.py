@@ -157,6 +157,8 @@ class Evidence:
         start = record.training.start_weights
         if model.pretraining and (start is None or start.recipe_hash != model.pretraining or not start.finished):
             reasons.append("its backbone did not start from the finished ImageNet run of the row")
+        elif start and experiment.pretraining and not {*start.trained_on} <= {*experiment.pretraining.run.data.train}:
+            reasons.append(f"its backbone was not trained on {experiment.pretraining.run.data.title}")
         changed = [
             key
             for key, change in record.tested_otherwise.items()

@@ -423,6 +423,10 @@ class BaseTask(Optimization, Inference, ABC):
         elif self.backbone_weights:
             self.note("backbone weights", str(load_backbone_weights(self.backbone, self.backbone_weights)))
 
+    def keep_own_weights(self) -> None:
+        """Leaves `weights` and `backbone_weights` unread: a checkpoint brings the weights."""
+        self._weights_pending = False
+
     def start_from(self, state_dict: Mapping[str, Tensor], name: str) -> None:
         """Loads the weights of a whole task of the same kind, all but the last layers if the classes differ.
 
@@ -484,7 +488,8 @@ class BaseTask(Optimization, Inference, ABC):
         """Adds the class of the task; refuses weights that are not finite, so that the last good ones stay."""
         self._require_finite_loss()
         checkpoint[TASK_CLASS] = f"{type(self).__module__}.{type(self).__qualname__}"
-        broken = [name for name, weight in self.named_parameters() if not torch.isfinite(weight).all()]
+        # With the statistics of batch norm: one that overflows leaves the loss of training finite.
+        broken = [name for name, value in self.state_dict().items() if not torch.isfinite(value).all()]
         if broken:
             raise self._not_finite(f"{len(broken)} weights, such as {broken[0]}")
 
@@ -501,11 +506,11 @@ class BaseTask(Optimization, Inference, ABC):
         """
 
     def setup(self, stage: str) -> None:
-        """Compiles the backbone if asked to; loads deferred weights for a fit that begins without a checkpoint."""
+        """Compiles the backbone if asked to; loads deferred weights, unless a checkpoint brings them."""
         if self.compile_mode and not self._compiled:
             self.backbone.compile(mode=self.compile_mode)
             self._compiled = True
-        if stage == "fit" and not self.trainer.ckpt_path:  # a checkpoint has its own weights
+        if stage == "fit":
             self.load_start_weights()
 
     def train(self, mode: bool = True) -> Self:

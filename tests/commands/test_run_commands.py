@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -204,14 +205,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     result = command("fit", *tiny, *options)
     assert result.code == 1, result.err
     assert "not finite at step" in result.err
-    assert "the loss (cross_entropy" in result.err
+    # Which overflows first, the loss or a running variance, depends on the machine.
+    assert re.search(r"the loss \(cross_entropy|\d+ weights, such as \S+running_var", result.err)
     assert len(result.err.splitlines()) <= 5
     last = RUN / "checkpoints" / "last.ckpt"
     assert "last good checkpoint: " in result.err
     assert "step-0" in result.err
     checkpoint = torch.load(last, weights_only=True)
     assert checkpoint["global_step"] > 0
-    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert [name for name, value in checkpoint["state_dict"].items() if not value.isfinite().all()] == []
 
 
 def test_weights_that_are_not_finite_are_never_saved(command, tiny, monkeypatch):
@@ -236,7 +238,15 @@ def test_weights_that_are_not_finite_are_never_saved(command, tiny, monkeypatch)
 
 
 def without_unseen_images(synthetic: Path, tmp_path: Path) -> Path:
-    """A copy of CIFAR-100 whose test images are the training images but one."""
+    """A copy of CIFAR-100 and of ImageNet whose test images are the training images but one."""
+    home = tmp_path / "odd" / "ilsvrc"
+    shutil.copytree(synthetic / "ilsvrc" / "ILSVRC" / "Data" / "CLS-LOC" / "train", home / "train")
+    shutil.copytree(home / "train", home / "val")
+    first = min((home / "val").iterdir())
+    if sum(1 for path in (home / "val").rglob("*.JPEG")) % 2 == 0:
+        next(first.iterdir()).unlink()
+        if not any(first.iterdir()):
+            first.rmdir()
     folder = tmp_path / "odd" / "cifar-100-python"
     shutil.copytree(synthetic / "cifar-100-python", folder)
     content = pickle.loads((folder / "train").read_bytes(), encoding="bytes")
@@ -248,6 +258,7 @@ def without_unseen_images(synthetic: Path, tmp_path: Path) -> Path:
 #: Steps after which a task has learned something of five images, how to test it on them, and its metric.
 LEARNED: dict[str, tuple[int, list[str], str]] = {
     "cls_cifar100": (80, [], "test/top5"),
+    "cls_imagenet": (80, [], "test/top5"),
     "det_coco": (60, ["--data.limit", "5", "--data.val_split", "train2017"], "test/AP"),
     "det_voc": (40, ["--data.limit", "5", "--data.test_splits", "[2007/trainval]"], "test/AP50_voc07"),
     "kpt_coco": (250, ["--data.limit", "5", "--data.val_split", "train2017"], "test/AP"),
@@ -260,7 +271,7 @@ def test_two_ranks_measure_what_one_does(command, synthetic, small, tmp_path, ta
     """With a trained network: without detections, any way to combine the ranks gives the same zeros."""
     steps, tested, metric = LEARNED[task]
     options = [*small(task, steps=steps), "--run_dir", "run", "--trainer.check_val_every_n_epoch", "1000", *tested]
-    if task == "cls_cifar100":
+    if task.startswith("cls"):
         options += ["--data.root", str(without_unseen_images(synthetic, tmp_path))]
     ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 

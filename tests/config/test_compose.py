@@ -103,7 +103,14 @@ def test_recipes_are_the_papers():
 def test_batch_norm_over_all_devices_is_the_recipes():
     """ResNeXt's code and Simple Baselines normalise on each device alone; detection from scratch over all of them."""
     found = {name: compose([f"tasks/{name}.yaml"])["trainer"]["sync_batchnorm"] for name in config_names("tasks")}
-    assert found == {"cls_cifar100": False, "det_coco": True, "det_voc": True, "kpt_coco": False, "seg_voc": True}
+    assert found == {
+        "cls_cifar100": False,
+        "cls_imagenet": False,
+        "det_coco": True,
+        "det_voc": True,
+        "kpt_coco": False,
+        "seg_voc": True,
+    }
     for trainer in ("ddp", "cluster"):
         assert "sync_batchnorm" not in yaml.safe_load((PACKAGED / f"configs/trainers/{trainer}.yaml").read_text())
 

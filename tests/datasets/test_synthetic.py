@@ -70,7 +70,7 @@ def test_an_image_does_not_depend_on_how_many_there_are(drawn, tmp_path):
 
 
 def test_every_folder_says_that_it_is_synthetic(drawn):
-    folders = ("", "cifar-100-python", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007", "coco")
+    folders = ("", "cifar-100-python", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007", "coco", "ilsvrc")
     for folder in folders:
         marker = json.loads((drawn / folder / SYNTHETIC_MARKER).read_text())
         assert marker["synthetic"] is True

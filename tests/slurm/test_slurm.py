@@ -632,3 +632,26 @@ def test_runs_in_the_queue_are_not_submitted_again(slurm, command, tmp_path, mon
     finally:
         output("scancel", "--user=root")
         output("scontrol", "update", "PartitionName=all", "State=UP")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("fails", [False, True])
+def test_slurm_starts_a_run_when_its_weights_are_there(slurm, start_tables, tmp_path, fails):
+    (tmp_path / "mine.yaml").write_text(f"python: {sys.executable}\ncpus_per_task: 1\n")
+    options = ["--time", "0:10:00", "--cluster", "mine.yaml"]
+    if fails:
+        options += ["--data.root", "nowhere", "--data.synthetic", "null"]
+    code, out, err = start_tables("run", "--rows", "basic", "--seeds", "1", "--launcher", "slurm", "--", *options)
+    assert code == 0, err
+    jobs = re.findall(r"^job (\d+): runs/(\w+)", out, re.MULTILINE)
+    assert [name for _, name in jobs] == ["toy_first", "toy_later"]
+    asked = output("scontrol", "show", "job", jobs[1][0])
+    assert f"Dependency=afterok:{jobs[0][0]}" in asked
+    until = time.monotonic() + 120
+    while output("squeue", "--noheader", "--jobs", ",".join(job for job, _ in jobs)).strip():
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    done = list(Path("runs").glob("toy_later/*/seed0/test.json"))
+    assert len(done) == (0 if fails else 1), subprocess.run(
+        "tail -n 20 runs/*/*/slurm*", shell=True, capture_output=True, text=True
+    ).stdout

@@ -35,6 +35,7 @@ from sis_lightning.tables.spec import (
     DataSet,
     Experiment,
     Group,
+    Pretrained,
     RunSpec,
     Table,
     TableSpec,
@@ -804,3 +805,20 @@ def test_seeds_of_an_operator_that_was_changed_in_between_do_not_count_together(
 def test_a_record_without_the_metric_says_so():
     cell = cell_of(piece(0, metrics={"test/top1": 0.5}))
     assert cell.reasons == ("seed0-0.5.json: it has no test/miou",)
+
+
+def test_a_record_counts_only_with_the_weights_of_its_row():
+    first = RunSpec("first", ("tasks/cls_imagenet.yaml",), DataSet("ImageNet", "official", (), ("images",)))
+    later = Experiment(RunSpec(**{**vars(RUN), "pretrained": Pretrained(first)}), "sis50")
+    model = Model(RECIPE, "slug-of-sis50", 1, 1, (1, 1), "", "first recipe")
+
+    def why(**weights: object) -> list[str]:
+        start = {"source": "run:first", "sha256": "a", "recipe_hash": "first recipe", "finished": True}
+        record = piece(training__start_weights={**start, "trained_on": ["images"], **weights})
+        return record.judge(later, model)[1]
+
+    assert why() == []
+    assert "finished ImageNet run" in why(finished=False)[0]
+    assert "finished ImageNet run" in why(recipe_hash="another")[0]
+    assert "not trained on ImageNet" in why(trained_on=["synthetic"])[0]
+    assert "finished ImageNet run" in piece().judge(later, model)[1][0]

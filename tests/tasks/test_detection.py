@@ -166,6 +166,28 @@ def test_only_norms_of_loaded_weights_are_frozen(synthetic, tmp_path):
     assert not torch.equal(task.backbone.stem.conv.weight, loaded["stem.conv.weight"])
 
 
+@pytest.mark.parametrize(("norm", "scales_train"), [("statistics", True), (True, False)])
+def test_first_stages_and_statistics_are_frozen_as_in_mmdetection(tmp_path, norm, scales_train):
+    """mmdetection's "frozen_stages=1" and "norm_eval=True": the other stages' scales and shifts train."""
+    weights = tmp_path / "some.ckpt"
+    torch.save({"state_dict": detection().state_dict()}, weights)
+    task = detection(freeze_norm=norm, frozen_stages=1, backbone_weights=str(weights)).train()
+    before = {name: value.clone() for name, value in task.backbone.state_dict().items()}
+    sum(task.training_loss(batch(2, 3)).values()).backward()
+    torch.optim.SGD([weight for weight in task.parameters() if weight.requires_grad], lr=0.1).step()
+    after = task.backbone.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any(name.startswith(("stem.", "stage1.")) for name in changed)
+    assert not any("running" in name or "tracked" in name for name in changed)
+    assert ("stage2.0.reduce_norm.weight" in changed) == scales_train
+    assert "stage2.0.reduce.weight" in changed
+    with pytest.raises(UsageError, match="frozen_stages"):
+        detection(frozen_stages=1)
+    with pytest.raises(UsageError, match="frozen_stages is 5"):
+        detection(frozen_stages=5, backbone_weights=str(weights))
+
+
 def test_boxes_stay_float32_in_mixed_precision():
     torch.manual_seed(0)
     task = detection(min_size=96, max_size=1400, detector={"box_score_thresh": 0.0}).eval()
