@@ -164,7 +164,11 @@ class Segmenter(nn.Module):
     right with 0 (the mean colour of normalised images), and the logits are cropped to the size of the image: most
     decoders of SMP need sides that are multiples of `divisor`. Those of DeepLab get sides that are 1 more, such as 513,
     and upsample so that features stay at their places (`RegisteredUpsample`; SMP's own upsampling moves those at the
-    right and at the bottom of 513 px by 14.6 px). Other decoders are SMP's as they are.
+    right and at the bottom of 513 px by 14.6 px).
+
+    Other decoders are SMP's as they are. They take cell i of a map of stride s to the middle of s pixels, s · i +
+    (s - 1) / 2, but a backbone sees it centred at s · i: features of stride 32 come out 15.5 px too far right and low,
+    those of stride 4 1.5 px. This is so for every ResNet in SMP; training makes up for some of it.
 
     Args:
         backbone: Name such as `"sis50"`, mapping of fields, or `BackboneConfig`, as for `create_backbone`. It needs

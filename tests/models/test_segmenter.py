@@ -78,6 +78,48 @@ def test_features_stay_at_their_places(architecture, size):
     assert torch.allclose(got, torch.stack([x, y]).double(), rtol=0, atol=1e-9)
 
 
+class Impulse(nn.Module):
+    """In the place of the encoder: maps of 0, with a 1 in the middle of one of them."""
+
+    def __init__(self, encoder: nn.Module, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = encoder.out_channels, stride
+        self.output_stride, self.backbone = encoder.output_stride, encoder.backbone
+
+    def forward(self, x):
+        side = x.shape[-1]
+        maps = [torch.zeros(1, count, side >> k, side >> k).to(x) for k, count in enumerate(self.channels)]
+        if self.stride:
+            map_ = maps[self.stride.bit_length() - 1]
+            map_[..., side // self.stride // 2, side // self.stride // 2] = 1
+        return maps
+
+
+@pytest.mark.parametrize("stride", [4, 32])
+@pytest.mark.parametrize("architecture", ["fpn", "linknet", "manet", "segformer", "unet", "unetplusplus"])
+def test_other_decoders_move_features_by_half_a_cell(architecture, stride):
+    """The centre of gravity of what one cell becomes in a decoder that averages: `Segmenter` states where it is.
+
+    A decoder that comes out elsewhere has changed in SMP, and the statement with it.
+    """
+    model = Segmenter("sis_demo", 2, architecture, output_stride=32).double().eval()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1 / parameter[0].numel() if parameter.ndim > 1 else 0)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (nn.ReLU, nn.BatchNorm2d, nn.GroupNorm)):
+                setattr(module, name, nn.Identity())
+    seen, encoder, image = [], model.encoder, torch.zeros(1, 3, 256, 256).double()
+    for wanted in (stride, 0):
+        model.encoder = Impulse(encoder, wanted)
+        with torch.no_grad():
+            seen.append(model(image)[0, 0])
+    heat = seen[0] - seen[1]
+    for sums in (heat.sum(0), heat.sum(1)):
+        centre = float((sums * torch.arange(256)).sum() / sums.sum())
+        assert centre - 128 == pytest.approx((stride - 1) / 2, abs=0.1 * stride)
+
+
 class Last(nn.Module):
     def forward(self, features):
         return features[-1]
