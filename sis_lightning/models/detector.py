@@ -91,7 +91,7 @@ class _Anchors(AnchorGenerator):  # type: ignore[misc]
             rounded: list[Tensor] = super().forward(image_list, empty)
             return rounded
         self.set_cell_anchors(empty[0].dtype, empty[0].device)
-        strides = [[empty[0].new_tensor(stride, dtype=torch.int64)] * 2 for stride in self.strides]
+        strides = [(stride, stride) for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([maps.shape[-2:] for maps in empty], strides))
         return [anchors for _ in image_list.image_sizes]
 
@@ -143,8 +143,8 @@ class _RegionProposals(RegionProposalNetwork):  # type: ignore[misc]
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         if targets is not None:
-            sizes = [torch.tensor(size) for size in images.image_sizes]
-            targets = [{**target, "size": size} for target, size in zip(targets, sizes, strict=True)]
+            sized: Any = [{**one, "size": size} for one, size in zip(targets, images.image_sizes, strict=True)]
+            targets = sized
         found: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
         return found
 
@@ -214,16 +214,19 @@ class _RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
     def __init__(self, strides: Mapping[str, int], sampling_ratio: int, aligned: bool, canonical_scale: int) -> None:
         super().__init__(list(strides), _RESOLUTION, sampling_ratio, canonical_scale=canonical_scale)
         self.strides, self.aligned = strides, aligned
-        levels = [stride.bit_length() - 1 for stride in strides.values()]
-        self.level_of = LevelMapper(min(levels), max(levels), canonical_scale, self.canonical_level)
+        self.exponents = [stride.bit_length() - 1 for stride in strides.values()]
+        least, largest = min(self.exponents), max(self.exponents)
+        self.level_of = LevelMapper(least, largest, canonical_scale, self.canonical_level)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         images = torch.cat([torch.full_like(item[:, :1], index) for index, item in enumerate(boxes)])
         regions = torch.cat([images, torch.cat(boxes)], dim=1)
-        levels = self.level_of(boxes)
+        wanted = self.level_of(boxes) + min(self.exponents)
         pooled, order = [], []
-        for number, (level, stride) in enumerate(self.strides.items()):
-            of_level = torch.where(levels == number)[0]
+        # A box whose level is not in the pyramid takes the next finer one.
+        limits = [*self.exponents[1:], max(self.exponents) + 1]
+        for (level, stride), least, limit in zip(self.strides.items(), self.exponents, limits, strict=True):
+            of_level = torch.where((wanted >= least) & (wanted < limit))[0]
             maps = _full(x[level])
             pooled.append(
                 roi_align(maps, regions[of_level].to(maps), _RESOLUTION, 1 / stride, self.sampling_ratio, self.aligned)

@@ -59,8 +59,9 @@ def cost_of(entry: MissingRun, tflops: float) -> Cost:
         tflops: Trillions of floating-point operations per second that one GPU does in training.
     """
     layers, _ = resolve(entry.experiment.options())
-    trainer, batch = layers.get("trainer", {}), int(layers["data"]["init_args"]["batch_size"])
-    steps, epochs = int(trainer.get("max_steps") or -1), int(trainer.get("max_epochs") or -1)
+    trainer, options = layers.get("trainer", {}), entry.experiment.run.options
+    batch = int(options.get("data.batch_size", layers["data"]["init_args"]["batch_size"]))
+    steps, epochs = (int(options.get(f"trainer.{key}", trainer.get(key)) or -1) for key in ("max_steps", "max_epochs"))
     data = entry.experiment.run.data.train_images
     images = steps * batch * int(trainer.get("accumulate_grad_batches") or 1) if steps > 0 else None
     if images is None and data is not None and epochs > 0:

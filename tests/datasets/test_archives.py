@@ -15,9 +15,9 @@ from sis_lightning.datasets.download import Archive, extract, md5, verify_files
 from sis_lightning.errors import DataError
 from sis_lightning.run.run import Run
 
-#: ImageNet's archives may not be passed on, and have no checksum that anyone can look up without an account.
-PRIVATE = ("cls_imagenet",)
-TASKS = sorted(path.stem for path in (Path(__file__).parents[2] / "tasks").glob("*.yaml") if path.stem not in PRIVATE)
+#: ImageNet's archives are archives of archives, which `check-data` does not open: its data is never called verified.
+NESTED = ("cls_imagenet",)
+TASKS = sorted(path.stem for path in (Path(__file__).parents[2] / "tasks").glob("*.yaml") if path.stem not in NESTED)
 
 
 @pytest.fixture(params=TASKS)

@@ -28,7 +28,7 @@ def batched_nms(boxes, scores, groups, nms_cfg):
 class Absent(types.ModuleType):
     """A module in which every name is an empty class."""
 
-    __path__: list[str] = []  # noqa: RUF012
+    __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -51,19 +51,19 @@ class Operators:
 
 sys.meta_path.insert(0, Operators())
 
-import mmcv.cnn.bricks.transformer  # noqa: E402
+import mmcv.cnn.bricks.transformer
 
 mmcv.cnn.bricks.transformer.MultiScaleDeformableAttention = torch.nn.Module
 
-import mmdet  # noqa: E402
-from mmdet.models.dense_heads import RPNHead  # noqa: E402
-from mmdet.models.necks import FPN  # noqa: E402
-from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead  # noqa: E402
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor  # noqa: E402
-from mmdet.models.task_modules import MaxIoUAssigner, RandomSampler  # noqa: E402
-from mmdet.utils import register_all_modules  # noqa: E402
-from mmengine.config import Config, ConfigDict  # noqa: E402
-from mmengine.structures import InstanceData  # noqa: E402
+import mmdet
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.necks import FPN
+from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.models.task_modules import MaxIoUAssigner, RandomSampler
+from mmdet.utils import register_all_modules
+from mmengine.config import Config, ConfigDict
+from mmengine.structures import InstanceData
 
 register_all_modules(init_default_scope=True)
 CONFIG = Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models" / "faster-rcnn_r50_fpn.py"

@@ -169,6 +169,15 @@ def test_boxes_are_pooled_from_mmdetections_levels():
         assert float(pool(maps, [box], [(8000, 16000)]).max()) == 1 + level
 
 
+def test_a_pyramid_may_leave_out_levels():
+    network = detector(levels=("c2", "c4"), anchor_sizes=(32, 128, 256))
+    maps = {"c2": torch.full((1, 1, 256, 256), 2.0), "c4": torch.full((1, 1, 64, 64), 4.0)}
+    boxes = torch.tensor([[500.0, 500, 500 + side, 500 + side] for side in (400, 20, 130, 250)])
+    got = network.roi_heads.box_roi_pool(maps, [boxes], [(1024, 1024)])
+    # 130 px belong to c3, which is not there: the next finer level has them.
+    assert got.flatten(1).unique(dim=1).flatten().tolist() == [4.0, 2.0, 2.0, 4.0]
+
+
 def bilinear(plane: np.ndarray, y: float, x: float) -> float:
     height, width = plane.shape
     if y < -1 or y > height or x < -1 or x > width:

@@ -72,6 +72,9 @@ def test_costs_follow_from_images_and_operations(tmp_path):
     assert cost.hours == pytest.approx(12_000 * 2e9 * 6 / 10e12 / 3600)
     assert cost.disk == 4 * 2 * 4 * 30_000_000
     steps = RunSpec("seg_voc", ("tasks/seg_voc.yaml",), DataSet("some", "official"))
+    fewer = RunSpec(**{**vars(steps), "options": {"trainer.max_steps": 10, "data.batch_size": 3}})
+    entry = MissingRun("3", "", Experiment(fewer, "sis50"), model, 0, tmp_path, "not begun", "")
+    assert cost_of(entry, 1).images == 30
     assert (
         cost_of(MissingRun("3", "", Experiment(steps, "sis50"), model, 0, tmp_path, "not begun", ""), 1).images
         == 480_000
