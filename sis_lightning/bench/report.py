@@ -21,9 +21,9 @@ from rich.table import Table
 from sis_lightning.config_files import PACKAGED
 from sis_lightning.errors import DataError
 from sis_lightning.files import write_text
-from sis_lightning.machine import usable_cores
+from sis_lightning.machine import processor_name, usable_cores
+from sis_lightning.run.environment import Code, Environment, Machine
 from sis_lightning.run.record import (
-    Code,
     TestData,
     TestedCheckpoint,
     TestRecord,
@@ -127,10 +127,12 @@ def _made_up_record(seed: int) -> TestRecord:
         recipe_hash="0",
         checkpoint=TestedCheckpoint(file="last.ckpt", sha256=str(seed), step=1, epoch=1, finished=True),
         training=Training(restarts=0, seconds=1.0, devices=1),
-        device="cpu",
-        code=Code(sis_lightning="0"),
-        versions={},
-        python="3",
+        environment=Environment(
+            code=Code(sis_lightning="0"),
+            machine=Machine(device="cpu", processor="", instructions="", threads=1),
+            python="3",
+            packages={},
+        ),
         date="2026-01-01",
     )
 
@@ -167,13 +169,8 @@ def collect_runs(folders: Sequence[Path], name: str) -> Benchmark:
 
 
 def _machine() -> dict[str, str | int]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not on Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -143,7 +143,7 @@ def start(parser: Parser, command: str, arguments: list[str]) -> int:
     with quick_imports():
         require_torch()
         from sis_lightning.run.start import start as start_run
-    start_run(command, layers, options)
+    start_run(command, layers, options, arguments)
     return 0
 
 

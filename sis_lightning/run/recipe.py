@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from sis_lightning.option_effects import Effect, effects_of
+from sis_lightning.run.environment import portable
 
 Config = dict[str, Any]
 _SEED = "seed_everything"
@@ -66,7 +67,7 @@ def settled(config: Config) -> dict[str, Any]:
         config: A resolved configuration, as a run's `config.yaml` holds it.
 
     Returns:
-        The options that are given and have any effect.
+        The options that are given and have any effect; of absolute paths, see `portable`.
     """
     return {key: value for key, value in _flat(config) if effect_of(key, config, value) is not Effect.NOTHING}
 
@@ -86,7 +87,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.")
         elif value is not None and name != _SEED:
-            yield name, value
+            yield name, portable(value)
 
 
 def changes(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,32 +1,23 @@
 """The record of a test: metrics, data, weights, code and configuration.
 
-Only `test` writes a record. It carries a checksum of its content, so that an edited record is told from one that was
-written by `test`. Imports nothing heavy.
+Only `test` writes a record. It carries a checksum of its content, which tells a file that was damaged or edited by
+accident. Whoever edits one on purpose can compute the checksum anew: what proves a value is measuring it again, as
+`sis-lightning tables verify` does. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import platform
-import subprocess
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sis_lightning import __version__
 from sis_lightning.errors import DataError
-from sis_lightning.files import digest, digest_files, write_text
+from sis_lightning.files import digest, write_text
+from sis_lightning.run.environment import Environment
 
-VERSION = 2
-_PACKAGES = (
-    *("torch", "torchvision", "lightning", "torchmetrics", "segmentation-models-pytorch"),
-    *("pycocotools", "faster-coco-eval", "numpy", "pillow", "simplejpeg"),
-)
+VERSION = 3
 
 
 class _Plain(BaseModel):
@@ -34,29 +25,11 @@ class _Plain(BaseModel):
     __test__: ClassVar[bool] = False  # pytest would take `TestRecord` for a class of tests
 
 
-class Code(_Plain):
-    """The code that ran.
-
-    Attributes:
-        sis_lightning: Release.
-        commit: Commit of the checkout; None if the package is installed.
-        dirty: Whether the checkout was changed since the commit; None as for `commit`.
-        digest: SHA-256 of the package's files if it is installed.
-        operators: SHA-256 of the file of each operator that took part and is not built in, by its name.
-    """
-
-    sis_lightning: str
-    commit: str | None = None
-    dirty: bool | None = None
-    digest: str | None = None
-    operators: dict[str, str] = {}
-
-
 class TestData(_Plain):
     """The data of a test.
 
     Attributes:
-        root: Folder of the data set.
+        root: Folder of the data set; see `portable`.
         identity: Name of the data set by its own files, such as `VOC 2012` or `synthetic (seed 0, 240 images)`.
         fingerprint: SHA-256 of the test split.
         images: Number of images that were scored.
@@ -76,11 +49,12 @@ class TestedCheckpoint(_Plain):
     """The checkpoint that was tested.
 
     Attributes:
-        file: Its path.
+        file: Its path; see `portable`.
         sha256: SHA-256 of the file.
         step: Optimizer steps done.
         epoch: Epochs completed.
         finished: Whether the training had come to its end.
+        deployed: Whether the deployed model was tested.
     """
 
     file: str
@@ -88,6 +62,7 @@ class TestedCheckpoint(_Plain):
     step: int
     epoch: int
     finished: bool
+    deployed: bool = False
 
 
 class StartWeights(_Plain):
@@ -116,7 +91,8 @@ class Training(_Plain):
         seconds: Seconds of all starts together; None if a start was killed, so that nobody knows.
         devices: Maximum number of devices of all starts; None if unknown.
         changed: Options that were changed on the way.
-        code: The code of every start.
+        command: Command line of the newest start.
+        environments: The different environments of its starts, in order.
         start_weights: The weights that it started from; None for random ones.
     """
 
@@ -124,7 +100,8 @@ class Training(_Plain):
     seconds: float | None
     devices: int | None
     changed: list[str] = []
-    code: list[Code] = []
+    command: list[str] = []
+    environments: list[Environment] = []
     start_weights: StartWeights | None = None
 
 
@@ -151,7 +128,7 @@ class TestRecord(_Plain):
         metrics: All metrics; None for one that is not defined, such as the IoU of a class that occurs nowhere.
         data: The data of the test.
         seed: Seed of the training; None if unknown.
-        config: Resolved configuration of the training.
+        config: Resolved configuration of the training; of absolute paths in it, see `portable`.
         config_hash: SHA-256 of everything in it that has an effect.
         recipe_hash: SHA-256 of its recipe, which leaves out numerical options such as precision.
         tested_otherwise: Options of the recipe whose values differed in the test, by dotted key.
@@ -159,15 +136,13 @@ class TestRecord(_Plain):
         checkpoint: The checkpoint.
         training: How it was trained.
         curves: Points (steps done, value) of the training loss and of the primary metric on the val split.
-        device: Name of the device of the test.
-        code: The code of the test.
-        versions: Releases of the libraries, by package.
-        python: Release of Python.
+        command: Command line of the test.
+        environment: The code, machine and packages of the test.
         date: Time of the test in ISO 8601, UTC.
         checksum: SHA-256 of all of the above.
     """
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     task: str
     backbone: str
     primary_metric: str
@@ -182,26 +157,10 @@ class TestRecord(_Plain):
     checkpoint: TestedCheckpoint
     training: Training
     curves: dict[str, list[tuple[int, float]]] = {}
-    device: str
-    code: Code
-    versions: dict[str, str]
-    python: str
+    command: list[str] = []
+    environment: Environment
     date: str
     checksum: str = ""
-
-
-def environment(operators: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """The fields of a record that say by which code, on which releases and when it is written.
-
-    Args:
-        operators: The operators that took part and are not built in, by name.
-    """
-    return {
-        "code": running_code(operators or {}),
-        "versions": {package: version(package) for package in _PACKAGES if _installed(package)},
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def write_record(path: Path, record: TestRecord) -> TestRecord:
@@ -214,7 +173,7 @@ def read_record(path: Path) -> TestRecord:
     """Reads a record.
 
     Raises:
-        DataError: If the file is missing, is not a record of this release, or was edited after `test` wrote it.
+        DataError: If the file is missing, is not a record of this release, or does not match its checksum.
     """
     content = read_with_checksum(path, "sis-lightning test")
     if "metrics" not in content:
@@ -256,45 +215,9 @@ def read_with_checksum(path: Path, origin: str) -> dict[str, Any]:
     if not isinstance(content, dict) or "checksum" not in content:
         raise DataError(f"{path}: not a record of {origin}")
     if digest({key: value for key, value in content.items() if key != "checksum"}) != content["checksum"]:
-        raise DataError(f"{path}: edited after it was written (its checksum does not match): {origin} again")
+        raise DataError(f"{path}: checksum mismatch, so it was damaged or edited: {origin} writes it again")
     return content
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"JSON has no {name}")
-
-
-def _installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
-
-
-def running_code(operators: Mapping[str, type]) -> Code:
-    """The code that runs now.
-
-    Args:
-        operators: The operators that take part and are not built in, by name.
-    """
-    sources = {name: inspect.getsourcefile(operator) for name, operator in operators.items()}
-    digests = {name: digest_files([Path(file)], Path(file).parent) for name, file in sources.items() if file}
-    return Code(sis_lightning=__version__, operators=digests, **_commit())
-
-
-def _commit() -> dict[str, Any]:
-    here = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            line = ["git", "-C", str(here), *arguments]
-            result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    # A package that is installed below another project's checkout is not that project's code.
-    if git("ls-files", "--error-unmatch", str(here / "__init__.py")) is None:
-        return {"digest": digest_files([*here.rglob("*.py")], here)}
-    # If git does not answer, nobody can say that nothing was changed.
-    return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain", "--", str(here)) != ""}

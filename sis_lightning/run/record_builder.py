@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Trainer
 
 from sis_lightning.files import digest, digest_files
 from sis_lightning.operators import operator_class
 from sis_lightning.run import history
+from sis_lightning.run.environment import environment, portable
 from sis_lightning.run.recipe import changed_recipe, recipe, settled
-from sis_lightning.run.record import OptionChange, TestData, TestedCheckpoint, TestRecord, Training, environment
+from sis_lightning.run.record import OptionChange, TestData, TestedCheckpoint, TestRecord, Training
 from sis_lightning.run.reporting.loggers import curves
 from sis_lightning.run.resume.checkpoints import resume_point
 from sis_lightning.run.run import Run
@@ -28,12 +30,13 @@ def custom_operators(run: Run) -> dict[str, type]:
     return {} if operator.__module__ == operator_class("conv").__module__ else {name: operator}
 
 
-def test_record(run: Run, trainer: Trainer) -> TestRecord:
+def test_record(run: Run, trainer: Trainer, command: Sequence[str]) -> TestRecord:
     """The record of a test that has just ended.
 
     Args:
         run: The run.
         trainer: The Trainer after `test`.
+        command: The command line of the test.
     """
     data, task = run.datamodule, run.task
     path = Path(str(trainer.ckpt_path))
@@ -53,25 +56,30 @@ def test_record(run: Run, trainer: Trainer) -> TestRecord:
         # JSON has no NaN: the IoU of a class that occurs nowhere is not defined.
         metrics={key: value if isfinite(value) else None for key, value in metrics.items()},
         data=TestData(
-            root=str(data.root),
+            root=portable(str(data.root)),
             identity=data.identity(),
             fingerprint=data.fingerprint("test"),
             images=task.tested_images,
             trained_on=point.trained_on if point else [],
-            notes=dict(data.notes),
+            notes=portable(data.notes),
         ),
         seed=trained.get("seed_everything"),
-        config=trained,
+        config=portable(trained),
         config_hash=digest(settled(trained)),
         recipe_hash=digest(recipe(trained)),
-        tested_otherwise={key: OptionChange(trained=old, tested=new) for key, old, new in of_recipe},
-        computed_otherwise={key: OptionChange(trained=old, tested=new) for key, old, new in of_numerics},
+        tested_otherwise={
+            key: OptionChange(trained=portable(old), tested=portable(new)) for key, old, new in of_recipe
+        },
+        computed_otherwise={
+            key: OptionChange(trained=portable(old), tested=portable(new)) for key, old, new in of_numerics
+        },
         checkpoint=TestedCheckpoint(
-            file=str(path),
+            file=portable(str(path)),
             sha256=digest_files([path], path.parent),
             step=content["global_step"],
             epoch=content["epoch"],
             finished=point is not None and point.point == "end",
+            deployed=run.options.deploy,
         ),
         training=Training(
             restarts=max(0, len(starts) - 1),
@@ -79,13 +87,19 @@ def test_record(run: Run, trainer: Trainer) -> TestRecord:
             # The maximum of all starts: batch norm of each device saw the fewest images then.
             devices=max(point.devices) if point else None,
             changed=point.changed if point else [],
-            code=point.code if point else [],
+            command=point.command if point else [],
+            environments=point.environments if point else [],
             start_weights=point.start_weights if point else None,
         ),
         curves=curves(path.parent.parent, task.monitor),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        **environment(custom_operators(run)),
+        command=portable(list(command)),
+        environment=environment(custom_operators(run), device),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _option_changes(changes: Sequence[tuple[str, Any, Any]]) -> dict[str, OptionChange]:
+    return {key: OptionChange(trained=portable(old), tested=portable(new)) for key, old, new in changes}
 
 
 def _config_beside(checkpoint: Path, run: Run) -> dict[str, Any]:

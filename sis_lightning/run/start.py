@@ -23,9 +23,10 @@ from sis_lightning.datasets.folder import UnlabelledDataset
 from sis_lightning.errors import DataError, UsageError
 from sis_lightning.files import write_text
 from sis_lightning.run import directory, history, process
+from sis_lightning.run.environment import environment, portable
 from sis_lightning.run.library_errors import explained
 from sis_lightning.run.parser import build
-from sis_lightning.run.record import running_code, write_record
+from sis_lightning.run.record import write_record
 from sis_lightning.run.record_builder import custom_operators, test_record
 from sis_lightning.run.reporting.callbacks import Announcement, Deploy, PlotPredictions, WritePredictions
 from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard, require_folder
@@ -36,13 +37,16 @@ from sis_lightning.run.run import Run
 from sis_lightning.run.start_weights import load_start_weights
 
 
-def start(command: str, layers: Mapping[str, Any], options: Sequence[str] = ()) -> None:
+def start(
+    command: str, layers: Mapping[str, Any], options: Sequence[str] = (), typed: Sequence[str] | None = None
+) -> None:
     """Parses a run's configuration, and runs a command on it.
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
         layers: The composed configuration, as `sis_lightning.config.compose.resolve` returns it.
         options: The command-line options that override it.
+        typed: The arguments that `layers` and `options` were resolved from, for the record; None: `options`.
 
     Raises:
         UsageError: For options and combinations that are invalid.
@@ -53,7 +57,8 @@ def start(command: str, layers: Mapping[str, Any], options: Sequence[str] = ()) 
         try:
             run = Run(layers, options)
             with explained(run.config):
-                _Started(run, command).execute()
+                line = portable(["sis-lightning", command, *(options if typed is None else typed)])
+                _Started(run, command, line).execute()
         finally:
             directory.unlock()
 
@@ -61,8 +66,8 @@ def start(command: str, layers: Mapping[str, Any], options: Sequence[str] = ()) 
 class _Started:
     """One command on one run."""
 
-    def __init__(self, run: Run, command: str) -> None:
-        self.run, self.command, self.folder = run, command, run.directory
+    def __init__(self, run: Run, command: str, line: Sequence[str]) -> None:
+        self.run, self.command, self.command_line, self.folder = run, command, line, run.directory
         self.resumed: tuple[Path, ResumePoint] | None = None
         self.exact_resume: ExactResume | None = None
         self.best: ModelCheckpoint | None = None
@@ -178,7 +183,8 @@ class _Started:
             say,
             functools.partial(history.reach, self.folder),
             functools.partial(history.requeue, self.folder, max_restarts=options.max_restarts),
-            running_code(custom_operators(run)),
+            functools.partial(environment, custom_operators(run)),
+            self.command_line,
         )
         self.best = BestCheckpoint(
             dirpath=checkpoints,
@@ -283,7 +289,7 @@ class _Started:
         if not trainer.is_global_zero:
             return
         run = self.run
-        record = test_record(run, trainer)
+        record = test_record(run, trainer, self.command_line)
         write_results = getattr(run.task.test_metrics, "write_results", None)
         if write_results is not None:
             console.print(f"results in {write_results(self.folder / 'test_results')}")

@@ -9,6 +9,7 @@ import torch
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest
+from sis_lightning.run.environment import portable
 from sis_lightning.run.recipe import recipe
 from sis_lightning.run.record import StartWeights
 from sis_lightning.run.resume.checkpoints import resume_point
@@ -54,7 +55,7 @@ def load_start_weights(run: Run) -> StartWeights | None:
         content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return StartWeights(
-        source=named,
+        source=portable(named),
         sha256=content.hexdigest(),
         recipe_hash=digest(recipe(point.config)) if point else None,
         finished=point.point == "end" if point else None,

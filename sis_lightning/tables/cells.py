@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 
 from sis_lightning.errors import DataError
-from sis_lightning.run.record import Code, TestRecord, read_record, read_with_checksum, write_with_checksum
+from sis_lightning.run.environment import Code
+from sis_lightning.run.record import TestRecord, read_record, read_with_checksum, write_with_checksum
 from sis_lightning.tables.spec import Column, Experiment, Group, Row, Table, TableSpec
 
 #: State of a cell with at least one record that counts, by the kind of its data.
@@ -104,7 +105,7 @@ def shortcomings(record: TestRecord) -> list[str]:
 
 def _codes(record: TestRecord) -> list[Code]:
     """The code of the test and of each start of the training."""
-    return [record.code, *record.training.code]
+    return [entry.code for entry in (record.environment, *record.training.environments)]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Evidence:
     @property
     def operators(self) -> Mapping[str, str]:
         """Digests of the source files of operators that are not built in, by name."""
-        return self.record.code.operators
+        return self.record.environment.code.operators
 
     def judge(self, experiment: Experiment, model: Model) -> tuple[str, list[str]]:
         """Decides whether the record counts for an experiment.

@@ -18,8 +18,9 @@ from sis_lightning.config.compose import resolve
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import digest, digest_files, write_text
 from sis_lightning.machine import usable_cores
+from sis_lightning.run.environment import running_code
 from sis_lightning.run.history import is_running, read_history
-from sis_lightning.run.record import read_record, running_code
+from sis_lightning.run.record import read_record
 from sis_lightning.slurm import jobs as slurm
 from sis_lightning.tables.cells import Cell, Evidence, Model, Models, fill
 from sis_lightning.tables.spec import BUILT_IN, Experiment, TableSpec

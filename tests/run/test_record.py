@@ -1,4 +1,4 @@
-"""Records hold what was measured, and a record that was edited afterwards is found."""
+"""Records hold what was measured and by what; one that was edited by accident is told by its checksum."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest, digest_files, write_text
+from sis_lightning.run.environment import portable
 from sis_lightning.run.recipe import recipe
 from sis_lightning.run.record import OptionChange, TestRecord, read_record, write_record, write_with_checksum
 
@@ -80,7 +82,7 @@ def leaves(content: dict, prefix: tuple = ()):
             yield (*prefix, key), value
 
 
-def test_a_record_says_what_was_measured_and_cannot_be_edited(tested, command, small):
+def test_a_record_says_what_was_measured_and_by_what(tested, command, small):
     record = tested
     assert record.task == "seg_voc"
     assert record.backbone == "res2net14-4w4s-basic-8ch"
@@ -90,8 +92,18 @@ def test_a_record_says_what_was_measured_and_cannot_be_edited(tested, command, s
     assert record.recipe_hash == digest(recipe(record.config))
     assert record.data.identity.startswith("synthetic")
     assert record.training.seconds > 0
-    assert record.code.sis_lightning == record.training.code[0].sis_lightning
-    assert {"torch", "lightning"} <= set(record.versions)
+    assert record.training.environments == [record.environment]
+    environment = record.environment
+    assert {"torch", "lightning", "numpy", "segmentation-models-pytorch"} <= set(environment.packages)
+    assert environment.packages["torch"] == torch.__version__.partition("+")[0]
+    assert (environment.machine.device, environment.machine.threads) == ("cpu", torch.get_num_threads())
+    assert environment.machine.instructions == torch.backends.cpu.get_cpu_capability()
+    assert record.command[:2] == ["sis-lightning", "test"]
+    assert record.training.command[:2] == ["sis-lightning", "fit"]
+    assert not record.checkpoint.deployed
+    # Where it was measured is nobody's business.
+    assert str(Path.home()) not in record.model_dump_json()
+    assert str(Path.cwd().parent) not in record.model_dump_json()
     # A second test of the same checkpoint measures the same on the same data.
     again = command("test", *small("seg_voc", steps=3), "--run_dir", "run", "--data.num_workers", 0)
     assert again.code == 0
@@ -107,8 +119,35 @@ def test_a_record_says_what_was_measured_and_cannot_be_edited(tested, command, s
             place = place[key]
         place[keys[-1]] = "changed" if value != "changed" else "again"
         Path("edited.json").write_text(json.dumps(edited))
-        with pytest.raises(DataError, match="edited after it was written"):
+        with pytest.raises(DataError, match="checksum mismatch"):
             read_record(Path("edited.json"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        ("/home/me/voc", "…/voc"),
+        ("/home/me/voc/", "…/voc"),
+        ("--data.root=/home/me/voc", "--data.root=…/voc"),
+        ("~/voc", "…/voc"),
+        ("../../me/voc", "…/voc"),
+        ("C:\\Users\\me\\voc", "…/voc"),
+        *(
+            (text, text)
+            for text in ("data/voc", "--data.root=data/voc", "timm:res2net50", "32-true", "a/../b", "/", "")
+        ),
+        ("https://example.org/x", "https://example.org/x"),
+    ],
+)
+def test_folders_of_a_machine_are_left_out(typed, recorded):
+    content = {"a": [typed, 1, None], "b": {"c": typed}}
+    assert portable(content) == {"a": [recorded, 1, None], "b": {"c": recorded}}
+    assert portable(portable(content)) == portable(content)
+
+
+def test_a_recipe_does_not_depend_on_folders():
+    config = {"model": {"class_path": "m", "init_args": {"weights": "/home/me/x.pt"}}, "data": {"class_path": "d"}}
+    assert digest(recipe(config)) == digest(recipe(portable(config)))
 
 
 def test_options_with_an_effect_are_in_the_hash(tested, command, small):
@@ -141,9 +180,9 @@ def test_other_files_are_refused(tested, tmp_path):
         with pytest.raises(DataError, match=words):
             read_record(path)
     write_with_checksum(path, {"schema": 1, "metrics": {}})
-    with pytest.raises(DataError, match=r"a record of version 1, this release reads version 2"):
+    with pytest.raises(DataError, match=r"a record of version 1, this release reads version 3"):
         read_record(path)
-    write_with_checksum(path, {"version": 2, "metrics": {}})
+    write_with_checksum(path, {"version": 3, "metrics": {}})
     with pytest.raises(DataError, match=r"not a record .*\(task: Field required\)"):
         read_record(path)
     written = write_record(path, tested.model_copy(update={"metrics": {"test/miou": None}}))

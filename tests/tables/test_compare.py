@@ -100,6 +100,6 @@ def test_runs(runs, command):
     record = json.loads(path.read_text())
     record["data"]["fingerprint"] = "of other files"
     path.write_text(json.dumps(record))
-    assert "edited" in command("compare", "a", "b").err
+    assert "checksum mismatch" in command("compare", "a", "b").err
     assert "no run in it" in command("compare", "a", ".").err
     assert command("compare", "a", "gone").code == 1

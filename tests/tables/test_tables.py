@@ -76,9 +76,18 @@ RUN = RunSpec("seg", ("tasks/seg_voc.yaml",), OFFICIAL, seeds=(0, 1))
 RECIPE = "recipe of the row"
 
 
+def of_code(**changes: Any) -> dict[str, Any]:
+    """The environment of a test, with other code."""
+    return {
+        "code": {"sis_lightning": "1", "commit": "c", "dirty": False, **changes},
+        "machine": {"device": "cpu", "processor": "p", "instructions": "i", "threads": 1},
+        "python": "3",
+        "packages": {},
+    }
+
+
 def piece(seed: int | None = 0, value: float | None = 0.5, name: str | None = None, **changes: Any) -> Evidence:
     """A record that counts for `RUN` on `sis50`, except for the changes, whose keys have `__` for a dot."""
-    code = {"sis_lightning": "1", "commit": "c", "dirty": False}
     content: dict[str, Any] = {
         "task": "seg",
         "backbone": "slug-of-sis50",
@@ -102,11 +111,8 @@ def piece(seed: int | None = 0, value: float | None = 0.5, name: str | None = No
             "epoch": 1,
             "finished": True,
         },
-        "training": {"restarts": 0, "seconds": 1.0, "devices": 1, "code": [code]},
-        "device": "cpu",
-        "code": code,
-        "versions": {},
-        "python": "3",
+        "training": {"restarts": 0, "seconds": 1.0, "devices": 1, "environments": [of_code()]},
+        "environment": of_code(),
         "date": f"2026-01-0{1 + (seed or 0)}",
     }
     content = copy.deepcopy(content)
@@ -145,10 +151,6 @@ def changed_for_test(key: str, trained: Any, tested: Any) -> dict[str, Any]:
     return {"tested_otherwise": {key: {"trained": trained, "tested": tested}}}
 
 
-def code(**changes: Any) -> dict[str, Any]:
-    return {"sis_lightning": "1", "commit": "c", "dirty": False, **changes}
-
-
 @pytest.mark.parametrize(
     ("state", "changes"),
     {
@@ -174,16 +176,22 @@ def code(**changes: Any) -> dict[str, Any]:
             "other recipe",
             changed_for_test("data.init_args.person_boxes", None, "boxes.json"),
         ),
-        "uncommitted changes in the test": ("other recipe", {"code": code(dirty=True)}),
-        "uncommitted changes in the training": ("other recipe", {"training__code": [code(dirty=True)]}),
+        "uncommitted changes in the test": ("other recipe", {"environment": of_code(dirty=True)}),
+        "uncommitted changes in the training": ("other recipe", {"training__environments": [of_code(dirty=True)]}),
         "a configuration that was changed during training": ("other recipe", {"training__changed": ["model.lr"]}),
         "another metric": ("not run", {"metrics": {"test/top1": 0.5}}),
         "an operator that was changed after training": (
             "other recipe",
-            {"training__code": [code(operators={"mine": "a"})], "code": code(operators={"mine": "b"})},
+            {
+                "training__environments": [of_code(operators={"mine": "a"})],
+                "environment": of_code(operators={"mine": "b"}),
+            },
         ),
-        "code of no commit": ("other recipe", {"code": {"sis_lightning": "1", "digest": "d"}}),
-        "training by code of no commit": ("other recipe", {"training__code": [{"sis_lightning": "1", "digest": "d"}]}),
+        "code of no commit": ("other recipe", {"environment": of_code(commit=None, dirty=None, digest="d")}),
+        "training by code of no commit": (
+            "other recipe",
+            {"training__environments": [of_code(commit=None, dirty=None, digest="d")]},
+        ),
         "a metric without a value": ("not run", {"metrics": {"test/miou": None}}),
     }.values(),
     ids=str,
@@ -361,8 +369,9 @@ def test_from_a_run_to_its_cell_and_back(results, capfd):
         record = read_record(path)
         measured[record.seed] = record.metrics["test/miou"]
         # Trained and tested by the same code; an installed package has a digest instead of a commit.
-        assert record.training.code == [record.code]
-        assert (record.code.commit, bool(record.code.digest)) == (None, True)
+        code = record.environment.code
+        assert [start.code for start in record.training.environments] == [code]
+        assert (code.commit, bool(code.digest)) == (None, True)
         # The record is a copy of the run's.
         run = Path("runs/toy_seg", record.backbone, f"seed{record.seed}", "test.json")
         assert run.read_bytes() == path.read_bytes()
@@ -419,7 +428,7 @@ def test_what_was_edited_is_found(results, capfd):
     record.write_text(json.dumps(content))
     for command in ("render", "check", "plan"):
         assert results(command) == 1
-        assert "edited after it was written" in capfd.readouterr().err
+        assert "checksum mismatch" in capfd.readouterr().err
     assert page.read_text() == text
     record.write_text("{")
     assert results("render") == 1
@@ -432,7 +441,7 @@ def test_counts_that_the_code_does_not_give_are_found(results, capfd):
     content = json.loads(kept.read_text())
     kept.write_text(json.dumps(content).replace('"parameters": ', '"parameters": 1'))
     assert results("render") == 1
-    assert "edited" in capfd.readouterr().err
+    assert "checksum mismatch" in capfd.readouterr().err
     # With a valid checksum, as if an earlier release had counted it.
     content.pop("checksum")
     content["code"] = "of an earlier release"
@@ -794,7 +803,12 @@ def test_seeds_that_are_none_or_copies_do_not_count():
 
 def test_seeds_of_an_operator_that_was_changed_in_between_do_not_count_together():
     pieces = [
-        piece(seed, value, code=code(operators={"mine": name}), training__code=[code(operators={"mine": name})])
+        piece(
+            seed,
+            value,
+            environment=of_code(operators={"mine": name}),
+            training__environments=[of_code(operators={"mine": name})],
+        )
         for seed, value, name in ((0, 0.8, "a"), (1, 0.9, "b"))
     ]
     cell = cell_of(*pieces)

@@ -37,8 +37,9 @@ from sis_lightning.datamodules.samplers import sample_seed
 from sis_lightning.errors import DataError, UsageError, UserError
 from sis_lightning.files import sync_folder
 from sis_lightning.late_values import LateValue
+from sis_lightning.run.environment import Environment
 from sis_lightning.run.recipe import effective_changes
-from sis_lightning.run.record import Code, StartWeights
+from sis_lightning.run.record import StartWeights
 from sis_lightning.run.reporting.loggers import MetricsCSV, TensorBoard, require_folder
 from sis_lightning.run.resume.checkpoints import (
     RUN,
@@ -73,7 +74,8 @@ class ExactResume(Callback):
         report: Is called with lines to print, on every rank.
         reached: Is called with (step, epoch) on rank 0 whenever a checkpoint was written.
         requeue: Requeues the job, given the step; returns a sentence to print.
-        code: The code that trains; each checkpoint holds that of every start.
+        environment: Returns the environment, given the device that computes; each checkpoint holds those of all starts.
+        command: Command line of the start, without folders of this machine.
         keep: Number of `step-N.ckpt` to keep, at least 2.
 
     Attributes:
@@ -90,7 +92,8 @@ class ExactResume(Callback):
         report: Callable[[str], None],
         reached: Callable[[int, int], None],
         requeue: Callable[[int], str],
-        code: Code,
+        environment: Callable[[torch.device], Environment],
+        command: Sequence[str] = (),
         keep: int = 2,
     ) -> None:
         self.folder, self.every, self.seed, self.config = folder, every, seed, config
@@ -98,7 +101,8 @@ class ExactResume(Callback):
         self.request = StopRequest()
         self.last_good: Path | None = None
         self.ended = False
-        self._code = [code]
+        self._environment, self._command = environment, list(command)
+        self._environments: list[Environment] = []
         self._point: Literal["", "batch", "validation", "end"] = ""
         self._pending: ResumePoint | None = None
         self._saved_at = -1
@@ -118,6 +122,7 @@ class ExactResume(Callback):
 
         What others do and log in a hook belongs after the checkpoint that this one writes there.
         """
+        self._environments = [self._environment(trainer.strategy.root_device)]
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [self, *(other for other in callbacks if other is not self)]  # type: ignore[attr-defined]
 
@@ -138,7 +143,8 @@ class ExactResume(Callback):
         self._saved_at = point.batches
         self._trained_on = point.trained_on
         self.start_weights = point.start_weights
-        self._code = [*(known for known in point.code if known not in self._code), *self._code]
+        now = self._environments
+        self._environments = [*(known for known in point.environments if known not in now), *now]
         keys = [key for key, _, _ in effective_changes(point.config, self.config)]
         self._changed = list(dict.fromkeys([*point.changed, *keys]))
         self._devices = point.devices
@@ -294,7 +300,8 @@ class ExactResume(Callback):
             tensorboard_bytes=events[0] if events else 0,
             config=self.config,
             trained_on=self._trained_on,
-            code=self._code,
+            command=self._command,
+            environments=self._environments,
             changed=self._changed,
             start_weights=self.start_weights,
             logged=logged,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import sync, sync_folder
-from sis_lightning.run.record import Code, StartWeights
+from sis_lightning.run.environment import Environment
+from sis_lightning.run.record import StartWeights
 from sis_lightning.tasks.checkpoint_files import UnreadableCheckpointError, read_checkpoint
 
 Checkpoint = dict[str, Any]
@@ -46,7 +47,8 @@ class ResumePoint(BaseModel):
         tensorboard_bytes: Bytes of TensorBoard's events that were written before; None if that is not known.
         config: Resolved configuration.
         trained_on: SHA-256 of the training split of each start.
-        code: The code of each start.
+        command: Command line of the newest start.
+        environments: The different environments of the starts, in order.
         changed: Options that were changed on the way.
         start_weights: The weights that the run started from; None for random ones.
         logged: What Lightning has logged and holds in memory, for each device.
@@ -54,7 +56,7 @@ class ResumePoint(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     point: Literal["batch", "validation", "end"]
     progress: dict[str, Any]
     batches: int
@@ -66,7 +68,8 @@ class ResumePoint(BaseModel):
     tensorboard_bytes: int | None = None
     config: dict[str, Any]
     trained_on: list[str]
-    code: list[Code]
+    command: list[str]
+    environments: list[Environment]
     changed: list[str]
     start_weights: StartWeights | None = None
     logged: list[dict[str, Any]] = []
