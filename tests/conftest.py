@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from sis_lightning import datamodules
@@ -20,6 +21,9 @@ from sis_lightning.datasets.download import md5
 from sis_lightning.datasets.synthetic import write_synthetic
 
 os.environ.setdefault("MPLBACKEND", "agg")
+# How long examples take says something about the machine, which other tests keep busy, and nothing about the code.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,8 @@ _ACTIONS = {
     "add": "add the records (test.json) of tested runs: files, or folders that contain runs",
     "count": "count the parameters and MACs of all rows, and resolve their configurations, into models.json",
     "render": "write TABLES.md, tables.csv, tables.html and latex/",
-    "check": "fail if a table or figure is outdated, a record was edited, or the counts have changed",
+    "check": "fail if a table or figure is outdated, a record contradicts itself, or the counts have changed",
+    "verify": "measure recorded values again: test the stored checkpoints, and train some runs anew",
     "figures": "plot the named figures (accuracy, sizes, curves, receptive-fields, activation-maps), or all",
 }
 
@@ -30,12 +31,12 @@ def main(arguments: list[str]) -> int:
     parser = tables_parser()
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     options = arguments[len(own) + 1 :]
-    chosen = parser.parse_args(own)
+    chosen = parser.parse_intermixed_args(own)
     if options and chosen.action != "run":
         parser.error(f"only tables run takes options of fit after --, not tables {chosen.action}")
     if chosen.names and chosen.action not in ("add", "figures"):
         raise UsageError(f"tables {chosen.action} takes no names: --table names tables, --rows names rows")
-    require_at_least(parser, chosen, {"jobs": 1})
+    require_at_least(parser, chosen, {"jobs": 1, "retrain": 0})
     from sis_lightning.tables.results import Results
 
     results = Results(Path(chosen.results))
@@ -51,9 +52,15 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"wrote {path}" for path in results.render()))
     elif chosen.action == "check":
         require_torch()
-        problems = results.check()
+        problems = results.check(Path(chosen.public_key) if chosen.public_key else None)
         print("\n".join(problems) or f"{results.folder}: tables, records and counts agree")
         return min(len(problems), 1)
+    elif chosen.action == "verify":
+        require_torch()
+        from sis_lightning.tables.results import roots_of
+
+        limits = {"sample": chosen.sample, "retrain": chosen.retrain, "tolerance": chosen.tolerance}
+        return int(not results.verify(chosen.table, chosen.rows, roots_of(chosen.roots), **limits))
     else:
         if chosen.runs or not chosen.names or {*chosen.names} & {"receptive-fields", "activation-maps"}:
             require_torch()
@@ -73,6 +80,7 @@ def tables_parser() -> Parser:
             ("tables run --table 3 --rows basic --roots seg_voc=/data/voc -- --trainer gpu", ""),
             ("tables run --table 3 --roots seg_voc=/data/voc --launcher slurm -- --gpus-per-node 4", ""),
             ("tables add runs", ""),
+            ("tables verify --table 3 --sample 5 --roots seg_voc=/data/voc", ""),
             ("tables render", ""),
             ("tables figures activation-maps --runs runs/cls_cifar100/*/seed0", ""),
         ],
@@ -92,14 +100,14 @@ def tables_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="ID",
-        help="plan, cost, run: numbers of tables, such as 3 or 1-1 (default: all tables).",
+        help="plan, cost, run, verify: numbers of tables, such as 3 or 1-1 (default: all tables).",
     )
     parser.add_argument(
         "--rows",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="plan, cost, run: rows by their label, backbone or operator, such as Res2Net or basic (default: all).",
+        help="plan, cost, run, verify: rows by label, backbone or operator, such as Res2Net or basic (default: all).",
     )
     parser.add_argument(
         "--seeds",
@@ -112,7 +120,8 @@ def tables_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="RUN=DIR",
-        help="plan, run: folder with the data of the runs that the table spec calls RUN, such as seg_voc=/data/voc.",
+        help="plan, run, verify: folder with the data of the runs that the table spec calls RUN, such as "
+        "seg_voc=/data/voc.",
     )
     parser.add_argument(
         "--launcher",
@@ -134,6 +143,32 @@ def tables_parser() -> Parser:
         metavar="N",
         help="cost: trillions of floating-point operations per second that one GPU does in training (default: as "
         "measured in results/benchmarks/gpu-train.json, else 20).",
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="verify: number of records to measure again, drawn at random (default: all).",
+    )
+    parser.add_argument(
+        "--retrain",
+        type=int,
+        default=0,
+        metavar="N",
+        help="verify: number of records to train again from configuration, seed and commit; the smallest networks "
+        "(default: %(default)s).",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="verify: largest difference of a cell's metric after a second training (default: twice the standard "
+        "deviation over the seeds of the cell; 0 for one seed).",
+    )
+    parser.add_argument(
+        "--public-key",
+        metavar="FILE",
+        help="check: public key of minisign, with which every record must be signed (NAME.json.minisig).",
     )
     parser.add_argument(
         "--runs",

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sis_lightning import __version__
+from sis_lightning.config_files import PACKAGED
 from sis_lightning.files import digest_files
 from sis_lightning.machine import processor_name
 
@@ -24,7 +25,7 @@ class Code(BaseModel, frozen=True, extra="forbid"):
     Attributes:
         sis_lightning: Release.
         commit: Commit of the checkout; None if the package is installed.
-        dirty: Whether the checkout was changed since the commit; None as for `commit`.
+        dirty: Whether the package or its YAML files were changed since the commit; None as for `commit`.
         digest: SHA-256 of the package's files if it is installed.
         operators: SHA-256 of the file of each operator that took part and is not built in, by its name.
     """
@@ -158,4 +159,5 @@ def _commit() -> dict[str, Any]:
     if git("ls-files", "--error-unmatch", str(here / "__init__.py")) is None:
         return {"digest": digest_files([*here.rglob("*.py")], here)}
     # If git does not answer, nobody can say that nothing was changed.
-    return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain", "--", str(here)) != ""}
+    files = [here, *(folder for name in ("tasks", "datamodules", "configs") if (folder := PACKAGED / name).is_dir())]
+    return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain", "--", *map(str, files)) != ""}

@@ -11,16 +11,19 @@ from sis_lightning.option_effects import Effect, effects_of
 from sis_lightning.run.environment import portable
 
 Config = dict[str, Any]
+#: The effects that classes declare for their options, by the paths of the classes.
+Declared = Mapping[str, Mapping[str, Effect]]
 _SEED = "seed_everything"
 
 
-def effect_of(key: str, config: Mapping[str, Any], value: Any = None) -> Effect:
+def effect_of(key: str, config: Mapping[str, Any], value: Any = None, declared: Declared | None = None) -> Effect:
     """The effect of an option on a run.
 
     Args:
         key: The option's dotted key in the configuration, such as `model.init_args.backbone.depth`.
         config: A resolved configuration, whose classes declare the effects of their arguments.
         value: The option's value, which for `trainer.precision` decides.
+        declared: What classes declare, by their paths; None imports the classes of the configuration.
 
     Returns:
         The declared effect; RESULT for an option that nobody declared.
@@ -29,12 +32,13 @@ def effect_of(key: str, config: Mapping[str, Any], value: Any = None) -> Effect:
 
     parts = key.split(".")
     if parts[0] == "trainer":
-        declared = TRAINER_EFFECTS.get(parts[1], Effect.RESULT) if len(parts) > 1 else Effect.RESULT
-        return declared if isinstance(declared, Effect) else declared(value)
+        effect = TRAINER_EFFECTS.get(parts[1], Effect.RESULT) if len(parts) > 1 else Effect.RESULT
+        return effect if isinstance(effect, Effect) else effect(value)
     if parts[0] in ("model", "data"):
         if len(parts) < 3 or parts[1] != "init_args":
             return Effect.NETWORK if parts[0] == "model" else Effect.RESULT
-        return declared_effect(_effects_of_class(str(config[parts[0]]["class_path"])), parts[2:])
+        path = str(config[parts[0]].get("class_path"))
+        return declared_effect(effects_of_path(path) if declared is None else declared.get(path, {}), parts[2:])
     return RunOptions.option_effects.get(parts[0], Effect.RESULT)
 
 
@@ -50,7 +54,8 @@ def declared_effect(effects: Mapping[str, Effect], parts: Sequence[str]) -> Effe
 
 
 @functools.cache
-def _effects_of_class(class_path: str) -> dict[str, Effect]:
+def effects_of_path(class_path: str) -> dict[str, Effect]:
+    """The effects that a class declares, by its path; none if it cannot be imported."""
     module, _, name = class_path.rpartition(".")
     try:
         return effects_of(getattr(import_module(module), name))
@@ -58,27 +63,32 @@ def _effects_of_class(class_path: str) -> dict[str, Effect]:
         return {}
 
 
-def settled(config: Config) -> dict[str, Any]:
+def settled(config: Config, declared: Declared | None = None) -> dict[str, Any]:
     """Returns all options that affect the result, except the seed, by dotted keys.
 
     Runs that agree in them differ by chance alone.
 
     Args:
         config: A resolved configuration, as a run's `config.yaml` holds it.
+        declared: See `effect_of`.
 
     Returns:
         The options that are given and have any effect; of absolute paths, see `portable`.
     """
-    return {key: value for key, value in _flat(config) if effect_of(key, config, value) is not Effect.NOTHING}
+    return {key: value for key, value in _flat(config) if effect_of(key, config, value, declared) is not Effect.NOTHING}
 
 
-def recipe(config: Config) -> dict[str, Any]:
+def recipe(config: Config, declared: Declared | None = None) -> dict[str, Any]:
     """Returns the recipe: options that affect the result, without numerics, by dotted keys.
 
     An option that is off counts as absent, since the next release of a library may have one more such option.
+
+    Args:
+        config: A resolved configuration.
+        declared: See `effect_of`.
     """
     effects = (Effect.RESULT, Effect.NETWORK)
-    return {k: v for k, v in _flat(config) if v is not False and effect_of(k, config, v) in effects}
+    return {k: v for k, v in _flat(config) if v is not False and effect_of(k, config, v, declared) in effects}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,8 +26,8 @@ from sis_lightning.operators import list_operators
 from sis_lightning.run.recipe import settled
 from sis_lightning.run.record import TestRecord, read_record
 from sis_lightning.run.run import Run
-from sis_lightning.tables.cells import shortcomings
 from sis_lightning.tables.counting import count_run
+from sis_lightning.tables.judge import shortcomings
 from sis_lightning.text_tables import table_to_text
 
 _OPERATOR = "model.init_args.backbone.operator"

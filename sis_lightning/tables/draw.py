@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sis_lightning.errors import UsageError, nearest
-from sis_lightning.tables.cells import Evidence, FilledTable
+from sis_lightning.tables.cells import FilledTable
 from sis_lightning.tables.figures import accuracy, by_size, curves
+from sis_lightning.tables.judge import Evidence
 from sis_lightning.tables.plotting import write_both
 from sis_lightning.tables.render import plotted_content
 

@@ -23,7 +23,8 @@ from matplotlib.ticker import MaxNLocator
 
 from sis_lightning.errors import UsageError
 from sis_lightning.run.record import TestRecord
-from sis_lightning.tables.cells import Cell, Evidence, FilledRow, FilledTable
+from sis_lightning.tables.cells import Cell, FilledRow, FilledTable
+from sis_lightning.tables.judge import Evidence
 from sis_lightning.tables.plotting import ENDINGS, styled, write_figure
 from sis_lightning.tables.spec import BUILT_IN, Column
 

@@ -22,7 +22,9 @@ from sis_lightning.run.environment import running_code
 from sis_lightning.run.history import is_running, read_history
 from sis_lightning.run.record import read_record
 from sis_lightning.slurm import jobs as slurm
-from sis_lightning.tables.cells import Cell, Evidence, Model, Models, fill
+from sis_lightning.tables.cells import Cell, fill
+from sis_lightning.tables.judge import Evidence
+from sis_lightning.tables.models import Model, Models
 from sis_lightning.tables.spec import BUILT_IN, Experiment, TableSpec
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ _CODE = (
     "datamodules/*.py",
     "config/*.py",
     "option_effects.py",
-    *(f"run/{name}.py" for name in ("effects", "options", "parser", "run")),
+    *(f"run/{name}.py" for name in ("environment", "options", "parser", "recipe", "run")),
 )
 
 
@@ -113,6 +115,8 @@ def differences(before: Models, now: Models) -> list[str]:
                 found.append(f"{key}: {name} was {was}, and is now {is_}")
                 break
     added, gone = now.by_key.keys() - before.by_key.keys(), before.by_key.keys() - now.by_key.keys()
+    if before.declared != now.declared:
+        found.append("the effects that options declare are not those of the code")
     found += [f"{len(added)} rows are new, such as {min(added)}"] if added else []
     found += [f"{len(gone)} rows no longer exist, such as {min(gone)}"] if gone else []
     return [*sorted(found)[:5], *([f"and {len(found) - 5} more"] if len(found) > 5 else [])]
@@ -121,14 +125,17 @@ def differences(before: Models, now: Models) -> list[str]:
 def count(spec: TableSpec, known: Models) -> Models:
     """Resolves and counts every experiment of a table spec, including rows of operators that users registered.
 
+    A row of a user's operator that cannot be built stays empty, and says why on stderr.
+
     Args:
         spec: The tables, without those rows.
-        known: Earlier counts; they are kept for experiments that cannot have changed.
+        known: Earlier counts; they are kept for experiments that cannot have changed. Without any, all are counted.
 
     Raises:
         UsageError: If an experiment is impossible; the message names it.
     """
     from sis_lightning.operators import list_operators, operator_class
+    from sis_lightning.run.recipe import effects_of_path
 
     operators, code = tuple(list_operators()), code_digest()
     # Whether operators that are not built in have changed is not known.
@@ -150,12 +157,18 @@ def count(spec: TableSpec, known: Models) -> Models:
     if len(changed) > 9:
         print(f"counting {len(changed)} rows, as code or YAML has changed: a minute or two", file=sys.stderr)
     sizes: dict[str, Complexity] = {}
-    found |= {experiment.key: _resolve(experiment, sizes) for experiment in changed}
+    classes = {*known.declared} if known.code == code else set()
+    for experiment in changed:
+        try:
+            found[experiment.key] = _resolve(experiment, sizes, classes)
+        except BrokenOperatorError as error:
+            found[experiment.key] = None
+            print(f"note: {error}", file=sys.stderr)
     for key, experiment in experiments.items():  # each is behind the one that it starts from
         model, start = found[key], experiment.pretraining
         if model is not None and start is not None and (first := found[start.key]) is not None:
             found[key] = dataclasses.replace(model, pretraining=first.recipe)
-    return Models(code, operators, found)
+    return Models(code, operators, found, {path: effects_of_path(path) for path in sorted(classes)})
 
 
 def _source(experiment: Experiment) -> str:
@@ -166,12 +179,17 @@ def _source(experiment: Experiment) -> str:
         raise type(error)(f"tables, {experiment.key}: {error}") from None
 
 
-def _resolve(experiment: Experiment, sizes: dict[str, Complexity]) -> Model:
+class BrokenOperatorError(UsageError):
+    """An operator of a user cannot be built or run."""
+
+
+def _resolve(experiment: Experiment, sizes: dict[str, Complexity], classes: set[str]) -> Model:
     """Builds the model of an experiment, and counts it.
 
     Args:
         experiment: The experiment.
         sizes: The networks that were counted before; runs that differ in how they train have the same.
+        classes: The paths of the task and DataModule are added to these.
     """
     from sis_lightning.run.recipe import recipe
     from sis_lightning.run.run import Run
@@ -182,6 +200,7 @@ def _resolve(experiment: Experiment, sizes: dict[str, Complexity]) -> Model:
     try:
         run = Run.from_arguments(experiment.options())
         given = run.config["model"]["init_args"]
+        classes |= {run.config[part]["class_path"] for part in ("model", "data")}
         training = BaseTask.option_effects.keys() - {"backbone", "num_classes", "operator", "in_channels"}
         network = {name: value for name, value in given.items() if name not in training}
         key = digest([run.config["model"]["class_path"], network, run.image_size])
@@ -194,10 +213,10 @@ def _resolve(experiment: Experiment, sizes: dict[str, Complexity]) -> Model:
         operator = dict(experiment.fields).get("operator")
         if operator is None or operator in BUILT_IN:
             raise
-        raise UsageError(
+        raise BrokenOperatorError(
             f"tables, {experiment.key}: the operator '{operator}' cannot be built or run:\n"
             f"  {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
-            "  Repair it, or remove it from $SIS_OPERATORS or uninstall its package."
+            "  Its row stays empty. Repair it, or remove it from $SIS_OPERATORS or uninstall its package."
         ) from error
     image = (size.height, size.width)
     return Model(digest(recipe(run.config)), size.config, size.model_parameters, size.model_macs, image, source)
@@ -371,7 +390,7 @@ def _add_record(entry: MissingRun, records: Path, prefix: str = "") -> None:
     add([entry.folder / "test.json"], records)
     record = read_record(entry.folder / "test.json")
     _say(f"{prefix}{entry}: {record.primary_metric} {record.metrics.get(record.primary_metric)}")
-    for reason in Evidence(str(entry.folder), record).judge(entry.experiment, entry.model)[1][:1]:
+    for reason in Evidence.of(str(entry.folder), record).judge(entry.experiment, entry.model)[1][:1]:
         _say(f"{prefix}{entry}: does not count: {reason}", sys.stderr)
 
 

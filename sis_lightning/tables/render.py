@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sis_lightning.files import digest, write_text
-from sis_lightning.tables.cells import Cell, FilledRow, FilledTable, PairedDifference
+from sis_lightning.tables import paper
+from sis_lightning.tables.cells import Cell, FilledRow, FilledTable
+from sis_lightning.tables.differences import MIN_SEEDS, Difference
 from sis_lightning.tables.spec import Column, TableSpec
 
 if TYPE_CHECKING:
@@ -60,14 +62,23 @@ def state(cell: Cell, column: Column) -> str:
     return cell.state
 
 
-def paired(pair: PairedDifference | None, column: Column) -> str:
-    """A difference from the baseline, with its confidence interval."""
-    if pair is None:
+def difference(found: Difference | None, column: Column) -> str:
+    """A difference from the baseline with its confidence interval, and what it shows."""
+    if found is None:
         return ""
-    if pair.low is None or pair.high is None:
-        return f"{number(pair.mean, column, '+')} (one seed)"
-    low, high = number(pair.low, column, "+"), number(pair.high, column, "+")
-    return f"{number(pair.mean, column, '+')} ({low} … {high}), n = {len(pair.seeds)}"
+    text = number(found.mean, column, "+")
+    if found.low is not None and found.high is not None:
+        text += f" ({number(found.low, column, '+')} … {number(found.high, column, '+')})"
+    return f"{text}, {verdict(found, column)}"
+
+
+def verdict(found: Difference, column: Column) -> str:
+    """What a difference shows: `better`, `worse`, `no difference shown`, or that there are too few seeds."""
+    if found.p is None:
+        return f"n = {' and '.join(map(str, dict.fromkeys(found.seeds)))}: too few for a statement"
+    if not found.shown:
+        return "no difference shown"
+    return "better" if (found.mean > 0) == (column.better == "higher") else "worse"
 
 
 def render(spec: TableSpec, tables: Sequence[FilledTable], folder: Path) -> dict[Path, str]:
@@ -135,6 +146,7 @@ def _page(template: str, spec: TableSpec, tables: Sequence[FilledTable], figures
     text = page.render(
         tables=[_view(spec, filled, figures) for filled in tables],
         meaning=MEANING,
+        min_seeds=MIN_SEEDS,
         summary=Counter(cell.state for cell in cells if cell.state not in ("", "counted")),
         records=any(cell.records or cell.reasons for cell in cells),
         figures=_titled(general),
@@ -196,16 +208,16 @@ def _view(spec: TableSpec, filled: FilledTable, figures: Sequence[Path] = ()) ->
                 "label": line.row.label,
                 "marks": notes.numbers_of(line.row.notes),
                 "cells": [
-                    _cell_view(cell, pair, column, reported)
-                    for cell, pair, column, reported in zip(
-                        line.cells, line.paired, table.columns, has_reported, strict=True
+                    _cell_view(cell, found, column, reported)
+                    for cell, found, column, reported in zip(
+                        line.cells, line.differences, table.columns, has_reported, strict=True
                     )
                 ],
             }
             for line in filled.lines
             if line.group is group
         ]
-        differences = [row for row in rows if any(cell["paired"] for cell in row["cells"])]
+        differences = [row for row in rows if any(cell["difference"] for cell in row["cells"])]
         groups.append({"title": group.title, "baseline": group.baseline, "rows": rows, "differences": differences})
     measured = [cell for line in filled.lines for cell in line.cells if cell.values and cell.state != "counted"]
     return {
@@ -216,14 +228,15 @@ def _view(spec: TableSpec, filled: FilledTable, figures: Sequence[Path] = ()) ->
         "groups": groups,
         "marks": notes.general,
         "notes": notes.lines(),
-        "compared": [i for i in range(len(table.columns)) if any(line.paired[i] for line in filled.lines)],
+        "compared": [i for i in range(len(table.columns)) if any(line.differences[i] for line in filled.lines)],
+        "deviations": paper.deviations(TableSpec((table,), {}, {}, {})).get(table.id, []),
         "states": list(dict.fromkeys(cell.state for cell in measured)),
         "evidence": _evidence(filled),
         "figures": _titled(_figures_of(filled, figures)),
     }
 
 
-def _cell_view(cell: Cell, pair: PairedDifference | None, column: Column, has_reported: bool) -> dict[str, Any]:
+def _cell_view(cell: Cell, found: Difference | None, column: Column, has_reported: bool) -> dict[str, Any]:
     reported = "–" if cell.reported is None else number(cell.reported, column)
     return {
         "reported": reported if has_reported else "",
@@ -233,7 +246,7 @@ def _cell_view(cell: Cell, pair: PairedDifference | None, column: Column, has_re
         "seeds": len(cell.values) if cell.state != "counted" else 0,
         "state": state(cell, column),
         "kind": cell.state.replace(" ", "-"),
-        "paired": paired(pair, column),
+        "difference": difference(found, column),
         "records": cell.records,
         "missing": cell.missing if cell.values else (),
         "reasons": cell.reasons,
@@ -266,6 +279,7 @@ def _evidence(filled: FilledTable) -> list[str]:
     lines = [f"{len(names)} record(s)" if names else "no records"]
     if missing:
         lines.append(f"some rows lack seed {', '.join(map(str, missing))}")
+    lines += [f"{line.row.label} has records of {'; '.join(line.mixed)}" for line in filled.lines if line.mixed]
     if later:
         lines.append(f"{later} value(s) were replaced by a later measurement of the same seed")
     lines += [f"not counted: {reason}" for reason in list(reasons)[:5]]
@@ -287,19 +301,19 @@ def to_csv(tables: Sequence[FilledTable]) -> str:
     """One line per cell with all digits, for other programs."""
     text = io.StringIO()
     fields = ["table", "group", "row", "backbone", "operator", "column", "metric", "run", "state", "reported", "mean"]
-    fields += ["std", "n", "missing_seeds", "difference", "baseline", "paired_mean", "paired_low", "paired_high"]
-    fields += ["paired_n", "records"]
+    fields += ["std", "n", "missing_seeds", "difference", "baseline", "difference_mean", "difference_low"]
+    fields += ["difference_high", "difference_p", "difference_shows", "mixed", "records"]
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     for filled in tables:
         for line in filled.lines:
-            for column, cell, pair in zip(filled.table.columns, line.cells, line.paired, strict=True):
-                writer.writerow(_csv_row(filled, line, column, cell, pair))
+            for column, cell, found in zip(filled.table.columns, line.cells, line.differences, strict=True):
+                writer.writerow(_csv_row(filled, line, column, cell, found))
     return text.getvalue()
 
 
 def _csv_row(
-    filled: FilledTable, line: FilledRow, column: Column, cell: Cell, pair: PairedDifference | None
+    filled: FilledTable, line: FilledRow, column: Column, cell: Cell, found: Difference | None
 ) -> Mapping[str, Any]:
     row = {
         "table": filled.table.id,
@@ -317,9 +331,10 @@ def _csv_row(
         "n": len(cell.values),
         "missing_seeds": " ".join(map(str, cell.missing)),
         "difference": cell.difference,
+        "mixed": "; ".join(line.mixed),
         "records": " ".join(cell.records),
     }
-    if pair is not None:
-        row |= {"baseline": line.group.baseline, "paired_mean": pair.mean, "paired_low": pair.low}
-        row |= {"paired_high": pair.high, "paired_n": len(pair.seeds)}
+    if found is not None:
+        row |= {"baseline": line.group.baseline, "difference_mean": found.mean, "difference_low": found.low}
+        row |= {"difference_high": found.high, "difference_p": found.p, "difference_shows": verdict(found, column)}
     return row

@@ -10,8 +10,11 @@ from pathlib import Path
 from sis_lightning.config_files import PACKAGED
 from sis_lightning.errors import UsageError
 from sis_lightning.slurm import jobs as slurm
-from sis_lightning.tables import plan
-from sis_lightning.tables.cells import Evidence, FilledTable, Models, fill, read_records
+from sis_lightning.tables import paper, plan
+from sis_lightning.tables.audit import unknown_commits, unsigned
+from sis_lightning.tables.cells import FilledTable, fill
+from sis_lightning.tables.judge import Evidence, contradictions, read_records
+from sis_lightning.tables.models import Models
 from sis_lightning.tables.render import render, stale_figures, write_tables
 from sis_lightning.tables.spec import TableSpec, read_specs, spec_files
 
@@ -54,7 +57,7 @@ class Results:
     @property
     def evidence(self) -> list[Evidence]:
         """All records."""
-        return read_records(self.records)
+        return read_records(self.records, self.models.declared)
 
     def filled(self, running: bool = False) -> list[FilledTable]:
         """All tables, filled.
@@ -110,20 +113,38 @@ class Results:
         """Writes the tables in all forms; returns the files."""
         return write_tables(self.spec, self.filled(running=True), self.folder)
 
-    def check(self) -> list[str]:
-        """Verifies that everything generated follows from table specs, records and code.
+    def check(self, key: Path | None = None) -> list[str]:
+        """Verifies that everything generated follows from table specs, records and code, as far as files can tell.
+
+        Parameters and MACs are counted anew, hashes are computed from the configurations, tables of the paper are
+        compared with the paper, and commits are looked up in the history. Whether a record is true, `verify` measures.
+
+        Args:
+            key: File with a public key of minisign with which every record must be signed; None asks for no signatures.
 
         Returns:
             The problems; empty if there are none.
 
         Raises:
-            DataError: If a record was edited.
+            UsageError: If minisign or the key is missing.
+            DataError: If a record or `models.json` does not match its checksum.
         """
-        before = self.models
-        now = plan.count(self.shipped, before)
-        problems = [f"models.json: {text}" for text in plan.differences(before, now)]
+        # All is counted anew: models.json may hold anything.
+        problems = [
+            f"models.json: {text}" for text in plan.differences(self.models, plan.count(self.shipped, Models.none()))
+        ]
         if problems:
             return [*problems, "models.json is outdated: run sis-lightning tables count, then tables render"]
+        for table, texts in paper.deviations(self.shipped).items():
+            problems += [f"table {table} is not the paper's: {text}" for text in texts[:3]]
+        evidence = self.evidence
+        for piece in evidence:
+            problems += [f"{piece.name}: {text}" for text in contradictions(piece.record)[:1]]
+            anew = Evidence.of(piece.name, piece.record)
+            if (piece.record.recipe_hash, piece.record.config_hash) != (anew.recipe, anew.whole):
+                problems.append(f"{piece.name}: its hashes are not those of its configuration")
+        problems += unknown_commits(evidence)
+        problems += unsigned(self.records, key) if key else []
         # Tables rendered during a training call its cells running; both forms are right.
         finished, running = self.filled(), self.filled(running=True)
         without_running = render(self.spec, finished, self.folder)
@@ -138,8 +159,46 @@ class Results:
             *(f"{path} was plotted from other cells: run sis-lightning tables figures" for path in stale),
         ]
 
+    def verify(
+        self,
+        tables: Sequence[str],
+        rows: Sequence[str],
+        roots: Mapping[str, str],
+        *,
+        sample: int | None = None,
+        retrain: int = 0,
+        tolerance: float | None = None,
+    ) -> bool:
+        """Measures the records of cells again, and prints what comes out; see `sis_lightning.tables.verify`.
+
+        Args:
+            tables: Tables to look at; empty for all.
+            rows: Rows to look at, by label, backbone or operator; empty for all.
+            roots: Folders with the data of runs, by the names of the runs.
+            sample: Number of records to measure again; None for all.
+            retrain: Number of records to train again.
+            tolerance: Largest difference of a second training; None: twice the deviation over the seeds.
+
+        Returns:
+            Whether nothing contradicts a record.
+
+        Raises:
+            UsageError: If there is no such table or row.
+            DataError: If a command fails.
+        """
+        from sis_lightning.tables.verify import recorded, verify
+
+        models, evidence = self.models, self.evidence
+        filled = fill(self.spec.selected(tables, rows), evidence, models)
+        entries = recorded(filled, evidence, models)
+        if not entries:
+            print("no record counts in these tables, so there is nothing to verify")
+        return verify(entries, roots, sample=sample, retrain=retrain, tolerance=tolerance)
+
     def draw(self, names: Sequence[str], runs: Sequence[Path]) -> list[Path]:
         """Plots figures into `figures/`. If all are plotted, those that no longer exist are removed.
+
+        The pages that show them are written again if they are there.
 
         Args:
             names: Names of figures; empty for all.
@@ -158,7 +217,7 @@ class Results:
             for path in folder.glob("*.*"):
                 if path not in kept and own.fullmatch(path.name):
                     path.unlink()
-        return written
+        return [*written, *(self.render() if (self.folder / "TABLES.md").is_file() else [])]
 
 
 def seeds_of(text: str | None) -> list[int] | None:

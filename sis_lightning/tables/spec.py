@@ -3,7 +3,7 @@
 A table spec is a YAML file such as `results/paper.yaml`:
 
     reported_by: whose values stand beside ours, such as `the paper` (optional)
-    data:    data sets by name, with the fingerprints that identify them
+    data:    data sets by name, with the fingerprints that identify them; `data_sets.py` has the published ones
     runs:    configurations by name, the data that they are tested on, and the seeds that a cell needs
     notes:   footnotes by name
     tables:  columns (a run and one of its metrics) and rows (a backbone, or an operator in the group's host)
@@ -26,28 +26,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from sis_lightning.config_files import PACKAGED
 from sis_lightning.errors import DataError, UsageError, nearest
+from sis_lightning.tables.data_sets import OFFICIAL, DataSet
 
 #: The convolution and the operators of the paper. An operator of any other name gets a row in every table by itself.
 BUILT_IN = ("conv", "basic", "interactive1", "interactive2", "recurrent1", "recurrent2")
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What a run is tested on.
-
-    Attributes:
-        title: Name for people.
-        kind: `official` for the published files, `synthetic`, or `stand-in` for real images in the place of others.
-        test: Fingerprints (`SISDataModule.fingerprint`) of the accepted test files.
-        train: Listings (`SISDataModule.listing`) of the accepted training files.
-        train_images: Number of training images, for `tables cost`; None if unknown.
-    """
-
-    title: str
-    kind: Literal["official", "synthetic", "stand-in"]
-    test: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
-    train_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -336,6 +318,19 @@ def read_specs(paths: Sequence[Path]) -> TableSpec:
     return TableSpec(tuple(tables), **named)
 
 
+def _data_set(reader: _Reader, key: str, value: Any) -> DataSet:
+    """A data set of a table spec, which cannot be a published one."""
+    if key in OFFICIAL:
+        raise UsageError(f"{reader.path}, data.{key}: a published data set, which is not defined in a table spec")
+    made: DataSet = reader.make(DataSet, value, f"data.{key}")
+    if made.kind == "official":
+        raise UsageError(
+            f"{reader.path}, data.{key}.kind: must be synthetic or stand-in; the official data sets are "
+            f"{', '.join(OFFICIAL)}, and a run names them"
+        )
+    return made
+
+
 def _read(path: Path) -> TableSpec:
     try:
         content = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -347,7 +342,7 @@ def _read(path: Path) -> TableSpec:
         raise UsageError(f"{path}: a table spec is a mapping with the keys data, runs, notes and tables")
     reader = _Reader(path)
     sections = {key: reader.mapping(content.pop(key, {}), key) for key in ("data", "runs", "notes")}
-    data = {key: reader.make(DataSet, value, f"data.{key}") for key, value in sections["data"].items()}
+    data = {key: _data_set(reader, key, value) for key, value in sections["data"].items()}
     runs: dict[str, RunSpec] = {}
     for key, value in sections["runs"].items():
         value = {"name": key, **reader.mapping(value, f"runs.{key}")}
@@ -356,7 +351,9 @@ def _read(path: Path) -> TableSpec:
             start["run"] = reader.find(start.get("run"), runs, f"runs.{key}.pretrained.run")
             value["pretrained"] = reader.make(Pretrained, start, f"runs.{key}.pretrained")
         runs[key] = reader.make(
-            RunSpec, {**value, "data": reader.find(value.get("data"), data, f"runs.{key}.data")}, f"runs.{key}"
+            RunSpec,
+            {**value, "data": reader.find(value.get("data"), {**OFFICIAL, **data}, f"runs.{key}.data")},
+            f"runs.{key}",
         )
     notes = {key: reader.of_type(str, text, f"notes.{key}") for key, text in sections["notes"].items()}
     reported_by = reader.of_type(str, content.pop("reported_by", ""), "reported_by")
