@@ -1,4 +1,4 @@
-"""`sis-lightning compare`: compares two runs, or two operators in one configuration."""
+"""`sis-lightning compare`: compares two runs or sets of runs, or two operators in one configuration."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = Parser(
         "compare",
-        "Compare two runs, or two backbones or operators in one configuration: settings that differ, parameters, MACs, "
-        "speed, metrics and learning curves. Only the operator may differ; any other difference is an error unless "
-        "--allow names it.",
+        "Compare two runs, two sets of runs with several seeds, or two backbones or operators in one configuration: "
+        "settings that differ, parameters, MACs, speed, metrics, the classes that differ most, and learning curves. "
+        "Only the operator may differ; any other difference is an error unless --allow names it.",
         [
             ("compare basic conv --config tasks/seg_voc.yaml", "two operators in one configuration"),
             ("compare sis50 resnet50 --config tasks/seg_voc.yaml --allow backbone --rounds 0", "two backbones"),
+            ("compare runs/seg_voc/sis50-26w4s-basic runs/seg_voc/res2net50-26w4s-conv", "the seeds of two backbones"),
             (
                 "compare runs/seg_voc/sis50-26w4s-basic/seed0 runs/seg_voc/res2net50-26w4s-conv/seed0 --out curves.svg",
                 "",
@@ -28,7 +29,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "first",
         metavar="A",
-        help="A run's directory or its test.json; with --config an operator, or BACKBONE[:OPERATOR].",
+        help="A run's directory or its test.json, or a folder with runs of several seeds in seed*/; with --config an "
+        "operator, or BACKBONE[:OPERATOR].",
     )
     parser.add_argument(
         "second", metavar="B", help="The run, operator or backbone that A is compared with, in the same form."

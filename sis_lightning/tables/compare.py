@@ -1,4 +1,4 @@
-"""Compares two runs, or two operators in one configuration, if nothing else differs.
+"""Compares two runs, two sets of runs with several seeds, or two operators in one configuration.
 
 A comparison of operators means something only if nothing else changed. Other differences are refused by their keys.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
@@ -27,10 +27,15 @@ from sis_lightning.run.recipe import settled
 from sis_lightning.run.record import TestRecord, read_record
 from sis_lightning.run.run import Run
 from sis_lightning.tables.counting import count_run
+from sis_lightning.tables.curves import over_seeds
+from sis_lightning.tables.differences import MIN_SEEDS, Difference, holm, welch
 from sis_lightning.tables.judge import shortcomings
 from sis_lightning.text_tables import table_to_text
 
 _OPERATOR = "model.init_args.backbone.operator"
+_SEED = "seed_everything"
+#: Number of classes whose metrics are shown: those that differ most.
+CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,31 @@ class Side:
 
     Attributes:
         name: Name as typed.
-        settings: Everything that determines the result, by dotted keys; for a tested run including its data.
+        settings: Everything that determines the result, by dotted keys; for tested runs including data and code.
         size: Parameters and MACs.
         backbone: The backbone, with new weights.
-        record: The record of its test, or None.
+        records: The records of its tests, one for each seed; empty if nothing was tested.
     """
 
     name: str
     settings: dict[str, Any]
     size: Complexity
     backbone: nn.Module
-    record: TestRecord | None
+    records: tuple[TestRecord, ...]
+
+    def values(self, metric: str) -> list[float]:
+        """The values of a metric, one for each seed in which it is defined."""
+        found = [record.metrics.get(metric) for record in self.records]
+        return [value for value in found if value is not None]
+
+    def curves(self, metric: str) -> list[dict[int, float]]:
+        """The learning curves of a metric as value by step, one for each seed that has one."""
+        return [dict(record.curves[metric]) for record in self.records if record.curves.get(metric)]
 
 
 def _side(text: str, arguments: Sequence[str]) -> Side:
     """Builds a side from a run's directory or record or, with `arguments`, from BACKBONE[:OPERATOR] or OPERATOR."""
-    record: TestRecord | None = None
+    records: tuple[TestRecord, ...] = ()
     if arguments:
         backbone, colon, operator = text.partition(":")
         if not colon and text in list_operators():
@@ -67,22 +81,59 @@ def _side(text: str, arguments: Sequence[str]) -> Side:
         options = [f"--model.backbone={backbone}"] * bool(backbone)
         options += [f"--model.backbone.operator={operator}"] * bool(operator)
         run = Run.from_arguments([*arguments, *options])
+        settings = _settings(run, None)
     else:
-        record, run = _run(Path(text))
-    settings = {**settled(run.config), "seed_everything": run.config.get("seed_everything")}
+        runs = _runs(Path(text))
+        records = tuple(record for record, _ in runs if record)
+        every = [_settings(run, record) for record, run in runs]
+        run, settings = runs[0][1], every[0]
+        for other in every[1:]:
+            key = next((key for key in {**settings, **other} if settings.get(key) != other.get(key)), None)
+            if key not in (None, _SEED):
+                raise UsageError(
+                    f"{text}: its runs are no set of seeds: {key} is {settings.get(key)!r} and {other.get(key)!r}"
+                )
+        seeds = [entry[_SEED] for entry in every]
+        settings[_SEED] = seeds[0] if len(seeds) == 1 else seeds
+    backbone_copy = copy.deepcopy(run.task.backbone)  # counting moves the task to the meta device
+    return Side(text, settings, count_run(run, text), backbone_copy, records)
+
+
+def _settings(run: Run, record: TestRecord | None) -> dict[str, Any]:
+    """Everything that determines the result of a run; options that are off count as absent, as in a recipe."""
+    settings = {key: value for key, value in settled(run.config).items() if value is not False}
+    settings[_SEED] = run.config.get(_SEED)
     if record:
+        code, machine = record.environment.code, record.environment.machine
         settings["devices"] = record.training.devices
+        settings["device"] = machine.device
+        settings["torch"] = record.environment.packages.get("torch")
+        settings["commit"] = (code.commit or code.digest or code.sis_lightning)[:12]
+        settings["uncommitted changes"] = bool(code.dirty)
+        settings["deployed"] = record.checkpoint.deployed
+        settings["finished"] = record.checkpoint.finished
+        settings["step"] = record.checkpoint.step
+        settings["test images"] = record.data.images
         settings["test data"] = record.data.fingerprint[:12]
         settings["training data"] = [name[:12] for name in record.data.trained_on]
         settings |= {f"in test: {key}": change.tested for key, change in record.tested_otherwise.items()}
-    backbone_copy = copy.deepcopy(run.task.backbone)  # counting moves the task to the meta device
-    return Side(text, settings, count_run(run, text), backbone_copy, record)
+    return settings
+
+
+def _runs(path: Path) -> list[tuple[TestRecord | None, Run]]:
+    """The runs in a place: one by its directory or record, or those of several seeds in `seed*/`, by their seeds."""
+    if not path.exists():
+        raise DataError(f"{path}: neither a run's directory nor a record; operators need --config tasks/NAME.yaml")
+    if path.is_dir() and not (path / "config.yaml").is_file() and not (path / "test.json").is_file():
+        folders = [folder for folder in path.glob("seed*") if (folder / "test.json").is_file()]
+        if folders:
+            pairs = [_run(folder) for folder in folders]
+            return sorted(pairs, key=lambda pair: (pair[0].seed or 0) if pair[0] else 0)
+    return [_run(path)]
 
 
 def _run(path: Path) -> tuple[TestRecord | None, Run]:
     """A run, and its record if it was tested."""
-    if not path.exists():
-        raise DataError(f"{path}: neither a run's directory nor a record; operators need --config tasks/NAME.yaml")
     file = path / "test.json" if path.is_dir() else path
     if not file.is_file():
         return None, Run.from_folder(path)
@@ -105,7 +156,8 @@ def compare(
     """Builds both sides, refuses differences that are not allowed, and times the backbones.
 
     Args:
-        first: A run's directory or record; with `arguments`, BACKBONE[:OPERATOR] or an operator.
+        first: A run's directory or record, or a folder with the runs of several seeds (`seed*/`); with `arguments`,
+            BACKBONE[:OPERATOR] or an operator.
         second: The other side, in the same form.
         arguments: Options of `fit` that both sides share; empty to compare runs.
         allow: Keys, or parts of keys, of settings that may differ besides the operator, such as `backbone`.
@@ -117,7 +169,7 @@ def compare(
         DataError: If a run does not exist.
     """
     sides = (_side(first, arguments), _side(second, arguments))
-    untested = [side.name for side in sides if side.record is None]
+    untested = [side.name for side in sides if not side.records]
     if not arguments and len(untested) == 1:
         raise UsageError(
             f"{untested[0]} has not been tested, but the other run has:\n"
@@ -179,39 +231,62 @@ class Comparison:
     keys: tuple[str, ...]
     timed: tuple[tuple[str, str, str], ...]
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Rows of the table: name, A, B."""
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Rows of the table: name, A, B, A - B."""
         a, b = self.first, self.second
-        rows = [(key.rpartition(".")[2], str(a.settings.get(key)), str(b.settings.get(key))) for key in self.keys]
-        rows.append(("parameters, M", f"{a.size.model_parameters / 1e6:.3f}", f"{b.size.model_parameters / 1e6:.3f}"))
-        rows.append(("MACs, G", f"{a.size.model_macs / 1e9:.3f}", f"{b.size.model_macs / 1e9:.3f}"))
-        rows += self.timed
-        ours, theirs = (side.record.metrics if side.record else {} for side in (a, b))
-        for key in dict.fromkeys([*ours, *theirs]):
-            if key.count("/") == 1:
-                rows.append((key, _number(ours.get(key)), _number(theirs.get(key))))
-        for name, (left, right) in self.curves().items():
-            steps = sorted({*left} & {*right})
+        rows = [(key.rpartition(".")[2], str(a.settings.get(key)), str(b.settings.get(key)), "") for key in self.keys]
+        for name, left, right in (
+            ("parameters, M", a.size.model_parameters / 1e6, b.size.model_parameters / 1e6),
+            ("MACs, G", a.size.model_macs / 1e9, b.size.model_macs / 1e9),
+        ):
+            rows.append((name, f"{left:.3f}", f"{right:.3f}", f"{left - right:+.3f}"))
+        rows += [(*row, "") for row in self.timed]
+        names = list(dict.fromkeys(key for side in (a, b) for record in side.records for key in record.metrics))
+        rows += self._metrics([name for name in names if name.count("/") == 1])
+        of_classes = [name for name in names if name.count("/") > 1 and a.values(name) and b.values(name)]
+        of_classes.sort(key=lambda name: -abs(fmean(a.values(name)) - fmean(b.values(name))))
+        rows += self._metrics(of_classes[:CLASSES])
+        for name, (left_curves, right_curves) in self.curves().items():
+            left_mean, right_mean = over_seeds(left_curves), over_seeds(right_curves)
+            left_at, right_at = (dict(zip(found[0], found[1], strict=True)) for found in (left_mean, right_mean))
+            steps = sorted({*left_at} & {*right_at})
             for step in steps[:: -(-len(steps) // 6) or 1]:
-                rows.append((f"{name}, step {step:,}", _number(left[step]), _number(right[step])))
+                rows.append((f"{name}, step {step:,}", f"{left_at[step]:.4f}", f"{right_at[step]:.4f}", ""))
         return rows
 
-    def curves(self) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
-        """Learning curves of both, as value by step, for each metric that both records have."""
-        ours, theirs = (side.record.curves if side.record else {} for side in (self.first, self.second))
-        return {name: (dict(ours[name]), dict(theirs[name])) for name in ours if name in theirs}
+    def _metrics(self, names: Sequence[str]) -> list[tuple[str, str, str, str]]:
+        """Rows of metrics; what their differences show is corrected for the number of these rows."""
+        pairs = [(self.first.values(name), self.second.values(name)) for name in names]
+        differences = holm([welch(left, right) for left, right in pairs])
+        return [
+            (name, _mean(left), _mean(right), _shown(difference))
+            for name, (left, right), difference in zip(names, pairs, differences, strict=True)
+        ]
+
+    def curves(self) -> dict[str, tuple[list[dict[int, float]], list[dict[int, float]]]]:
+        """Learning curves of both, one for each seed as value by step, for each metric that both have."""
+        names = dict.fromkeys(name for record in self.first.records for name in record.curves)
+        found = {name: (self.first.curves(name), self.second.curves(name)) for name in names}
+        return {name: pair for name, pair in found.items() if pair[0] and pair[1]}
 
     def to_table(self) -> str:
         """The comparison as a text table."""
         a, b = self.first, self.second
         table = RichTable(title=f"A: {a.name}\nB: {b.name}", title_justify="left", caption_justify="left")
-        if a.record and b.record:
-            seeds = list(dict.fromkeys([a.record.seed, b.record.seed]))
-            table.caption = f"On {a.record.data.identity} data, seed {' and '.join(map(str, seeds))}."
+        said = []
+        if a.records and b.records:
+            seeds = [", ".join(str(record.seed) for record in side.records) for side in (a, b)]
+            said.append(f"On {a.records[0].data.identity} data, seed {' and '.join(dict.fromkeys(seeds))}.")
+            if max(len(side.records) for side in (a, b)) > 1:
+                said.append(
+                    "A, B: mean ± standard deviation. A - B: of the means, with its 95 % confidence interval (Welch); "
+                    f"what it shows has 5 % of error in all such rows together (Holm), and takes {MIN_SEEDS} seeds."
+                )
         for name, side in (("A", a), ("B", b)):
-            if side.record and (flaws := shortcomings(side.record)):
-                table.caption = f"{table.caption or ''} {name}: {', '.join(flaws)}.".strip()
-        for heading in ("", "A", "B"):
+            flaws = dict.fromkeys(flaw for record in side.records for flaw in shortcomings(record))
+            said += [f"{name}: {', '.join(flaws)}."] if flaws else []
+        table.caption = " ".join(said)
+        for heading in ("", "A", "B", "A - B"):
             table.add_column(heading, justify="right" if heading else "left")
         for row in self.rows():
             table.add_row(*row)
@@ -225,12 +300,24 @@ class Comparison:
         """
         from sis_lightning.tables.figures import draw_pair
 
-        curves = {name: pair for name, pair in self.curves().items() if pair[0] and pair[1]}
-        if not curves:
+        if not (curves := self.curves()):
             raise UsageError("--out plots learning curves, which only tested runs have")
         labels = ("A: " + self.first.size.config, "B: " + self.second.size.config)
         draw_pair(curves, labels, path)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def _shown(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    text = f"{difference.mean:+.4f}"
+    if difference.low is not None and difference.high is not None:
+        text += f" ({difference.low:+.4f} … {difference.high:+.4f})"
+    if difference.shown is not None:
+        text += ", a difference" if difference.shown else ", no difference shown"
+    return text

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -24,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from sis_lightning.errors import UsageError
 from sis_lightning.run.record import TestRecord
 from sis_lightning.tables.cells import Cell, FilledRow, FilledTable
+from sis_lightning.tables.curves import NOISY, WINDOW, over_seeds
 from sis_lightning.tables.judge import Evidence
 from sis_lightning.tables.plotting import ENDINGS, styled, write_figure
 from sis_lightning.tables.spec import BUILT_IN, Column
@@ -174,7 +174,8 @@ def accuracy(filled: FilledTable) -> Figure | None:
     """Plots the table's first metric against parameters and against MACs of the whole model, as the code counts them.
 
     Each row has one marker: filled for our mean over the seeds, with their standard deviation, and hollow for the value
-    that the paper reports. If several columns or groups have the metric, a line joins the markers of a row.
+    that the paper reports, at the size that it reports, if it does. Hollow markers at one place surround each other. If
+    several columns or groups have the metric, a line joins the markers of a row.
 
     Args:
         filled: A table.
@@ -256,24 +257,38 @@ def _points(
         found.append([])
         size = _size(filled, index, metric)
         for line in series.lines if size is not None else ():
-            count, cell, label = line.cells[size or 0].mean, line.cells[index], line.row.label
-            if count is None:
+            counted, cell, label = line.cells[size or 0], line.cells[index], line.row.label
+            if counted.mean is None:
                 continue
-            x = count / filled.table.columns[size or 0].scale * _AXES[metric][1]
+            unit = _AXES[metric][1] / filled.table.columns[size or 0].scale
+            x = counted.mean * unit
             if filled.table.reported_by and cell.reported is not None:
-                found[-1].append(_Point(label, True, name, x, cell.reported))
+                theirs = x if counted.reported is None else counted.reported * unit
+                found[-1].append(_Point(label, True, name, theirs, cell.reported))
             if cell.mean is not None:
                 found[-1].append(_Point(label, False, name, x, cell.mean, cell.std))
     return found
 
 
-def _mark(axis: Axes, points: Iterable[_Point], looks: Mapping[str, _Look]) -> None:
+def _mark(axis: Axes, points: Sequence[_Point], looks: Mapping[str, _Look]) -> None:
+    spans = (
+        [max(values) - min(values) or 1.0 for values in ([p.x for p in points], [p.y for p in points])]
+        if points
+        else []
+    )
+    drawn: list[_Point] = []
     for point in points:
         look = looks[point.label]
-        if point.reported:
-            axis.plot(point.x, point.y, look.marker, color=look.colour, **_HOLLOW)
-        else:
+        if not point.reported:
             axis.errorbar(point.x, point.y, point.spread, fmt=look.marker, color=look.colour)
+            continue
+        # A marker where others are already is drawn around them.
+        under = sum(
+            abs(point.x - other.x) < 0.015 * spans[0] and abs(point.y - other.y) < 0.015 * spans[1] for other in drawn
+        )
+        size = _HOLLOW["markersize"] + 4 * under
+        axis.plot(point.x, point.y, look.marker, color=look.colour, **{**_HOLLOW, "markersize": size})
+        drawn.append(point)
 
 
 def _against(axis: Axes, found: Sequence[Sequence[_Point]], looks: Mapping[str, _Look]) -> None:
@@ -409,22 +424,6 @@ def _of_sizes(columns: Sequence[Column], series: _Series, line: FilledRow) -> li
     return cells or [dataclasses.replace(line.cells[series.columns[0]], reported=None)]
 
 
-def over_seeds(found: Sequence[Mapping[int, float]]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """Summarises the curves of one metric over several seeds.
-
-    Args:
-        found: Value by step, for each seed.
-
-    Returns:
-        The steps that all seeds have, and for each step the mean, the lowest and the highest value.
-    """
-    steps = sorted(set.intersection(*({*curve} for curve in found))) if found else []
-    values = np.array([[curve[step] for step in steps] for curve in found]).reshape(len(found), len(steps))
-    if not steps:
-        return [], np.empty(0), np.empty(0), np.empty(0)
-    return steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
-
-
 @styled
 def curves(filled: FilledTable, evidence: Sequence[Evidence]) -> Figure | None:
     """Plots learning curves: the primary metric on the val split, and the training loss, by step.
@@ -434,8 +433,8 @@ def curves(filled: FilledTable, evidence: Sequence[Evidence]) -> Figure | None:
         evidence: All records; those of the table's cells are plotted.
 
     Returns:
-        A pair of panels for each group and run: the mean over the seeds, in a band from the lowest to the highest;
-        None if nothing was measured.
+        A pair of panels for each group and run: the mean over the seeds, in a band from the lowest to the highest, of
+        the training loss within a moving window as well; None if nothing was measured.
     """
     known = {piece.name: piece for piece in evidence}
     chosen: list[_Series] = []
@@ -455,7 +454,7 @@ def curves(filled: FilledTable, evidence: Sequence[Evidence]) -> Figure | None:
         heads = dict.fromkeys(_curve(record) for records in rows.values() for record in records)
         for axis, key in zip(pair, (next(filter(None, heads)), "train/loss"), strict=True):
             for label, records in rows.items():
-                _band(axis, looks[label], [dict(r.curves[key]) for r in records if key in r.curves])
+                _band(axis, looks[label], [dict(r.curves[key]) for r in records if key in r.curves], key)
             axis.set_title(f"{name}: {key}" if name else key, loc="left")
             _steps(axis)
     labels = {label for rows in found for label in rows}
@@ -465,7 +464,10 @@ def curves(filled: FilledTable, evidence: Sequence[Evidence]) -> Figure | None:
     states = ", ".join(dict.fromkeys(cell.state for cell in cells if cell.values))
     seeds = sorted({len(records) for rows in found for records in rows.values()})
     many = "one seed each" if seeds == [1] else f"mean of {_span(seeds)} seeds, band: lowest to highest"
-    _headed(figure, filled, f"Learning curves of ours ({states}), {many}")
+    window = (
+        f"the training loss is a mean over {100 * WINDOW:g} % of its points, in a band from the lowest to the highest"
+    )
+    _headed(figure, filled, f"Learning curves of ours ({states}), {many}; {window}")
     return figure
 
 
@@ -474,13 +476,14 @@ def _curve(record: TestRecord) -> str:
     return next((key for key, points in record.curves.items() if key != "train/loss" and points), "")
 
 
-def _band(axis: Axes, look: _Look, found: Sequence[Mapping[int, float]]) -> None:
-    steps, mean, low, high = over_seeds(found)
+def _band(axis: Axes, look: _Look, found: Sequence[Mapping[int, float]], key: str) -> None:
+    window = WINDOW if key == NOISY else 0.0
+    steps, mean, low, high = over_seeds(found, window)
     if not steps:
         return
     every = max(1, len(steps) // 6)
     axis.plot(steps, mean, color=look.colour, marker=look.marker, linestyle=look.dashes, markersize=4, markevery=every)
-    if len(found) > 1:
+    if len(found) > 1 or window:
         axis.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
 
 
@@ -491,13 +494,17 @@ def _steps(axis: Axes) -> None:
 
 @styled
 def draw_pair(
-    found: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], labels: tuple[str, str], path: Path
+    found: Mapping[str, tuple[Sequence[Mapping[int, float]], Sequence[Mapping[int, float]]]],
+    labels: tuple[str, str],
+    path: Path,
 ) -> None:
-    """Plots the learning curves of two runs into the same panels, for `sis-lightning compare`.
+    """Plots the learning curves of two sides into the same panels, for `sis-lightning compare`.
+
+    Lines are means over the seeds and bands go from the lowest to the highest; the training loss is a moving mean.
 
     Args:
-        found: For each metric, value by step of the first run and of the second.
-        labels: Names of the two runs.
+        found: For each metric, value by step for each seed of the first side, and of the second.
+        labels: Names of the two sides.
         path: File to write, a .png, .svg or .pdf.
 
     Raises:
@@ -515,7 +522,7 @@ def draw_pair(
         axis.set_axis_off()
     for axis, (key, pair) in zip(panels, found.items(), strict=False):
         for curve, look in zip(pair, looks, strict=True):
-            _band(axis, look, [curve])
+            _band(axis, look, curve, key)
         axis.set_title(key, loc="left")
         _steps(axis)
     handles = [look.handle(label, line=True) for look, label in zip(looks, labels, strict=True)]

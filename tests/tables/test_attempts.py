@@ -240,8 +240,8 @@ def row(content: Content, label: str) -> Content:
     ("change", "said"),
     [
         (lambda c: row(c, "Basic SIS").update(reported=[28.3, 4.2, 7.99]), "the paper reports 16.74, here 7.99"),
-        (lambda c: row(c, "Basic SIS").update(operator="conv"), "Basic SIS is sis29 with operator basic"),
-        (lambda c: row(c, "Basic SIS").update(fields={"width": 48}), "here sis29 with basic {'width': 48}"),
+        (lambda c: row(c, "Basic SIS").update(operator="interactive1"), "Basic SIS is sis29 with operator basic"),
+        (lambda c: row(c, "Basic SIS").update(backbone="resnext29_8x64d"), "here resnext29_8x64d with basic"),
         (lambda c: c["runs"]["cls_cifar100"].update(options={"trainer.max_epochs": 1}), "here of another run"),
         (lambda c: c["runs"]["cls_cifar100"].update(data="imagenet"), "here of another run"),
         (lambda c: c["tables"][0]["columns"][2].update(metric="test/top5_error_percent"), "here test/top5_error"),

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import scipy.stats
 
-from sis_lightning.run.record import read_record
+from sis_lightning.run.record import read_record, write_record, write_with_checksum
 
 CONFIG = ("--config", "tasks/seg_voc.yaml", "--rounds", 0)
 
@@ -16,7 +17,7 @@ CONFIG = ("--config", "tasks/seg_voc.yaml", "--rounds", 0)
 def cells(out: str) -> dict[str, tuple[str, str]]:
     """The rows of the table that it prints."""
     rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in out.splitlines() if "│" in line]
-    return {name: (left, right) for name, left, right in rows}
+    return {name: (left, right) for name, left, right, *_ in rows}
 
 
 def test_operators_under_one_configuration(command):
@@ -103,3 +104,92 @@ def test_runs(runs, command):
     assert "checksum mismatch" in command("compare", "a", "b").err
     assert "no run in it" in command("compare", "a", ".").err
     assert command("compare", "a", "gone").code == 1
+
+
+@pytest.fixture
+def sets(command, small, monkeypatch, tmp_path) -> list[Path]:
+    """Two sets of five seeds: records of one short run of each operator, with metrics of our own."""
+    folders = []
+    for number, operator in enumerate(("conv", "basic")):
+        every = [*small("seg_voc", 2), "--model.backbone.operator", operator, "--run_dir", "run", "--overwrite", "true"]
+        assert command("fit", *every).code == 0
+        assert command("test", *every[:-2]).code == 0
+        record = read_record(Path("run/test.json"))
+        folders.append(Path(operator))
+        for seed in range(5):
+            metrics = {
+                **record.metrics,
+                "test/miou": round(0.3 + 0.1 * number + 0.01 * seed, 6),
+                "test/iou/cat": 0.5 * number,
+            }
+            curves = {"val/miou": [(1, 0.1 * seed), (2, 0.2 * seed)]}
+            config = {**record.config, "seed_everything": seed, "trainer": {**record.config["trainer"]}}
+            config["trainer"]["log_every_n_steps"] = 1 + number  # as for the tables, it does not matter
+            config["trainer"]["num_sanity_val_steps"] = number
+            changed = {"metrics": metrics, "curves": curves, "seed": seed, "config": config}
+            write_record(folders[-1] / f"seed{seed}/test.json", record.model_copy(update=changed))
+    return folders
+
+
+def test_sets_of_seeds(sets, command):
+    first, second = sets
+    result = command("compare", first, second, "--rounds", 0, "--out", "curves.svg")
+    assert result.code == 0, result.err
+    values = [[0.3 + 0.1 * number + 0.01 * seed for seed in range(5)] for number in range(2)]
+    expected = scipy.stats.ttest_ind(*values, equal_var=False).confidence_interval(0.95)
+    row = next(line for line in result.out.splitlines() if "test/miou" in line)
+    assert "0.3200 ± 0.0158" in row
+    assert "0.4200 ± 0.0158" in row
+    assert f"-0.1000 ({expected.low:+.4f} … {expected.high:+.4f}), a difference" in row
+    same = next(line for line in result.out.splitlines() if "test/pixel_accuracy" in line)
+    assert "no difference shown" in same
+    # The class that differs most comes first.
+    classes = re.findall(r"test/iou/(\w+)", result.out)
+    assert classes[0] == "cat"
+    assert len(classes) == 10
+    assert "val/miou, step 2" in result.out
+    assert "seed 0, 1, 2, 3, 4" in result.out
+    assert Path("curves.svg").stat().st_size > 1000
+    # Four seeds allow no statement.
+    for folder in sets:
+        (folder / "seed4/test.json").unlink()
+    few = command("compare", first, second, "--rounds", 0).out
+    row = next(line for line in few.splitlines() if "test/miou" in line)
+    assert "0.3150 ± 0.0129" in row
+    assert "difference" not in row
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"environment": {"packages": {"torch": "1.0"}}}, "torch: '1.0' of A"),
+        (
+            {"environment": {"code": {"sis_lightning": "1", "commit": "0" * 40, "dirty": False}}},
+            "commit: '000000000000'",
+        ),
+        ({"environment": {"machine": {"device": "A100"}}}, "device: 'A100' of A"),
+        ({"checkpoint": {"deployed": True}}, "deployed: True of A"),
+        ({"checkpoint": {"finished": False}}, "finished: False of A"),
+        ({"checkpoint": {"step": 1}}, "step: 1 of A"),
+        ({"data": {"images": 7}}, "test images: 7 of A"),
+    ],
+)
+def test_what_makes_metrics_incomparable_is_refused(change, key, sets, command):
+    for seed in range(5):
+        path = sets[0] / f"seed{seed}/test.json"
+        content = json.loads(path.read_text())
+        content.pop("checksum")
+        for part, values in change.items():
+            for name, value in values.items():
+                content[part][name] = (
+                    {**content[part][name], **value} if isinstance(value, dict) and name != "code" else value
+                )
+        write_with_checksum(path, content)
+    refused = command("compare", *sets, "--rounds", 0)
+    assert refused.code == 2
+    assert key in refused.err
+    # Within a set, too.
+    (sets[0] / "seed0/test.json").write_bytes((sets[1] / "seed0/test.json").read_bytes())
+    refused = command("compare", *sets, "--rounds", 0)
+    assert refused.code == 2
+    assert "its runs are no set of seeds" in refused.err

@@ -56,7 +56,8 @@ def reported(value: float) -> Cell:
 
 
 def record(name: str, seed: int = 0, metrics: dict | None = None, curves: dict | None = None) -> Evidence:
-    return Evidence(name, run_record.TestRecord.model_construct(seed=seed, metrics=metrics or {}, curves=curves or {}))
+    made = run_record.TestRecord.model_construct(seed=seed, metrics=metrics or {}, curves=curves or {})
+    return Evidence(name, made, "recipe", "whole")
 
 
 def markers(axis, *, hollow: bool) -> list[tuple[float, float]]:
@@ -188,6 +189,38 @@ def test_curves_are_the_mean_between_the_lowest_and_the_highest_seed():
     assert loss.lines[0].get_ydata() == pytest.approx([2.0])
     assert "mean of 3 seeds, band: lowest to highest" in figure.get_suptitle()
     assert figures.curves(table, []) is None
+
+
+def test_a_noisy_curve_is_a_moving_mean_in_a_band():
+    values = np.random.default_rng(0).uniform(size=200)
+    evidence = [record("0.json", curves={"train/loss": list(enumerate(values.tolist(), 1)), "val/miou": [[200, 0.5]]})]
+    table = filled({"Basic": [*counted(1, 1), measured(1, records=["0.json"])]})
+    loss = figures.curves(table, evidence).axes[1]
+    # Of 200 points, 5 % are five on either side; fewer at the ends.
+    windows = [values[max(0, place - 5) : place + 6] for place in range(200)]
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), [window.mean() for window in windows])
+    band = loss.collections[0].get_paths()[0].vertices
+    for step, window in enumerate(windows, 1):
+        found = band[band[:, 0] == step, 1]
+        assert (found.min(), found.max()) == pytest.approx((window.min(), window.max()))
+
+
+def test_reported_values_stand_at_reported_sizes_and_around_each_other():
+    table = filled(
+        {
+            "Wide": [Cell(36.5, {0: 5.0}, (), "counted"), *counted(1e3), measured(0.3, reported=0.5)],
+            "Twin": [*counted(36.5, 2e3), reported(0.5)],
+            "Far": [*counted(10.0, 3e3), reported(0.6)],
+        },
+        reported_by="the paper",
+    )
+    axis = figures.accuracy(table).axes[0]
+    assert markers(axis, hollow=True) == [(10.0, 0.6), (36.5, 0.5), (36.5, 0.5)]
+    assert markers(axis, hollow=False) == [(5.0, 0.3)]
+    hollow = [line for line in axis.lines if to_rgba(line.get_markerfacecolor())[3] == 0 and len(line.get_xdata()) == 1]
+    sizes = {place: sorted(x.get_markersize() for x in hollow if x.get_xdata()[0] == place) for place in (10.0, 36.5)}
+    assert len(sizes[10.0]) == 1
+    assert sizes[36.5][1] - sizes[36.5][0] >= 3
 
 
 @pytest.mark.parametrize(("operator", "side"), [("conv", 3), *((name, 7) for name in list_operators()[1:6])])
@@ -332,7 +365,7 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path):
 
 
 def test_curves_of_two_runs_share_their_panels(tmp_path):
-    found = {f"val/{number}": ({1: 0.1, 2: 0.2}, {1: 0.2, 2: 0.3}) for number in range(4)}
+    found = {f"val/{number}": ([{1: 0.1, 2: 0.2}, {1: 0.3, 2: 0.4}], [{1: 0.2, 2: 0.3}]) for number in range(4)}
     for ending in (".png", ".svg", ".pdf"):
         path = tmp_path / f"pair{ending}"
         figures.draw_pair(found, ("A: this", "B: that"), path)

@@ -669,7 +669,7 @@ def test_labels_of_any_characters_are_shown_in_all_forms(toy_spec, tmp_path, mon
     with Path("results/tables.csv").open(newline="") as file:
         assert {line["row"] for line in csv.DictReader(file)} == {label}
     if shutil.which("pdflatex"):
-        text = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{t}\\end{document}"
+        text = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\\input{t}\\end{document}"
         Path("all.tex").write_text(text)
         shutil.copy("results/latex/table_9.tex", "t.tex")
         line = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
@@ -724,11 +724,14 @@ def test_latex_compiles(tmp_path):
     for filled in results.filled():
         (tmp_path / f"{filled.table.slug}.tex").write_text(to_latex(results.spec, filled))
     inputs = "\n".join(f"\\input{{{path.name}}}\\clearpage" for path in sorted(tmp_path.glob("*.tex")))
-    text = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{inputs}\\end{{document}}"
+    text = f"\\documentclass[a4paper]{{article}}\\usepackage{{booktabs,graphicx}}\\begin{{document}}{inputs}\\end{{document}}"
     (tmp_path / "all.tex").write_text(text)
     line = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+    # On A4, no table is wider or higher than the page.
+    assert "Overfull" not in done.stdout
+    assert "Float too large" not in done.stdout
     assert (tmp_path / "all.pdf").stat().st_size > 10_000
 
 
