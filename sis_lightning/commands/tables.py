@@ -21,7 +21,7 @@ _ACTIONS = {
     "count": "count the parameters and MACs of all rows, and resolve their configurations, into models.json",
     "render": "write TABLES.md, tables.csv, tables.html and latex/",
     "check": "fail if a table or figure is outdated, a record contradicts itself, or the counts have changed",
-    "verify": "measure recorded values again: test the stored checkpoints, and train some runs anew",
+    "verify": "measure recorded values again: test the stored checkpoints, and train some runs again",
     "figures": "plot the named figures (accuracy, sizes, curves, receptive-fields, activation-maps), or all",
 }
 

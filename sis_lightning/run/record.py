@@ -1,7 +1,7 @@
 """The record of a test: metrics, data, weights, code and configuration.
 
 Only `test` writes a record. It carries a checksum of its content, which tells a file that was damaged or edited by
-accident. Whoever edits one on purpose can compute the checksum anew: what proves a value is measuring it again, as
+accident. Whoever edits one on purpose can compute the checksum again: what proves a value is measuring it again, as
 `sis-lightning tables verify` does. Imports nothing heavy.
 """
 

@@ -116,7 +116,7 @@ class Results:
     def check(self, key: Path | None = None) -> list[str]:
         """Verifies that everything generated follows from table specs, records and code, as far as files can tell.
 
-        Parameters and MACs are counted anew, hashes are computed from the configurations, tables of the paper are
+        Parameters and MACs are counted again, hashes are computed from the configurations, tables of the paper are
         compared with the paper, and commits are looked up in the history. Whether a record is true, `verify` measures.
 
         Args:
@@ -129,7 +129,7 @@ class Results:
             UsageError: If minisign or the key is missing.
             DataError: If a record or `models.json` does not match its checksum.
         """
-        # All is counted anew: models.json may hold anything.
+        # All is counted again: models.json may hold anything.
         problems = [
             f"models.json: {text}" for text in plan.differences(self.models, plan.count(self.shipped, Models.none()))
         ]
@@ -140,8 +140,8 @@ class Results:
         evidence = self.evidence
         for piece in evidence:
             problems += [f"{piece.name}: {text}" for text in contradictions(piece.record)[:1]]
-            anew = Evidence.of(piece.name, piece.record)
-            if (piece.record.recipe_hash, piece.record.config_hash) != (anew.recipe, anew.whole):
+            again = Evidence.of(piece.name, piece.record)
+            if (piece.record.recipe_hash, piece.record.config_hash) != (again.recipe, again.whole):
                 problems.append(f"{piece.name}: its hashes are not those of its configuration")
         problems += unknown_commits(evidence)
         problems += unsigned(self.records, key) if key else []

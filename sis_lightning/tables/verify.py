@@ -1,4 +1,4 @@
-"""Measures recorded values again: tests stored checkpoints, or trains runs anew, and compares with the records.
+"""Measures recorded values again: tests stored checkpoints, or trains runs again, and compares with the records.
 
 A record can be written by anyone. That its value is what these weights give on this data is shown by testing the
 weights again; that these weights are what the recipe gives, by training them again.

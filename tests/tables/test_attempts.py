@@ -32,7 +32,7 @@ def records() -> list[Path]:
 
 
 def forge(path: Path, change: Callable[[Content], object], *, rehash: bool = False) -> None:
-    """Changes a file and computes its checksum anew; with `rehash` also the hashes of its configuration."""
+    """Changes a file and computes its checksum again; with `rehash` also the hashes of its configuration."""
     content = json.loads(path.read_text())
     content.pop("checksum")
     change(content)

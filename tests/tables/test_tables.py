@@ -724,7 +724,8 @@ def test_latex_compiles(tmp_path):
     for filled in results.filled():
         (tmp_path / f"{filled.table.slug}.tex").write_text(to_latex(results.spec, filled))
     inputs = "\n".join(f"\\input{{{path.name}}}\\clearpage" for path in sorted(tmp_path.glob("*.tex")))
-    text = f"\\documentclass[a4paper]{{article}}\\usepackage{{booktabs,graphicx}}\\begin{{document}}{inputs}\\end{{document}}"
+    head = "\\documentclass[a4paper]{article}\\usepackage{booktabs,graphicx}"
+    text = f"{head}\\begin{{document}}{inputs}\\end{{document}}"
     (tmp_path / "all.tex").write_text(text)
     line = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
