@@ -79,9 +79,17 @@ def _series(filled: FilledTable) -> list[_Series]:
 def _names(filled: FilledTable, chosen: Sequence[_Series]) -> list[str]:
     """Names that distinguish the series; empty for a single one."""
     heads = [filled.table.columns[series.columns[0]].label for series in chosen]
+    shared = _shared(heads)
+    heads = [head.removeprefix(f"{shared}, ") for head in heads]
     titles = [series.title for series in chosen]
     parts = [kind for kind in (titles, heads) if len({*kind}) > 1]
     return [", ".join(part for part in names if part) for names in zip(*parts, strict=True)] or [""] * len(chosen)
+
+
+def _shared(heads: Iterable[str]) -> str:
+    """What headings such as `mIoU, 50 layers` and `mIoU, 101 layers` have in common before the comma; else empty."""
+    starts = {head.partition(", ")[0] for head in heads}
+    return starts.pop() if len(starts) == 1 else ""
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,8 @@ def accuracy(filled: FilledTable) -> Figure | None:
         _against(axis, _points(filled, placed, names, metric), looks)
         axis.set_xlabel(_AXES[metric][0])
     heads = {columns[index].label for _, index in placed}
-    panels[0].set_ylabel(f"{first.metric if len(heads) > 1 else first.label} ({first.better} is better)")
+    name = first.label if len(heads) == 1 else _shared(heads) or first.metric
+    panels[0].set_ylabel(f"{name} ({first.better} is better)")
     cells = [line.cells[index] for series, index in placed for line in series.lines]
     drawn = {line.row.label for series, i in placed for line in series.lines if _shown(filled, line.cells[i])}
     _legend(figure, filled, {label: look for label, look in looks.items() if label in drawn}, cells)
