@@ -72,6 +72,16 @@ def test_every_other_command_does_what_it_says(command, synthetic, small, publis
     if "--archives" in words:
         publish("det_coco", Path("downloads"))
     if words[0] == "compare":
+        for folder, operator in zip(words[1:3], ("basic", "conv"), strict=True):
+            if "/" in folder:
+                run = [
+                    *small("seg_voc", steps=1),
+                    "--model.backbone.operator",
+                    operator,
+                    "--run_dir",
+                    f"{folder}/seed0",
+                ]
+                assert command("fit", *run).code == command("test", *run).code == 0
         words += ["--rounds", "0"]
     if words[0] == "bench":
         words += ["--size", "32", "--rounds", "1", "--seconds", "0.01"]
