@@ -236,7 +236,15 @@ def read_records(folder: Path, declared: Declared | None = None) -> list[Evidenc
     gc.disable()  # takes a fifth of the time with thousands of records, in which there is nothing to collect
     try:
         paths = sorted(folder.glob("*.json"), key=lambda path: path.name)
-        return [Evidence.of(path.name, read_record(path), declared) for path in paths]
+        found: list[Evidence] = []
+        known: dict[str, Evidence] = {}  # seeds of a run have one configuration, whose effects take milliseconds
+        for path in paths:
+            record = read_record(path)
+            same = known.get(key := digest({**record.config, "seed_everything": None}))
+            piece = Evidence(path.name, record, same.recipe, same.whole) if same else None
+            found.append(piece or Evidence.of(path.name, record, declared))
+            known.setdefault(key, found[-1])
+        return found
     finally:
         if collecting:
             gc.enable()
