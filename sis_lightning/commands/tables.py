@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"only tables run takes options of fit after --, not tables {chosen.action}")
     if chosen.names and chosen.action not in ("add", "figures"):
         raise UsageError(f"tables {chosen.action} takes no names: --table names tables, --rows names rows")
-    require_at_least(parser, chosen, {"jobs": 1, "retrain": 0})
+    require_at_least(parser, chosen, {"jobs": 1, "retrain": 0, "sample": 1})
     from sis_lightning.tables.results import Results
 
     results = Results(Path(chosen.results))
@@ -162,8 +162,8 @@ def tables_parser() -> Parser:
         "--tolerance",
         type=float,
         metavar="X",
-        help="verify: largest difference of a cell's metric after a second training (default: twice the standard "
-        "deviation over the seeds of the cell; 0 for one seed).",
+        help="verify: largest difference of a cell's metric after a second training (default: the interval in which "
+        "another seed is with 99 %%, from the seeds of the cell).",
     )
     parser.add_argument(
         "--public-key",

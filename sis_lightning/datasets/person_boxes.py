@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sis_lightning.datasets.annotations import load_json
 from sis_lightning.errors import DataError
+from sis_lightning.files import digest_files
 
 Boxes = NDArray[np.float64]  # (P, 5): x1, y1, x2, y2 in px, score
 
@@ -40,7 +41,8 @@ class PersonBoxes:
         self.entries, dropped = read_person_boxes(self.path, min_score, category)
         count = sum(len(boxes) for entries in self.entries.values() for boxes in entries)
         without = f", without {dropped:,} of no area" if dropped else ""
-        self.description = f"{path} ({count:,} of score ≥ {min_score:g}{without})"
+        known = digest_files([self.path], self.path.parent)[:8] if self.path.is_file() else ""
+        self.description = f"{path} ({count:,} of score ≥ {min_score:g}{without}{known and f'; SHA-256 {known}…'})"
 
     def of_images(self, image_ids: Sequence[Any], names: Sequence[str], source: object) -> dict[Any, Boxes]:
         """The boxes of a split's images.

@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from sis_lightning import __version__
 from sis_lightning.config_files import PACKAGED
@@ -31,7 +31,7 @@ class Code(BaseModel, frozen=True, extra="forbid"):
     """
 
     sis_lightning: str
-    commit: str | None = None
+    commit: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     dirty: bool | None = None
     digest: str | None = None
     operators: dict[str, str] = {}

@@ -50,7 +50,7 @@ class TestedCheckpoint(_Plain):
 
     Attributes:
         file: Its path; see `portable`.
-        sha256: SHA-256 of the file.
+        sha256: SHA-256 of its weights: of the tensors of its state dict, in the order of their names.
         step: Optimizer steps done.
         epoch: Epochs completed.
         finished: Whether the training had come to its end.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-from sis_lightning.files import digest, digest_files
+from sis_lightning.files import digest
 from sis_lightning.operators import operator_class
 from sis_lightning.run import history
 from sis_lightning.run.environment import environment, portable
@@ -20,7 +20,7 @@ from sis_lightning.run.record import OptionChange, TestData, TestedCheckpoint, T
 from sis_lightning.run.reporting.loggers import curves
 from sis_lightning.run.resume.checkpoints import resume_point
 from sis_lightning.run.run import Run
-from sis_lightning.tasks.checkpoint_files import read_checkpoint
+from sis_lightning.tasks.checkpoint_files import read_checkpoint, tensors_digest
 
 
 def custom_operators(run: Run) -> dict[str, type]:
@@ -67,15 +67,11 @@ def test_record(run: Run, trainer: Trainer, command: Sequence[str]) -> TestRecor
         config=portable(trained),
         config_hash=digest(settled(trained)),
         recipe_hash=digest(recipe(trained)),
-        tested_otherwise={
-            key: OptionChange(trained=portable(old), tested=portable(new)) for key, old, new in of_recipe
-        },
-        computed_otherwise={
-            key: OptionChange(trained=portable(old), tested=portable(new)) for key, old, new in of_numerics
-        },
+        tested_otherwise=_option_changes(of_recipe),
+        computed_otherwise=_option_changes(of_numerics),
         checkpoint=TestedCheckpoint(
             file=portable(str(path)),
-            sha256=digest_files([path], path.parent),
+            sha256=tensors_digest(content["state_dict"]),
             step=content["global_step"],
             epoch=content["epoch"],
             finished=point is not None and point.point == "end",
@@ -91,7 +87,7 @@ def test_record(run: Run, trainer: Trainer, command: Sequence[str]) -> TestRecor
             environments=point.environments if point else [],
             start_weights=point.start_weights if point else None,
         ),
-        curves=curves(path.parent.parent, task.monitor),
+        curves=_until(content["global_step"], curves(path.parent.parent, task.monitor)),
         command=portable(list(command)),
         environment=environment(custom_operators(run), device),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,6 +96,11 @@ def test_record(run: Run, trainer: Trainer, command: Sequence[str]) -> TestRecor
 
 def _option_changes(changes: Sequence[tuple[str, Any, Any]]) -> dict[str, OptionChange]:
     return {key: OptionChange(trained=portable(old), tested=portable(new)) for key, old, new in changes}
+
+
+def _until(step: int, found: Mapping[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """Curves up to a step: the best checkpoint, or that of a killed run, is older than the logs."""
+    return {metric: [point for point in curve if point[0] <= step] for metric, curve in found.items()}
 
 
 def _config_beside(checkpoint: Path, run: Run) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-
-import torch
 
 from sis_lightning.errors import DataError
 from sis_lightning.files import digest
@@ -14,7 +11,7 @@ from sis_lightning.run.recipe import recipe
 from sis_lightning.run.record import StartWeights
 from sis_lightning.run.resume.checkpoints import resume_point
 from sis_lightning.run.run import Run
-from sis_lightning.tasks.checkpoint_files import read_checkpoint
+from sis_lightning.tasks.checkpoint_files import read_checkpoint, tensors_digest
 
 
 def load_start_weights(run: Run) -> StartWeights | None:
@@ -50,13 +47,9 @@ def load_start_weights(run: Run) -> StartWeights | None:
         where = f"step {point.step:,}" if point else "no checkpoint of a run"
         raise DataError(f"backbone_weights is {named}, but {run.pretraining} has not finished ({where}): wait for it")
     task.load_start_weights()
-    content = hashlib.sha256()
-    for name, value in sorted(task.backbone.state_dict().items()):
-        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return StartWeights(
         source=portable(named),
-        sha256=content.hexdigest(),
+        sha256=tensors_digest(task.backbone.state_dict()),
         recipe_hash=digest(recipe(point.config)) if point else None,
         finished=point.point == "end" if point else None,
         trained_on=point.trained_on if point else [],

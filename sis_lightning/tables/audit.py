@@ -17,22 +17,20 @@ def unknown_commits(evidence: Sequence[Evidence]) -> list[str]:
         evidence: The records.
 
     Returns:
-        Sentences. Where the package is installed, or the clone is shallow, nobody can tell: one sentence says so.
+        Sentences; none where the package is installed, or the clone is shallow, so that nobody can tell.
     """
-    commits: dict[str, str] = {}
-    for piece in evidence:
-        for entry in environments(piece.record):
-            if entry.code.commit:
-                commits.setdefault(entry.code.commit, piece.name)
-    if not commits:
-        return []
     if _git("rev-parse", "--is-shallow-repository") != "false":
         return []
-    return [
-        f"{name}: its commit {commit[:12]} is not in the history of this checkout"
-        for commit, name in commits.items()
-        if _git("merge-base", "--is-ancestor", commit, "HEAD") is None
-    ]
+    found: dict[str, bool] = {}
+    problems = []
+    for piece in evidence:
+        for commit in {entry.code.commit for entry in environments(piece.record)} - {None}:
+            name = str(commit)
+            if name not in found:
+                found[name] = _git("merge-base", "--is-ancestor", name, "HEAD") is not None
+            if not found[name]:
+                problems.append(f"{piece.name}: its commit {name[:12]} is not in the history of this checkout")
+    return problems
 
 
 def unsigned(records: Path, key: Path) -> list[str]:

@@ -178,9 +178,11 @@ _COMMON: Mapping[str, Callable[[Environment], str]] = {
 
 
 def mixed(pieces: Sequence[Evidence]) -> tuple[str, ...]:
-    """In what records differ that should be the same: commit, release of torch, kind of device."""
+    """In what records differ that should be the same: commit, release of torch, device, weights at the start."""
     every = [entry for piece in pieces for entry in environments(piece.record)]
     found = {name: sorted({read(entry) for entry in every}) for name, read in _COMMON.items()}
+    starts = [piece.record.training.start_weights for piece in pieces]
+    found["start weights"] = sorted({start.sha256[:8] if start else "random" for start in starts})
     return tuple(f"{name} {', '.join(values)}" for name, values in found.items() if len(values) > 1)
 
 

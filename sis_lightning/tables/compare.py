@@ -88,12 +88,15 @@ def _side(text: str, arguments: Sequence[str]) -> Side:
         every = [_settings(run, record) for record, run in runs]
         run, settings = runs[0][1], every[0]
         for other in every[1:]:
-            key = next((key for key in {**settings, **other} if settings.get(key) != other.get(key)), None)
-            if key not in (None, _SEED):
+            differing = [key for key in {**settings, **other} if key != _SEED and settings.get(key) != other.get(key)]
+            if differing:
+                key = differing[0]
                 raise UsageError(
                     f"{text}: its runs are no set of seeds: {key} is {settings.get(key)!r} and {other.get(key)!r}"
                 )
         seeds = [entry[_SEED] for entry in every]
+        if len({*seeds}) < len(seeds) or len({record.checkpoint.sha256 for record in records}) < len(records):
+            raise UsageError(f"{text}: two of its runs have one seed or the same weights (seeds {seeds})")
         settings[_SEED] = seeds[0] if len(seeds) == 1 else seeds
     backbone_copy = copy.deepcopy(run.task.backbone)  # counting moves the task to the meta device
     return Side(text, settings, count_run(run, text), backbone_copy, records)
@@ -115,6 +118,9 @@ def _settings(run: Run, record: TestRecord | None) -> dict[str, Any]:
         settings["step"] = record.checkpoint.step
         settings["test images"] = record.data.images
         settings["test data"] = record.data.fingerprint[:12]
+        settings["data notes"] = dict(record.data.notes)
+        start = record.training.start_weights
+        settings["start weights"] = start.sha256[:12] if start else None
         settings["training data"] = [name[:12] for name in record.data.trained_on]
         settings |= {f"in test: {key}": change.tested for key, change in record.tested_otherwise.items()}
     return settings
@@ -241,11 +247,9 @@ class Comparison:
         ):
             rows.append((name, f"{left:.3f}", f"{right:.3f}", f"{left - right:+.3f}"))
         rows += [(*row, "") for row in self.timed]
-        names = list(dict.fromkeys(key for side in (a, b) for record in side.records for key in record.metrics))
-        rows += self._metrics([name for name in names if name.count("/") == 1])
-        of_classes = [name for name in names if name.count("/") > 1 and a.values(name) and b.values(name)]
-        of_classes.sort(key=lambda name: -abs(fmean(a.values(name)) - fmean(b.values(name))))
-        rows += self._metrics(of_classes[:CLASSES])
+        metrics = self._metrics()
+        rows += [row for row in metrics if row[0].count("/") == 1]
+        rows += [row for row in metrics if row[0].count("/") > 1][:CLASSES]
         for name, (left_curves, right_curves) in self.curves().items():
             left_mean, right_mean = over_seeds(left_curves), over_seeds(right_curves)
             left_at, right_at = (dict(zip(found[0], found[1], strict=True)) for found in (left_mean, right_mean))
@@ -254,13 +258,25 @@ class Comparison:
                 rows.append((f"{name}, step {step:,}", f"{left_at[step]:.4f}", f"{right_at[step]:.4f}", ""))
         return rows
 
-    def _metrics(self, names: Sequence[str]) -> list[tuple[str, str, str, str]]:
-        """Rows of metrics; what their differences show is corrected for the number of these rows."""
-        pairs = [(self.first.values(name), self.second.values(name)) for name in names]
-        differences = holm([welch(left, right) for left, right in pairs])
+    def _metrics(self) -> list[tuple[str, str, str, str]]:
+        """Rows of all metrics, those of classes by their difference.
+
+        What differences show is corrected for the number of all of them, since those shown are chosen by size.
+        """
+        names = dict.fromkeys(
+            key for side in (self.first, self.second) for entry in side.records for key in entry.metrics
+        )
+        pairs = {name: (self.first.values(name), self.second.values(name)) for name in names}
+        found = dict(zip(pairs, holm([welch(*pair) for pair in pairs.values()]), strict=True))
+
+        def order(name: str) -> float:
+            difference = found[name]
+            return 0.0 if name.count("/") == 1 or difference is None else -abs(difference.mean)
+
         return [
-            (name, _mean(left), _mean(right), _shown(difference))
-            for name, (left, right), difference in zip(names, pairs, differences, strict=True)
+            (name, _mean(pairs[name][0]), _mean(pairs[name][1]), _shown(found[name]))
+            for name in sorted(pairs, key=order)
+            if name.count("/") == 1 or found[name] is not None
         ]
 
     def curves(self) -> dict[str, tuple[list[dict[int, float]], list[dict[int, float]]]]:
@@ -280,7 +296,7 @@ class Comparison:
             if max(len(side.records) for side in (a, b)) > 1:
                 said.append(
                     "A, B: mean ± standard deviation. A - B: of the means, with its 95 % confidence interval (Welch); "
-                    f"what it shows has 5 % of error in all such rows together (Holm), and takes {MIN_SEEDS} seeds."
+                    f"what it shows has 5 % of error in all metrics together (Holm), and takes {MIN_SEEDS} seeds."
                 )
         for name, side in (("A", a), ("B", b)):
             flaws = dict.fromkeys(flaw for record in side.records for flaw in shortcomings(record))

@@ -17,7 +17,7 @@ class DataSet:
         test: Fingerprints (`SISDataModule.fingerprint`) of the accepted test files.
         train: Listings (`SISDataModule.listing`) of the accepted training files.
         train_images: Number of images of an epoch, of keypoints the number of persons; None if unknown.
-        test_images: Number of images that a test scores, of keypoints the number of persons; None if unknown.
+        test_images: Number of images that a test scores, of keypoints those with persons; None if unknown.
     """
 
     title: str

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from statistics import fmean
+from typing import Any
 
 from sis_lightning.files import digest
 from sis_lightning.run.environment import Environment
@@ -26,8 +27,9 @@ from sis_lightning.tables.spec import Experiment
 #: State of a cell with at least one record that counts, by the kind of its data.
 STATES = {"official": "reproduced", "synthetic": "synthetic", "stand-in": "other data"}
 
-# Metrics of our evaluators that are shares, and those in percent.
-_SHARE = re.compile(r"(top\d+|miou|pixel_accuracy|iou/.*|A[PR].*)")
+# Metrics of our evaluators that are shares, those that are means over the classes, and those in percent.
+_SHARE = re.compile(r"top\d+|miou|pixel_accuracy|iou/.*|A[PR]([sml]|\d+(_voc\d\d)?)?(/.*)?")
+_MEAN = re.compile(r"miou|AP|AP\d+_voc\d\d")
 _PERCENT = re.compile(r"top\d+_error_percent")
 # Metrics are written with eight digits.
 _ROUNDING = 1e-4
@@ -76,7 +78,7 @@ def _of_metrics(metrics: Mapping[str, float | None]) -> Iterator[str]:
             yield f"its {name} of {value:g} is not that of its {rank[1]} of {defined[rank[1]]:g}"
         prefix = f"{'iou' if name == 'miou' else name}/"
         of_classes = [other for key, other in defined.items() if key.startswith(prefix)]
-        if of_classes and abs(fmean(of_classes) - value) > _ROUNDING:
+        if of_classes and _MEAN.fullmatch(name) and abs(fmean(of_classes) - value) > _ROUNDING:
             yield f"its {name} of {value:g} is not the mean over its classes, {fmean(of_classes):g}"
     for lower, upper in (("top1", "top5"), ("AP", "AP50"), ("AP75", "AP50"), ("AR", "AR50")):
         if lower in defined and upper in defined and defined[lower] > defined[upper] + _ROUNDING:
@@ -87,13 +89,27 @@ def _of_schedule(record: TestRecord) -> Iterator[str]:
     checkpoint = record.checkpoint
     if PurePosixPath(checkpoint.file).name == "best.ckpt":
         yield "its weights are the best on the val split, not the last"
-    trainer = record.config.get("trainer") or {}
-    steps, epochs = (int(trainer.get(key) or -1) for key in ("max_steps", "max_epochs"))
+    trainer = _section(record.config, "trainer")
+    steps, epochs = (_whole(trainer.get(key)) for key in ("max_steps", "max_epochs"))
     ends = [f"step {steps:,}"] * (steps > 0) + [f"epoch {epochs:,}"] * (epochs > 0)
+    if trainer.get("callbacks"):
+        return  # such as EarlyStopping, which is part of the recipe
     if not ends:
         yield "its configuration names no end of the training"
     elif not (checkpoint.step == steps > 0 or (checkpoint.epoch == epochs > 0 and checkpoint.step >= epochs)):
         yield f"its schedule ends at {' or '.join(ends)}, its weights are of step {checkpoint.step:,}"
+
+
+def _section(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """A part of a configuration; empty if it is none."""
+    part: Any = config
+    for name in names:
+        part = part.get(name) if isinstance(part, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
+
+
+def _whole(value: Any, default: int = -1) -> int:
+    return value if isinstance(value, int) else default
 
 
 def _of_circumstances(record: TestRecord) -> Iterator[str]:
@@ -179,8 +195,6 @@ class Evidence:
         on_other_data = bool(reasons)
         if self.recipe != model.recipe:
             reasons.append("its configuration is not that of the row")
-        if (record.recipe_hash, record.config_hash) != (self.recipe, self.whole):
-            reasons.append("its hashes are not those of its configuration")
         if record.backbone != model.slug:
             reasons.append(f"it calls its backbone {record.backbone}, that of the row is {model.slug}")
         start = record.training.start_weights
@@ -208,17 +222,17 @@ def _of_data(record: TestRecord, data: DataSet) -> Iterator[str]:
     """What in a record contradicts the numbers of images of its data set."""
     if data.test_images is not None and record.data.images != data.test_images:
         yield f"{record.data.images:,} images were scored, {data.title} has {data.test_images:,}"
-    trainer, loading = record.config.get("trainer") or {}, record.config.get("data", {}).get("init_args", {})
-    batch, epochs = loading.get("batch_size"), record.checkpoint.epoch
-    # With a limit of steps, the last epoch is not whole.
-    if data.train_images is None or not batch or int(trainer.get("max_steps") or -1) > 0:
+    trainer = _section(record.config, "trainer")
+    batch = _whole(_section(record.config, "data", "init_args").get("batch_size"), 0)
+    accumulated, epochs = max(1, _whole(trainer.get("accumulate_grad_batches"), 1)), record.checkpoint.epoch
+    # With a limit of steps, the last epoch is not whole; with one of batches, none is.
+    limited = _whole(trainer.get("max_steps")) > 0 or trainer.get("limit_train_batches") or trainer.get("callbacks")
+    if data.train_images is None or not batch or limited:
         return
-    seen, whole = (
-        record.checkpoint.step * batch * int(trainer.get("accumulate_grad_batches") or 1),
-        epochs * data.train_images,
-    )
+    whole = epochs * data.train_images
+    seen = record.checkpoint.step * batch * accumulated
     # Of each epoch the last batch is incomplete or dropped, of detection one of each shape.
-    if abs(seen - whole) > max(2 * epochs * batch, 0.02 * whole):
+    if abs(seen - whole) > max(2 * epochs * batch * accumulated, 0.02 * whole):
         yield f"its {record.checkpoint.step:,} steps are not {epochs:,} epochs of {data.train_images:,} images"
 
 

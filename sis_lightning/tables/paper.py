@@ -6,6 +6,7 @@ edited; if what it calls the paper's differs from this file, `sis-lightning tabl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from sis_lightning.tables.data_sets import OFFICIAL
@@ -63,6 +64,14 @@ REPORTED: dict[str, dict[tuple[int, str], tuple[str, str | None, str]]] = {
     },
 }
 
+#: The rows with which the groups of each table are compared.
+BASELINES = {
+    "1": ("Res2NeXt-29", "ResNeXt-29"),
+    "1-1": (None, None),
+    "2": ("Res2Net",),
+    "3": ("Res2Net",),
+    "4": ("Res2Net", "Res2Net"),
+}
 _COCO_KEYPOINTS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 #: What the columns with reported values measure, by table: task, metric, factor to the table's unit, changed fields of
 #: the backbone.
@@ -82,6 +91,17 @@ MEASURED: dict[str, list[tuple[str, str, float, dict[str, int]]]] = {
     "4": [("kpt_coco", f"test/{name}", 1, {}) for name in _COCO_KEYPOINTS],
 }
 
+#: The seeds of each run.
+SEEDS = (0, 1, 2)
+#: The published weights from which networks of the variants start.
+PUBLISHED = {
+    "resnet50": "torchvision:ResNet50_Weights.IMAGENET1K_V1",
+    "resnet50 depth=101": "torchvision:ResNet101_Weights.IMAGENET1K_V1",
+    "resnet101": "torchvision:ResNet101_Weights.IMAGENET1K_V1",
+    "res2net50": "timm:res2net50_26w_4s.in1k",
+    "res2net50 depth=101": "timm:res2net101_26w_4s.in1k",
+    "res2net101": "timm:res2net101_26w_4s.in1k",
+}
 #: The published data that each task is measured on.
 _DATA = {
     "cls_cifar100": "cifar100",
@@ -104,7 +124,7 @@ def deviations(spec: TableSpec) -> dict[str, list[str]]:
     """
     found = {}
     for table in spec.tables:
-        if table.id.removesuffix(_VARIANT) in REPORTED or table.reported_by == "the paper":
+        if table.id.removesuffix(_VARIANT) in REPORTED or re.search("the paper|justc|sis:", table.reported_by.lower()):
             found[table.id] = list(_deviations(table))
     return {name: texts for name, texts in found.items() if texts}
 
@@ -114,6 +134,12 @@ def _deviations(table: Table) -> Iterator[str]:
     if plain not in REPORTED:
         yield "the paper has no such table"
         return
+    if len(table.columns) < len(MEASURED[plain]):
+        yield f"it has {len(table.columns)} columns, the paper's has {len(MEASURED[plain])}"
+        return
+    baselines = tuple(group.baseline for group in table.groups)
+    if baselines != BASELINES[plain]:
+        yield f"its rows are compared with {baselines}, not with {BASELINES[plain]}"
     rows = {
         (number, row.label): row
         for number, group in enumerate(table.groups)
@@ -151,8 +177,14 @@ def _of_column(
 ) -> Iterator[str]:
     run = column.run
     config = (f"tasks/{task}.yaml", *(["configs/from_imagenet.yaml"] if variant else []))
-    if (run.config, dict(run.options), run.data) != (config, {}, OFFICIAL[_DATA[task]]):
+    start = run.pretrained
+    weights = (start.run.name, dict(start.published)) if start else None
+    known = (run.config, dict(run.options), run.data, run.seeds, weights)
+    if known != (config, {}, OFFICIAL[_DATA[task]], SEEDS, ("cls_imagenet", PUBLISHED) if variant else None):
         yield f"{column.label} is of {' '.join(config)} on {OFFICIAL[_DATA[task]].title}, here of another run"
-    if (column.metric, dict(column.backbone)) != (metric, fields) or abs(column.scale / scale - 1) > 1e-9:
+    better = "lower" if metric in ("parameters", "macs", "test/top1_error_percent") else "higher"
+    if (column.metric, dict(column.backbone), column.better) != (metric, fields, better) or abs(
+        column.scale / scale - 1
+    ) > 1e-9:
         here = f"{column.metric} × {column.scale:g} {dict(column.backbone) or ''}".strip()
         yield f"{column.label} is {f'{metric} × {scale:g} {fields or str()}'.strip()}, here {here}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sis_lightning.config_files import PACKAGED
 from sis_lightning.errors import UsageError
+from sis_lightning.run.recipe import effects_of_path
 from sis_lightning.slurm import jobs as slurm
 from sis_lightning.tables import paper, plan
 from sis_lightning.tables.audit import unknown_commits, unsigned
@@ -99,10 +100,7 @@ class Results:
         else:
             self.count()
             models = self.models
-        runs = {experiment.run.name for experiment in spec.experiments().values()}
-        for name in roots:
-            if name not in runs:
-                raise UsageError(f"--roots: no run is called '{name}' here: {', '.join(sorted(runs))}")
+        _require_runs(roots, spec)
         return plan.missing(spec, self.evidence, models, seeds, roots)
 
     def add(self, paths: Sequence[Path]) -> list[Path]:
@@ -141,7 +139,12 @@ class Results:
         for piece in evidence:
             problems += [f"{piece.name}: {text}" for text in contradictions(piece.record)[:1]]
             again = Evidence.of(piece.name, piece.record)
-            if (piece.record.recipe_hash, piece.record.config_hash) != (again.recipe, again.whole):
+            classes = [str(piece.record.config.get(part, {}).get("class_path")) for part in ("model", "data")]
+            # What the options of a user's class do is not known where it cannot be imported.
+            if all(map(effects_of_path, classes)) and (piece.record.recipe_hash, piece.record.config_hash) != (
+                again.recipe,
+                again.whole,
+            ):
                 problems.append(f"{piece.name}: its hashes are not those of its configuration")
         problems += unknown_commits(evidence)
         problems += unsigned(self.records, key) if key else []
@@ -177,7 +180,7 @@ class Results:
             roots: Folders with the data of runs, by the names of the runs.
             sample: Number of records to measure again; None for all.
             retrain: Number of records to train again.
-            tolerance: Largest difference of a second training; None: twice the deviation over the seeds.
+            tolerance: Largest difference of a second training; None: as another seed.
 
         Returns:
             Whether nothing contradicts a record.
@@ -191,6 +194,7 @@ class Results:
         models, evidence = self.models, self.evidence
         filled = fill(self.spec.selected(tables, rows), evidence, models)
         entries = recorded(filled, evidence, models)
+        _require_runs(roots, self.spec.selected(tables, rows))
         if not entries:
             print("no record counts in these tables, so there is nothing to verify")
         return verify(entries, roots, sample=sample, retrain=retrain, tolerance=tolerance)
@@ -218,6 +222,13 @@ class Results:
                 if path not in kept and own.fullmatch(path.name):
                     path.unlink()
         return [*written, *(self.render() if (self.folder / "TABLES.md").is_file() else [])]
+
+
+def _require_runs(roots: Mapping[str, str], spec: TableSpec) -> None:
+    runs = {experiment.run.name for experiment in spec.experiments().values()}
+    for name in roots:
+        if name not in runs:
+            raise UsageError(f"--roots: no run is called '{name}' here: {', '.join(sorted(runs))}")
 
 
 def seeds_of(text: str | None) -> list[int] | None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import stat
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sis_lightning.backbones.weights import load_tensors, why_not_loaded
 from sis_lightning.errors import DataError, nearest
@@ -38,6 +43,15 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
     there = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.ckpt"))
     hint = f"it holds {', '.join(there[:5])}: name one of these" if there else "there is no .ckpt file in it"
     raise DataError(f"{path}: no checkpoint {which}.ckpt in this folder; {hint}")
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, in the order of their names; it does not depend on the file that they are from."""
+    content = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:

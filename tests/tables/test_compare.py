@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ def sets(command, small, monkeypatch, tmp_path) -> list[Path]:
             config = {**record.config, "seed_everything": seed, "trainer": {**record.config["trainer"]}}
             config["trainer"]["log_every_n_steps"] = 1 + number  # as for the tables, it does not matter
             config["trainer"]["num_sanity_val_steps"] = number
-            changed = {"metrics": metrics, "curves": curves, "seed": seed, "config": config}
+            weights = record.checkpoint.model_copy(update={"sha256": f"{operator} {seed}"})
+            changed = {"metrics": metrics, "curves": curves, "seed": seed, "config": config, "checkpoint": weights}
             write_record(folders[-1] / f"seed{seed}/test.json", record.model_copy(update=changed))
     return folders
 
@@ -185,8 +187,13 @@ def test_what_makes_metrics_incomparable_is_refused(change, key, sets, command):
     refused = command("compare", *sets, "--rounds", 0)
     assert refused.code == 2
     assert key in refused.err
-    # Within a set, too.
+    # Within a set, too; and five copies of one run are no set.
     (sets[0] / "seed0/test.json").write_bytes((sets[1] / "seed0/test.json").read_bytes())
     refused = command("compare", *sets, "--rounds", 0)
     assert refused.code == 2
     assert "its runs are no set of seeds" in refused.err
+    for seed in range(5):
+        shutil.copy(sets[1] / "seed0/test.json", sets[0] / f"seed{seed}/test.json")
+    refused = command("compare", *sets, "--rounds", 0)
+    assert refused.code == 2
+    assert "two of its runs have one seed or the same weights" in refused.err

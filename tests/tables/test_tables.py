@@ -106,7 +106,7 @@ RECIPE = digest(recipe(CONFIG))
 def of_code(**changes: Any) -> dict[str, Any]:
     """The environment of a test, with other code."""
     return {
-        "code": {"sis_lightning": "1", "commit": "c", "dirty": False, **changes},
+        "code": {"sis_lightning": "1", "commit": "c" * 40, "dirty": False, **changes},
         "machine": {"device": "cpu", "processor": "p", "instructions": "i", "threads": 1},
         "python": "3",
         "packages": {},

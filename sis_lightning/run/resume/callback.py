@@ -144,7 +144,7 @@ class ExactResume(Callback):
         self._trained_on = point.trained_on
         self.start_weights = point.start_weights
         now = self._environments
-        self._environments = [*(known for known in point.environments if known not in now), *now]
+        self._environments = [*point.environments, *(entry for entry in now if entry not in point.environments)]
         keys = [key for key, _, _ in effective_changes(point.config, self.config)]
         self._changed = list(dict.fromkeys([*point.changed, *keys]))
         self._devices = point.devices
