@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +61,8 @@ def main(arguments: list[str]) -> int:
         require_torch()
         from sis_lightning.tables.results import roots_of
 
+        # As after Ctrl-C, the command that runs is ended, and temporary folders are removed.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         limits = {"sample": chosen.sample, "retrain": chosen.retrain, "tolerance": chosen.tolerance}
         return int(not results.verify(chosen.table, chosen.rows, roots_of(chosen.roots), **limits))
     else:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,6 +367,23 @@ def test_a_training_that_gives_something_else_is_found(results, capfd):
     assert "1 not confirmed" in capfd.readouterr().out
     assert results("verify", "--rows", "Res2Net", "--retrain", 1, "--tolerance", 0) == 1
     assert re.search(r"contradicted: test/miou is 0\.\d+ in the record, now 0\.\d+", capfd.readouterr().out)
+
+
+def test_verify_ends_on_sigterm(results, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    line = [sys.executable, "-m", "sis_lightning", "tables", "verify", "--rows", "Res2Net"]
+    environment = {**os.environ, "TMPDIR": str(temporary), "MPLBACKEND": "agg"}
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while not any(temporary.glob("sis-lightning-verify-*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        place = str(next(temporary.glob("sis-lightning-verify-*")))
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not any(temporary.glob("sis-lightning-verify-*"))
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    assert not any(place.encode() in command for command in commands)
 
 
 @pytest.mark.skipif(shutil.which("minisign") is None, reason="no minisign here")
