@@ -65,7 +65,7 @@ def whole(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoints") / "step-0000003.ckpt"
     point = ResumePoint(
         **{"point": "batch", "progress": {}, "batches": 3, "step": 3, "epoch": 0, "world_size": 1, "devices": [1]},
-        **{"csv_rows": 0, "config": {}, "trained_on": [], "code": [], "changed": []},
+        **{"csv_rows": 0, "config": {}, "trained_on": [], "command": [], "environments": [], "changed": []},
     )
     content = {"state_dict": {"w": torch.arange(300.0)}, "global_step": 3, RUN: point.model_dump()}
     SafeCheckpointIO().save_checkpoint(content, path)
