@@ -148,7 +148,7 @@ def fill(
                 next(row for row in table.groups[number].rows if row.label == label),
                 own,
                 tuple(of_column.get((number, label)) for of_column in differences),
-                mixed([by_file[name] for cell in own for name in cell.records]),
+                mixed([[by_file[name] for name in cell.records] for cell in own]),
             )
             for (number, label), own in cells.items()
         ]
@@ -177,12 +177,19 @@ _COMMON: Mapping[str, Callable[[Environment], str]] = {
 }
 
 
-def mixed(pieces: Sequence[Evidence]) -> tuple[str, ...]:
-    """In what records differ that should be the same: commit, release of torch, device, weights at the start."""
-    every = [entry for piece in pieces for entry in environments(piece.record)]
+def mixed(cells: Sequence[Sequence[Evidence]]) -> tuple[str, ...]:
+    """In what the records of a row differ that should be the same, given those of each of its cells.
+
+    Commit, release of torch and device in the whole row; the weights at the start within a cell, since columns may have
+    networks of different depths.
+    """
+    every = [entry for pieces in cells for piece in pieces for entry in environments(piece.record)]
     found = {name: sorted({read(entry) for entry in every}) for name, read in _COMMON.items()}
-    starts = [piece.record.training.start_weights for piece in pieces]
-    found["start weights"] = sorted({start.sha256[:8] if start else "random" for start in starts})
+    for pieces in cells:
+        starts = [piece.record.training.start_weights for piece in pieces]
+        weights = {start.sha256[:8] if start else "random" for start in starts}
+        if len(weights) > 1:
+            found["start weights"] = sorted(weights)
     return tuple(f"{name} {', '.join(values)}" for name, values in found.items() if len(values) > 1)
 
 

@@ -155,7 +155,7 @@ def count(spec: TableSpec, known: Models) -> Models:
         if model is None or model.source != _source(experiment):
             changed.append(experiment)
     if len(changed) > 9:
-        print(f"counting {len(changed)} rows, as code or YAML has changed: a minute or two", file=sys.stderr)
+        print(f"counting {len(changed)} rows, which takes a second or two each", file=sys.stderr)
     sizes: dict[str, Complexity] = {}
     classes = {*known.declared} if known.code == code else set()
     for experiment in changed:
