@@ -29,7 +29,7 @@ from sis_lightning.files import digest
 from sis_lightning.run import record as run_record
 from sis_lightning.run.recipe import recipe, settled
 from sis_lightning.run.record import read_record, write_record, write_with_checksum
-from sis_lightning.tables.cells import Cell, fill
+from sis_lightning.tables.cells import Cell, fill, mixed
 from sis_lightning.tables.data_sets import DataSet
 from sis_lightning.tables.differences import Difference, holm, welch
 from sis_lightning.tables.judge import Evidence
@@ -816,3 +816,13 @@ def test_a_record_counts_only_with_the_weights_of_its_row():
     assert "finished ImageNet run" in why(recipe_hash="another")[0]
     assert "not trained on ImageNet" in why(trained_on=["synthetic"])[0]
     assert "finished ImageNet run" in piece().judge(later, model)[1][0]
+
+
+def test_columns_may_start_from_other_weights_and_seeds_of_a_cell_may_not():
+    """Networks of 50 and of 101 layers have weights of their own."""
+    first, second = (
+        piece(0, training__start_weights={"source": "timm:x", "sha256": weights * 64}) for weights in ("a", "b")
+    )
+    assert mixed([[first], [second]]) == ()
+    assert mixed([[first, second]]) == ("start weights aaaaaaaa, bbbbbbbb",)
+    assert mixed([[first, piece(1)]]) == ("start weights aaaaaaaa, random",)
